@@ -1,0 +1,158 @@
+"""The user's own images: one folder per class, and optionally a folder without labels.
+
+DIR/train/<class>/*          labelled training images
+DIR/unlabeled/**             training images without a label, at any depth (optional)
+DIR/test/<class>/*           or DIR/val/<class>/*: images to measure on (optional)
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from datasets.images import IMAGENET_STATS, UNKNOWN, ImageSet
+
+MEMORY_LIMIT = 8 * 2**30  # bytes of decoded images; more belongs to the ImageNet scripts
+FEW_FILES = 2000  # below this, starting worker processes costs more than it saves
+
+
+def decode(path: str, image_size: int) -> np.ndarray:
+    """One picture as 3 x S x S bytes: upright, RGB, shorter side resized to S, centre cropped."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    if image.size != (image_size, image_size):
+        image = functional.center_crop(functional.resize(image, image_size), image_size)
+    return np.asarray(image).transpose(2, 0, 1).copy()
+
+
+class _Decoder(Dataset):
+    """Decodes one file an item; what cannot be read comes back as its message, never as an image."""
+
+    def __init__(self, paths: list[str], image_size: int) -> None:
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+        try:
+            return index, decode(self.paths[index], self.image_size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return index, str(error)
+
+
+def _as_list(items: list) -> list:
+    return items
+
+
+def read_images(paths: list[str], image_size: int, num_workers: int) -> torch.Tensor:
+    """Decode files into N x 3 x S x S bytes, in the order of `paths`.
+
+    Raises:
+        ValueError: naming every unreadable file (the first ten), or when the set would not fit.
+    """
+    needed = len(paths) * 3 * image_size**2
+    if needed > MEMORY_LIMIT:
+        raise ValueError(
+            f"{len(paths)} images at {image_size}x{image_size} need {needed / 2**30:.1f} GiB of memory;"
+            " take a smaller --image-size"
+        )
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    loader = DataLoader(
+        _Decoder(paths, image_size),
+        batch_size=64,
+        num_workers=num_workers if len(paths) >= FEW_FILES else 0,
+        collate_fn=_as_list,
+    )
+    problems = []
+    with tqdm(
+        total=len(paths), desc="reading images", unit="img", leave=False, disable=None
+    ) as bar:
+        for batch in loader:
+            for index, image in batch:
+                if isinstance(image, str):
+                    problems.append(f"  {paths[index]}: {image}")
+                else:
+                    images[index] = torch.from_numpy(image)
+            bar.update(len(batch))
+    if problems:
+        listed = "\n".join(problems[:10])
+        raise ValueError(
+            f"{len(problems)} of {len(paths)} images cannot be read; repair or remove them:\n{listed}"
+        )
+    return images
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Every image below `folder`, in an order that does not depend on the file system."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        found += [os.path.join(parent, f) for f in files if f.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(found)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """Names of the class folders in `folder`, sorted: their place is the class number.
+
+    Raises:
+        ValueError: if the folder is missing or holds no class folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} does not exist: --dataset folder needs --data-dir DIR with DIR/train/<class>/*"
+        )
+    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} holds no class folder: it needs one folder of images per class")
+    return tuple(names)
+
+
+def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    paths: list[str] = []
+    targets: list[int] = []
+    for name in class_names(folder):
+        if name not in classes:
+            raise ValueError(f"class {name!r} is in {folder} but not in the training folder")
+        files = _image_files(folder / name)
+        if not files:
+            raise ValueError(
+                f"class folder {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)}); "
+                "put images in or remove it"
+            )
+        paths += files
+        targets += [classes.index(name)] * len(files)
+    return paths, targets
+
+
+def _image_set(root: Path, paths: list[str], targets: list[int], **keywords) -> ImageSet:
+    images = read_images(paths, keywords["image_size"], keywords["num_workers"])
+    relative = tuple(Path(p).relative_to(root).as_posix() for p in paths)
+    labels = torch.tensor(targets, dtype=torch.int64)
+    return ImageSet("folder", images, labels, keywords["classes"], IMAGENET_STATS, relative)
+
+
+def load_folder(root: Path, image_size: int, num_workers: int) -> tuple[ImageSet, ImageSet | None]:
+    """The training images (labelled ones first, then those of `unlabeled/`) and the test images.
+
+    Returns:
+        The training set and the test set; None where there is neither `test/` nor `val/`.
+
+    Raises:
+        ValueError: for a missing or empty folder, a class without images, a class that only the
+            test folder has, or an unreadable image.
+    """
+    classes = class_names(root / "train")
+    common = {"classes": classes, "image_size": image_size, "num_workers": num_workers}
+    paths, targets = _labelled_files(root / "train", classes)
+    unlabeled = _image_files(root / "unlabeled")
+    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    test_files = _labelled_files(tests[0], classes) if tests else None  # checked before decoding
+    train = _image_set(root, paths + unlabeled, targets + [UNKNOWN] * len(unlabeled), **common)
+    return train, None if test_files is None else _image_set(root, *test_files, **common)

@@ -1,0 +1,70 @@
+"""Where a run computes, and in what precision."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the number format of the forward pass.
+
+    Attributes:
+        device: where tensors live.
+        bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
+    """
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a model there, its weights in channels-last order (the fast one everywhere)."""
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def __str__(self) -> str:
+        precision = "bf16 autocast" if self.bf16 else "fp32"
+        if self.device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads, {precision}"
+        return f"{torch.cuda.get_device_name(self.device)} ({self.device}), {precision}"
+
+
+def select(gpus: str = "0", precision: str = "auto") -> Compute:
+    """The device that `--gpus` names, as an index among the visible ones.
+
+    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
+
+    Args:
+        gpus: a device index, or `cpu`.
+        precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
+
+    Raises:
+        ValueError: for several devices, a device that does not exist or is no number.
+    """
+    names = [name.strip() for name in gpus.split(",") if name.strip()]
+    if len(names) != 1:
+        raise ValueError(f"--gpus {gpus}: name one device; several are not supported here yet")
+    if names[0] != "cpu" and not names[0].isdecimal():
+        raise ValueError(f"--gpus {gpus}: give a device number, or cpu")
+    if names[0] == "cpu" or not torch.cuda.is_available():
+        device = torch.device("cpu")
+    elif int(names[0]) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--gpus {gpus}: only {torch.cuda.device_count()} CUDA devices are visible"
+        )
+    else:
+        device = torch.device("cuda", int(names[0]))
+    bf16 = precision == "bf16" or (precision == "auto" and _has_fast_bf16(device))
+    return Compute(device, bf16)

@@ -1,0 +1,103 @@
+"""Options that the scripts share, in named groups, and the way a script is started."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from datasets import DATASETS
+from lib.devices import PRECISIONS
+from lib.schedule import SCHEDULES
+from models import SMALL_ARCHITECTURES
+
+EXIT_USAGE = 2
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the script's docstring as it is and shows every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parser(manual: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring; abbreviations of options are not guessed."""
+    return argparse.ArgumentParser(description=manual, formatter_class=_Help, allow_abbrev=False)
+
+
+def add_data(group_of: argparse.ArgumentParser, *aliases: str) -> None:
+    group = group_of.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="cifar10",
+        help="patches is embedded and needs no download; folder is your own images: DIR/train/<class>/*, "
+        "DIR/test/<class>/* and, without labels, DIR/unlabeled/**",
+    )
+    group.add_argument(
+        "--data-dir", *aliases, dest="data_dir", default="./data", help="where the data set lies"
+    )
+    group.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
+    group.add_argument(
+        "-j",
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes that decode image files (folder)",
+    )
+
+
+def add_model(group_of: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = group_of.add_argument_group("network")
+    group.add_argument(
+        "--architecture", "--arch", default="wrn-28-2", metavar="NAME", help=SMALL_ARCHITECTURES
+    )
+    return group
+
+
+def add_optimization(group_of: argparse.ArgumentParser, *, lr: float) -> argparse._ArgumentGroup:
+    group = group_of.add_argument_group("optimization")
+    group.add_argument("--lr", type=float, default=lr, help="highest learning rate")
+    group.add_argument("--lr-scheduler", choices=SCHEDULES, default="cosine", help="schedule")
+    group.add_argument("-b", "--batch-size", type=int, default=128, help="total batch size")
+    group.add_argument("--weight-decay", "--wd", type=float, default=5e-4, help="L2 penalty of SGD")
+    return group
+
+
+def add_compute(group_of: argparse.ArgumentParser) -> None:
+    group = group_of.add_argument_group("computing")
+    group.add_argument(
+        "--gpus", default="0", help="CUDA device number, or cpu; without CUDA always the CPU"
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16 autocast where the hardware has it, else fp32",
+    )
+    group.add_argument("--rng-seed", type=int, default=0, help="seed of all that is random")
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError naming the options among `names` whose value is not positive."""
+    wrong = [n for n in names if getattr(args, n) <= 0]
+    if wrong:
+        listed = ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in wrong)
+        raise ValueError(f"{listed}: must be positive")
+
+
+def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
+    """Parse the command line and run; a user's mistake ends in one message and exit code 2.
+
+    `TRACEBACK=1` in the environment shows where the message came from.
+    """
+    args = options.parse_args()
+    try:
+        main(args)
+    except ValueError as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"{options.prog}: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

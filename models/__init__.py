@@ -1,0 +1,47 @@
+"""Networks by name. `build_model` is the only entry the rest of the project uses."""
+
+import re
+
+from torch import nn
+
+from models.resnet import ImageNetResNet
+from models.resnet_cifar import LAYOUTS, SmallResNet
+from models.wideresnet import WideResNet
+
+SMALL_ARCHITECTURES = "wrn-D-K (wrn-28-2, wrn-28-10, wrn-16-2 ...), " + ", ".join(
+    f"resnet{depth}" for depth in LAYOUTS
+)
+
+
+def build_model(
+    architecture: str,
+    out_features: int,
+    *,
+    in_channels: int = 3,
+    normalize: bool = False,
+    imagenet: bool = False,
+) -> nn.Module:
+    """Build a network from its published name.
+
+    Args:
+        architecture: `wrn-D-K` or `resnetD`; see `SMALL_ARCHITECTURES`.
+        out_features: embedding dimensions (phase 1) or number of classes (phase 3).
+        in_channels: 3, or 1 for gray images.
+        normalize: end on the unit sphere.
+        imagenet: take the ResNet with the 7x7 stem and torchvision's names instead of the 3x3 one.
+
+    Raises:
+        ValueError: for a name that is not in the list, naming the list.
+    """
+    keywords = {"in_channels": in_channels, "normalize": normalize}
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", architecture):
+        if imagenet:
+            raise ValueError(f"{architecture} is a network for small images; take a resnet here")
+        return WideResNet(int(match[1]), int(match[2]), out_features, **keywords)
+    match = re.fullmatch(r"resnet(\d+)", architecture)
+    if match is None or int(match[1]) not in LAYOUTS:
+        raise ValueError(
+            f"unknown architecture {architecture!r}: take one of {SMALL_ARCHITECTURES}"
+        )
+    family = ImageNetResNet if imagenet else SmallResNet
+    return family(int(match[1]), out_features, **keywords)

@@ -1,0 +1,54 @@
+"""What the networks share: the unit sphere at their end, and how their weights start."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-8  # a vector shorter than this is left near zero instead of being blown up to NaN
+
+
+def l2_normalize(vectors: Tensor) -> Tensor:
+    """Scale the rows of `vectors` (N x D) to unit length, in float32; a zero row stays zero.
+
+    The sum of squares is taken in float32 even under bf16 autocast: bf16 keeps 8 bits, so that a
+    "unit" vector would be off by up to a percent, and with it every cosine of the metric.
+    """
+    return F.normalize(vectors.float(), dim=1, eps=NORM_EPS)
+
+
+def init_he(module: nn.Module) -> None:
+    """He et al. (2015) start values, fan-out mode: the published networks' own choice."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
+            nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / fan_out))
+        elif isinstance(m, nn.BatchNorm2d):
+            nn.init.ones_(m.weight)
+            nn.init.zeros_(m.bias)
+
+
+class EmbeddingNet(nn.Module):
+    """Base of every network here: a trunk, global pooling, one linear head, optional unit norm.
+
+    Attributes:
+        head_name: name of the last linear layer, as it stands in the state dict.
+        normalize: True in phase 1 (the output is a point on the unit sphere), False in phase 3.
+    """
+
+    head_name: str
+    normalize: bool
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """B x C x H x W images -> B x F activations before the head."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = getattr(self, self.head_name)(self.pooled(images))
+        return l2_normalize(output) if self.normalize else output
+
+
+def global_pool(maps: Tensor) -> Tensor:
+    """B x C x H x W -> B x C, whatever H and W are: a 64x64 image stays one row, not four."""
+    return torch.mean(maps, dim=(2, 3))

@@ -1,0 +1,37 @@
+"""The ImageNet ResNets of torchvision, with an embedding head and under torchvision's own names."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from models.layers import l2_normalize
+from models.resnet_cifar import LAYOUTS
+
+
+class ImageNetResNet(ResNet):
+    """torchvision's ResNet-`depth` whose `fc` has `out_features` outputs.
+
+    Arguments as in `models.wideresnet.WideResNet`. It keeps the interface of `EmbeddingNet`
+    (`head_name`, `normalize`, `pooled`) without its constructor, because torchvision's comes first.
+    """
+
+    head_name = "fc"
+
+    def __init__(
+        self, depth: int, out_features: int, *, in_channels: int = 3, normalize: bool = False
+    ) -> None:
+        block = BasicBlock if depth < 50 else Bottleneck
+        super().__init__(block, list(LAYOUTS[depth][1]), num_classes=out_features)
+        self.normalize = normalize
+        if in_channels != 3:
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def pooled(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.fc(self.pooled(images))
+        return l2_normalize(output) if self.normalize else output
