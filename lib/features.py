@@ -1,5 +1,7 @@
 """Embeddings of a whole data set: extracted once, in evaluation mode, kept in a file."""
 
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets.images import ImageSet
+from datasets import ImageSet, build_datasets
 from datasets.transforms import Augmentation
 from lib import checkpoint
-from lib.devices import Compute
+from lib.devices import Compute, select
 from lib.loader import in_order
+from models import build_model
 from models.layers import l2_normalize
 
 
@@ -53,30 +56,128 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
     return l2_normalize(features)
 
 
-def save(features: Tensor, targets: Tensor, path: str | Path, meta: dict[str, Any]) -> None:
-    """Write a feature cache: `train_features` N x D float32, `train_labels` N int64, `meta`."""
-    state = {"train_features": features.float(), "train_labels": targets.long(), "meta": meta}
-    checkpoint.save(state, path)
+@dataclass(frozen=True)
+class FeatureSet:
+    """What propagation starts from.
+
+    Attributes:
+        features: N x D float32 unit vectors.
+        targets: N int64, `UNKNOWN` where no label is known.
+        num_classes: C.
+        digest: of the data set, empty where the file does not tell.
+    """
+
+    features: Tensor
+    targets: Tensor
+    num_classes: int
+    digest: str = ""
+
+    def state(self, **meta: Any) -> dict[str, Any]:
+        """The published keys `train_features` and `train_labels`, and `meta`."""
+        facts = {"num_classes": self.num_classes, "data_digest": self.digest}
+        return {
+            "train_features": self.features,
+            "train_labels": self.targets,
+            "meta": facts | meta,
+        }
 
 
-def load(path: str | Path) -> tuple[Tensor, Tensor | None]:
-    """Read a feature cache of any published kind.
+def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Read a feature file of any published kind.
 
     Known are `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
     (ImageNet) and one bare N x D tensor (colorization).
 
     Returns:
-        Unit-norm features N x D, and labels N or None where the file has none.
+        Unit-norm features N x D; labels N or None where the file has none; the `meta` record.
 
     Raises:
-        ValueError: if the file is missing or holds no features.
+        ValueError: if the file is missing, holds no features, or not one label per row.
     """
     state = checkpoint.load(path)
     if isinstance(state, Tensor):
-        return check(state, source=str(path)), None
+        return check(state, source=str(path)), None, {}
     for prefix in ("train_", "", "val_"):
-        features = state.get(f"{prefix}features") if isinstance(state, dict) else None
-        if features is not None:
-            labels = state.get(f"{prefix}labels")
-            return check(features, source=str(path)), None if labels is None else labels.long()
+        if not isinstance(state, dict) or f"{prefix}features" not in state:
+            continue
+        features = check(state[f"{prefix}features"], source=str(path))
+        labels = state.get(f"{prefix}labels")
+        if labels is not None and len(labels) != len(features):
+            raise ValueError(f"{path}: {len(labels)} labels for {len(features)} rows of features")
+        return features, None if labels is None else labels.long(), state.get("meta", {})
     raise ValueError(f"{path} holds no features (train_features, features or val_features)")
+
+
+def load_embedding(path: str | Path, architecture: str = "") -> nn.Module:
+    """The network of phase 1 in a checkpoint, its sizes read off the weights.
+
+    Args:
+        architecture: needed where the checkpoint does not name it (the published ones do not).
+
+    Raises:
+        ValueError: if the file does not fit that network.
+    """
+    state = checkpoint.load_dict(path)
+    weights = checkpoint.model_weights(state, path)
+    name = architecture or state.get("architecture", "wrn-28-2")
+    out_features = next((len(weights[k]) for k in ("fc.bias", "linear.bias") if k in weights), 128)
+    channels = weights["conv1.weight"].shape[1] if "conv1.weight" in weights else 3
+    model = build_model(name, out_features, in_channels=channels, normalize=True)
+    checkpoint.load_weights(model, weights, source=path)
+    return model
+
+
+def _from_file(path: str | Path, dataset: str, data_dir: str, image_size: int) -> FeatureSet:
+    features, targets, meta = read(path)
+    if targets is None:  # the labels are the data set's, if the rows can be its images
+        data, _ = build_datasets(dataset, data_dir, image_size=image_size)
+        check(features, len(data), source=str(path))
+        return FeatureSet(features, data.targets, data.num_classes, data.digest)
+    num_classes = meta.get("num_classes", int(targets.max()) + 1)
+    return FeatureSet(features, targets, num_classes, meta.get("data_digest", ""))
+
+
+def obtain(
+    *,
+    features: str | Path = "",
+    checkpoint_file: str | Path = "",
+    architecture: str = "",
+    dataset: str = "cifar10",
+    data_dir: str = "./data",
+    image_size: int = 32,
+    compute: Compute | None = None,
+) -> FeatureSet:
+    """The features to propagate through: read from a file, or extracted once and kept.
+
+    An extraction is kept beside the checkpoint as `<name>.<dataset>.features.pth.tar`, together with the
+    digests of the checkpoint and the data set, and used again only while both are the same.
+
+    Args:
+        features: a feature file; skips extraction.
+        checkpoint_file: a checkpoint of phase 1, if there is no feature file.
+        architecture: its network, where the file does not name it.
+        dataset, data_dir, image_size: as in `datasets.build_datasets`.
+        compute: device to extract on.
+
+    Raises:
+        ValueError: if neither file is given, or one does not fit.
+    """
+    if features:
+        return _from_file(features, dataset, data_dir, image_size)
+    if not checkpoint_file:
+        raise ValueError("give features (a file) or checkpoint (of phase 1) to start from")
+    model = load_embedding(checkpoint_file, architecture)
+    data, _ = build_datasets(dataset, data_dir, image_size=image_size)
+    origin = hashlib.sha256(Path(checkpoint_file).read_bytes()).hexdigest()[:16]
+    key = {"checkpoint": origin, "image_size": image_size, "data_digest": data.digest}
+    cache = Path(str(checkpoint_file).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
+    if cache.is_file():
+        rows, _, meta = read(cache)
+        if all(meta.get(name) == value for name, value in key.items()):
+            return FeatureSet(rows, data.targets, data.num_classes, data.digest)
+    compute = compute or select()
+    gray = model.conv1.in_channels == 1
+    rows = extract(compute.prepare(model), data, compute, gray=gray)
+    extracted = FeatureSet(rows, data.targets, data.num_classes, data.digest)
+    checkpoint.save(extracted.state(**key), cache)
+    return extracted

@@ -1,0 +1,82 @@
+"""Pictures of a metric and of what was propagated through it. Every function returns a Figure."""
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from datasets.images import UNKNOWN
+from lib.curves import Curve
+from lib.seeding import generator
+from lib.spectral import Spectrum
+
+SAMPLE = 1000  # images in a matrix picture: more are not seen on a screen
+
+
+def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Indexes of at most SAMPLE images sorted by class, and the rows where a class begins.
+
+    Images without a known target are left out, unless no image has one.
+    """
+    known = (targets != UNKNOWN).nonzero()[:, 0]
+    candidates = known if len(known) else torch.arange(len(targets))
+    drawn = torch.randperm(len(candidates), generator=generator(0, "sample"))[:SAMPLE]
+    chosen = candidates[drawn]
+    chosen = chosen[targets[chosen].argsort(stable=True)]
+    return chosen, targets[chosen].diff().nonzero()[:, 0] + 1
+
+
+def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
+    """exp((cos - 1) / T) between sampled images sorted by class: good metrics show bright squares."""
+    chosen, borders = _sample_by_class(targets)
+    matrix = ((features[chosen] @ features[chosen].T - 1) / temperature).exp()
+    figure = Figure(figsize=(6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    # the diagonal is 1 by definition and would hide the rest
+    picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
+    for place in borders.tolist():
+        axes.axhline(place - 0.5, color="white", linewidth=0.4)
+        axes.axvline(place - 0.5, color="white", linewidth=0.4)
+    axes.set(title="Similarity of the metric", xlabel="images, by class", ylabel="images, by class")
+    figure.colorbar(picture, label=f"exp((cos - 1) / {temperature})")
+    return figure
+
+
+def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) -> Figure:
+    """The first eigenvectors at sampled images sorted by class, and the eigenvalues."""
+    chosen, borders = _sample_by_class(targets)
+    shown = torch.from_numpy(spectrum.vectors[:, :num_vectors])[chosen]
+    shown = shown / shown.std(dim=0, keepdim=True).clamp(min=1e-12)
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    picture = left.imshow(shown, cmap="RdBu", vmin=-2, vmax=2, aspect="auto", interpolation="none")
+    for place in borders.tolist():
+        left.axhline(place - 0.5, color="black", linewidth=0.5)
+    left.set(title="Spectral embedding", xlabel="eigenvector", ylabel="images, by class")
+    figure.colorbar(picture, ax=left, label="entry / standard deviation")
+    right.plot(range(1, len(spectrum.values) + 1), spectrum.values, ".", markersize=3)
+    right.set(
+        title="Eigenvalues of the Laplacian", xlabel="number", ylabel="eigenvalue", ylim=(0, None)
+    )
+    right.grid(alpha=0.3)
+    return figure
+
+
+def confidence_precision(curves: dict[int, Curve], title: str) -> Figure:
+    """Precision of the most confident share, one line per number of labels."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for n, curve in sorted(curves.items()):
+        label = f"{n} labels: {curve.overall:.1f}% of all, AUC {curve.auc:.1f}%"
+        # the first few images are all or nothing; they say more about luck than about confidence
+        start = min(len(curve.precision) // 100, len(curve.precision) - 1)
+        axes.plot(100 * curve.coverage[start:], 100 * curve.precision[start:], label=label)
+    axes.set(
+        title=title,
+        xlabel="most confident share of the pseudo-labels (%)",
+        ylabel="precision (%)",
+        xlim=(0, 100),
+        ylim=(0, 101),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize="small")
+    return figure

@@ -1,0 +1,16 @@
+"""What every algorithm asks of its labels."""
+
+import torch
+from torch import Tensor
+
+
+def check_labels(num_images: int, labeled: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError unless `labeled` (indexes) and `labels` (classes) describe labelled images."""
+    if len(labeled) != len(labels) or len(labeled) == 0:
+        raise ValueError(f"{len(labeled)} labelled images with {len(labels)} labels")
+    if int(labeled.min()) < 0 or int(labeled.max()) >= num_images:
+        raise ValueError(f"labelled indexes must lie in 0 ... {num_images - 1}")
+    if len(torch.unique(labeled)) != len(labeled):
+        raise ValueError("a labelled image is named twice")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(f"labels must lie in 0 ... {num_classes - 1}")

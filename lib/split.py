@@ -1,0 +1,91 @@
+"""Which images count as labelled: the published class-balanced split, bit for bit."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.images import UNKNOWN
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indexes into the training set, int64, each list class by class in the order of the draw."""
+
+    labeled: Tensor
+    unlabeled: Tensor
+
+
+def parse_num_labeled(text: str | int) -> int | str:
+    """A number of labelled images from a command line or a notebook: an integer, or `all`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text == ALL:
+        return ALL
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{text!r} is no number of labelled images: give an integer or all"
+        ) from None
+
+
+def expected_count(num_labeled: int | str, targets: Tensor, num_classes: int) -> int:
+    """How many images `labeled_split` labels: `num_labeled` cut down to a multiple of the classes."""
+    if num_labeled == ALL:
+        return int((targets != UNKNOWN).sum())
+    return int(num_labeled) // num_classes * num_classes
+
+
+def labeled_split(
+    targets: Tensor, num_labeled: int | str, num_classes: int, seed: int = 0
+) -> Split:
+    """Draw `num_labeled` labelled images, equally many of each class.
+
+    As published: `perm = randperm(N)` under the seed; of every class the first `num_labeled // C`
+    members in the order of `perm` are labelled, the others are not. Images without a known target
+    come last among the unlabelled ones.
+
+    Args:
+        targets: N class numbers, `UNKNOWN` where there is none.
+        num_labeled: how many labels to use, or `all` for every known one, balanced or not.
+        num_classes: C.
+        seed: of the draw; the published files have 0.
+
+    Raises:
+        ValueError: if a class has too few labelled images, or fewer labels than classes are asked for.
+    """
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    shuffled = targets[order]
+    members = [order[shuffled == label] for label in range(num_classes)]
+    if num_labeled == ALL:
+        counts = [len(m) for m in members]
+    else:
+        per_class = int(num_labeled) // num_classes
+        if per_class < 1:
+            raise ValueError(
+                f"{num_labeled} labelled images for {num_classes} classes: give {num_classes} at least"
+            )
+        if int(num_labeled) % num_classes:
+            warnings.warn(
+                f"{num_labeled} is no multiple of {num_classes} classes; using "
+                f"{per_class * num_classes} labelled images, {per_class} of each class",
+                stacklevel=2,
+            )
+        counts = [per_class] * num_classes
+    for label, (have, want) in enumerate(zip(map(len, members), counts, strict=True)):
+        if have < max(want, 1):
+            raise ValueError(
+                f"class {label} has {have} labelled images and {max(want, 1)} are asked for; lower the "
+                "number of labels"
+            )
+    unknown = order[shuffled == UNKNOWN]
+    return Split(
+        torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]),
+        torch.cat([m[n:] for m, n in zip(members, counts, strict=True)] + [unknown]),
+    )
