@@ -7,6 +7,7 @@ DIR/test/<class>/*           or DIR/val/<class>/*: images to measure on (optiona
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], 
     return paths, targets
 
 
-def _image_set(root: Path, paths: list[str], targets: list[int], **keywords) -> ImageSet:
+def _image_set(root: Path, paths: list[str], targets: list[int], **keywords: Any) -> ImageSet:
     images = read_images(paths, keywords["image_size"], keywords["num_workers"])
     relative = tuple(Path(p).relative_to(root).as_posix() for p in paths)
     labels = torch.tensor(targets, dtype=torch.int64)

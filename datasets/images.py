@@ -39,8 +39,10 @@ class ImageSet:
     paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8 and self.images.ndim == 4
-        assert self.targets.dtype == torch.int64 and len(self.targets) == len(self.images)
+        assert self.images.dtype == torch.uint8
+        assert self.images.ndim == 4
+        assert self.targets.dtype == torch.int64
+        assert len(self.targets) == len(self.images)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -51,7 +51,8 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
     bad = ~torch.isfinite(features).all(dim=1)
     if bad.any():
         raise ValueError(
-            f"{source}: {int(bad.sum())} rows hold NaN or infinity, the first is row {int(bad.int().argmax())}"
+            f"{source}: {int(bad.sum())} rows hold NaN or infinity, the first is row "
+            f"{int(bad.int().argmax())}"
         )
     return l2_normalize(features)
 

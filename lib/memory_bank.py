@@ -7,6 +7,7 @@ backward keeps mixed precision, gradient accumulation and several processes corr
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,9 @@ class _BankSoftmax(torch.autograd.Function):
     block = 8192  # rows of the bank at a time: B x 8192 logits stay inside the cache
 
     @staticmethod
-    def forward(ctx, v: Tensor, targets: Tensor, memory: Tensor, temperature: float, bf16: bool):
+    def forward(
+        ctx: Any, v: Tensor, targets: Tensor, memory: Tensor, temperature: float, bf16: bool
+    ) -> Tensor:
         dtype = torch.bfloat16 if bf16 else torch.float32
         v = v.float()
         query = (v / temperature).to(dtype)
@@ -82,7 +85,7 @@ class _BankSoftmax(torch.autograd.Function):
         return (top[:, 0] + total[:, 0].log() - own).mean()
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_output, None, None, None, None
 
