@@ -21,9 +21,9 @@ def load_cifar(name: str, data_dir: Path, train: bool) -> ImageSet:
         raw = family(str(data_dir), train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{name} is not in {data_dir.resolve()} and could not be downloaded ({error}). Put the "
-            f"unpacked folder {family.base_folder} there, or take --dataset patches, which needs no "
-            "download, or --dataset folder for images of your own"
+            f"{name} is not in {data_dir.resolve()}, or is damaged there, and could not be downloaded "
+            f"({error}). Put the unpacked folder {family.base_folder} there, or take --dataset patches, "
+            "which needs no download, or --dataset folder for images of your own"
         ) from error
     images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
     return ImageSet(name, images, torch.tensor(raw.targets), tuple(raw.classes), stats)

@@ -5,7 +5,10 @@ DIR/unlabeled/**             training images without a label, at any depth (opti
 DIR/test/<class>/*           or DIR/val/<class>/*: images to measure on (optional)
 """
 
+import hashlib
+import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,23 @@ from tqdm import tqdm
 from datasets.images import IMAGENET_STATS, UNKNOWN, ImageSet
 
 MEMORY_LIMIT = 8 * 2**30  # bytes of decoded images; more belongs to the ImageNet scripts
+NO_IMAGES = ("Thumbs.db", "desktop.ini")  # what operating systems leave in folders of images
 FEW_FILES = 2000  # below this, starting worker processes costs more than it saves
 
 
-def decode(path: str, image_size: int) -> np.ndarray:
-    """One picture as 3 x S x S bytes: upright, RGB, shorter side resized to S, centre cropped."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Pillow's own conversion cuts deeper pixels off at 255: the picture would be white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def decode(data: bytes, image_size: int) -> np.ndarray:
+    """One image file as 3 x S x S bytes: upright, RGB, shorter side resized to S, centre cropped."""
+    with Image.open(io.BytesIO(data)) as file:
+        image = _as_rgb(ImageOps.exif_transpose(file))
     if image.size != (image_size, image_size):
         image = functional.center_crop(functional.resize(image, image_size), image_size)
     return np.asarray(image).transpose(2, 0, 1).copy()
@@ -41,19 +54,24 @@ class _Decoder(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str, bytes]:
+        """Place in `paths`, the image or what is wrong with it, and the digest of the file."""
         try:
-            return index, decode(self.paths[index], self.image_size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return index, str(error)
+            data = Path(self.paths[index]).read_bytes()
+            return index, decode(data, self.image_size), hashlib.sha256(data).digest()
+        except Exception as error:  # whatever a broken file makes a decoder raise is reported
+            return index, str(error) or type(error).__name__, b""
 
 
 def _as_list(items: list) -> list:
     return items
 
 
-def read_images(paths: list[str], image_size: int, num_workers: int) -> torch.Tensor:
+def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[torch.Tensor, str]:
     """Decode files into N x 3 x S x S bytes, in the order of `paths`.
+
+    Returns:
+        The images, and a digest of the files' contents.
 
     Raises:
         ValueError: naming every unreadable file (the first ten), or when the set would not fit.
@@ -71,12 +89,12 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> torch.Te
         num_workers=num_workers if len(paths) >= FEW_FILES else 0,
         collate_fn=_as_list,
     )
-    problems = []
+    problems, contents = [], [b""] * len(paths)
     with tqdm(
         total=len(paths), desc="reading images", unit="img", leave=False, disable=None
     ) as bar:
         for batch in loader:
-            for index, image in batch:
+            for index, image, contents[index] in batch:
                 if isinstance(image, str):
                     problems.append(f"  {paths[index]}: {image}")
                 else:
@@ -87,15 +105,28 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> torch.Te
         raise ValueError(
             f"{len(problems)} of {len(paths)} images cannot be read; repair or remove them:\n{listed}"
         )
-    return images
+    return images, hashlib.sha256(b"".join(contents)).hexdigest()
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Every image below `folder`, in an order that does not depend on the file system."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        found += [os.path.join(parent, f) for f in files if f.lower().endswith(IMG_EXTENSIONS)]
+    """Every image below `folder`, in an order that does not depend on the file system.
+
+    Warns:
+        UserWarning: about files that are passed over, because they have another extension.
+    """
+    found, others = [], []
+    for parent, _, files in os.walk(folder, followlinks=True):
+        for name in files:
+            if name.lower().endswith(IMG_EXTENSIONS):
+                found.append(os.path.join(parent, name))
+            elif not name.startswith(".") and name not in NO_IMAGES:
+                others.append(os.path.join(parent, name))
+    if others:
+        warnings.warn(
+            f"{len(others)} files in {folder} are no images by their extension and are not used, "
+            f"such as {min(others)}; known are {', '.join(IMG_EXTENSIONS)}",
+            stacklevel=2,
+        )
     return sorted(found)
 
 
@@ -133,10 +164,12 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], 
 
 
 def _image_set(root: Path, paths: list[str], targets: list[int], **keywords: Any) -> ImageSet:
-    images = read_images(paths, keywords["image_size"], keywords["num_workers"])
+    images, contents = read_images(paths, keywords["image_size"], keywords["num_workers"])
     relative = tuple(Path(p).relative_to(root).as_posix() for p in paths)
     labels = torch.tensor(targets, dtype=torch.int64)
-    return ImageSet("folder", images, labels, keywords["classes"], IMAGENET_STATS, relative)
+    return ImageSet(
+        "folder", images, labels, keywords["classes"], IMAGENET_STATS, relative, contents
+    )
 
 
 def load_folder(root: Path, image_size: int, num_workers: int) -> tuple[ImageSet, ImageSet | None]:
@@ -153,6 +186,10 @@ def load_folder(root: Path, image_size: int, num_workers: int) -> tuple[ImageSet
     common = {"classes": classes, "image_size": image_size, "num_workers": num_workers}
     paths, targets = _labelled_files(root / "train", classes)
     unlabeled = _image_files(root / "unlabeled")
+    if (root / "unlabeled").is_dir() and not unlabeled:
+        raise ValueError(
+            f"{root / 'unlabeled'} holds no image ({', '.join(IMG_EXTENSIONS)}); put images in or remove it"
+        )
     tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
     test_files = _labelled_files(tests[0], classes) if tests else None  # checked before decoding
     train = _image_set(root, paths + unlabeled, targets + [UNKNOWN] * len(unlabeled), **common)

@@ -29,6 +29,7 @@ class ImageSet:
         classes: class names; their number is the number of classes.
         stats: mean and standard deviation per channel, for values in [0, 1].
         paths: file of each image, empty where the images do not come from single files.
+        contents: digest of those files' bytes.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ImageSet:
     classes: tuple[str, ...]
     stats: Stats
     paths: tuple[str, ...] = ()
+    contents: str = ""
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8
@@ -66,12 +68,13 @@ class ImageSet:
     def digest(self) -> str:
         """16 hexadecimal digits that change with the images, their order or their labels.
 
-        File names stand for the images where there are files: another version of a JPEG decoder
-        may change a pixel by one step, and that must not turn a set into another one.
+        Files stand for the images where there are files, by name and content: another version of a
+        JPEG decoder may change a pixel by one step, and that must not turn a set into another one.
         """
         state = hashlib.sha256(f"{len(self)} {self.classes}".encode())
         state.update(self.targets.numpy().tobytes())
-        state.update(
-            "\n".join(self.paths).encode() if self.paths else self.images.numpy().tobytes()
-        )
+        if self.paths:
+            state.update("\n".join((*self.paths, self.contents)).encode())
+        else:
+            state.update(self.images.numpy().tobytes())
         return state.hexdigest()[:16]

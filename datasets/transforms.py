@@ -71,8 +71,8 @@ class RandomResizedCrop:
         h, w = size
         height = (rows[:, 2] * h).round().clamp(1, h)
         width = (rows[:, 3] * w).round().clamp(1, w)
-        top = (rows[:, 0] * (h - height + 1)).floor().clamp(max=h - 1)
-        left = (rows[:, 1] * (w - width + 1)).floor().clamp(max=w - 1)
+        top = (rows[:, 0] * (h - height + 1)).floor().minimum(h - height)
+        left = (rows[:, 1] * (w - width + 1)).floor().minimum(w - width)
         return torch.stack([top, left, height, width], dim=1)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Files of tensors: saved all or nothing, loaded without running code, matched to a model by name."""
 
+import contextlib
 import io
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +42,19 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        with contextlib.suppress(OSError):  # half a file on a full disk helps nobody
+            temporary.unlink()
         raise ValueError(
-            f"cannot write {path} ({buffer.getbuffer().nbytes} bytes): {error.strerror}; "
-            "whatever stood there before is intact"
+            f"cannot write {path} ({buffer.getbuffer().nbytes} bytes, {_free_bytes(path.parent)} "
+            f"free): {error.strerror or error}; whatever stood there before is intact"
         ) from error
+
+
+def _free_bytes(folder: Path) -> int | str:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return "an unknown number"
 
 
 def load(path: str | Path) -> Any:
@@ -64,7 +75,7 @@ def load(path: str | Path) -> Any:
             f"{path} was refused: it holds more than tensors and plain values, which could run code "
             f"when opened ({reason})"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's readers meet damage with a dozen different exceptions
         raise ValueError(
             f"{path} cannot be read as a checkpoint; it is damaged or of another kind ({error})"
         ) from error
@@ -106,9 +117,13 @@ def model_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tenso
         ValueError: if there are none.
     """
     weights = state.get("net", state.get("state_dict", state))
-    if not isinstance(weights, Mapping) or not any(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(f"{path} holds no network weights; its entries are: {', '.join(state)}")
-    return strip_wrappers(weights)
+    if isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights):
+        plain = strip_wrappers(weights)
+        if any(isinstance(value, Tensor) for value in plain.values()):
+            return plain
+    raise ValueError(
+        f"{path} holds no network weights; its entries are: {', '.join(map(str, state))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,8 @@ def load_weights(
     given = dict(weights) if keep_head else {k: v for k, v in weights.items() if k not in head}
     # absent in files from before PyTorch 0.4.1, and only a counter
     optional = {name for name in own if name.endswith("num_batches_tracked")}
-    same = [name for name in given if name in own and own[name].shape == given[name].shape]
+    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
+    same = [name for name in given if name in own and own[name].shape == shapes[name]]
     report = LoadReport(
         loaded=tuple(same),
         missing=tuple(n for n in own if n not in given and n not in optional),

@@ -51,8 +51,11 @@ def select(gpus: str = "0", precision: str = "auto") -> Compute:
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
 
     Raises:
-        ValueError: for several devices, a device that does not exist or is no number.
+        ValueError: for several devices, a device that does not exist or is no number, or an unknown
+            precision.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
     names = [name.strip() for name in gpus.split(",") if name.strip()]
     if len(names) != 1:
         raise ValueError(f"--gpus {gpus}: name one device; several are not supported here yet")

@@ -1,7 +1,7 @@
 """Embeddings of a whole data set: extracted once, in evaluation mode, kept in a file."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
     """
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{source}: expected a matrix of floats, one row per image")
+    if not features.numel():
+        raise ValueError(f"{source}: there are no rows, or rows of no numbers")
+    features = features.float()  # before the check: a large float64 becomes infinite here
     if num_images is not None and len(features) != num_images:
         raise ValueError(f"{source}: {len(features)} rows for a data set of {num_images} images")
     bad = ~torch.isfinite(features).all(dim=1)
@@ -103,9 +106,13 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
             continue
         features = check(state[f"{prefix}features"], source=str(path))
         labels = state.get(f"{prefix}labels")
+        if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 1):
+            raise ValueError(f"{path}: the labels must be a tensor with one number per row")
         if labels is not None and len(labels) != len(features):
             raise ValueError(f"{path}: {len(labels)} labels for {len(features)} rows of features")
-        return features, None if labels is None else labels.long(), state.get("meta", {})
+        labels = None if labels is None else labels.long()
+        meta = state.get("meta")
+        return features, labels, meta if isinstance(meta, dict) else {}
     raise ValueError(f"{path} holds no features (train_features, features or val_features)")
 
 
@@ -179,6 +186,8 @@ def obtain(
     compute = compute or select()
     gray = model.conv1.in_channels == 1
     rows = extract(compute.prepare(model), data, compute, gray=gray)
+    # scaled once more, as reading the file does: the first run and the second get the same bits
+    usable = check(rows, len(data), source=f"the features of {checkpoint_file}")
     extracted = FeatureSet(rows, data.targets, data.num_classes, data.digest)
     checkpoint.save(extracted.state(**key), cache)
-    return extracted
+    return replace(extracted, features=usable)

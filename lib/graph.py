@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
+LEAST_SCALE = 1e-5  # of a local scale: below, distances of float32 vectors are rounding
 GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
 
 
@@ -96,11 +97,13 @@ def nearest_neighbors(
         block_bytes: bound of the similarities in memory.
 
     Raises:
-        ValueError: for fewer than two rows.
+        ValueError: for fewer than two rows, or no neighbour.
     """
     n = len(features)
     if n < 2:
         raise ValueError(f"a graph needs two images at least, not {n}")
+    if k < 1:
+        raise ValueError(f"a graph needs one neighbour per image at least, not {k}")
     k = min(k, n if include_self else n - 1)
     rank = min(scale_rank, n - 1)
     # padded to whole groups: rows of -inf similarity that no row ever picks
@@ -137,17 +140,20 @@ def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
         scale = (1 - neighbors.scale_similarities.numpy()[:, None]) / 2
     else:
         scale = np.float32(preset.scale)
-    # where even the scale's own neighbour is a duplicate, all distances are 0 and all weights 1
-    weights = np.exp(-preset.factor * distances / np.maximum(scale, 1e-12))
+    # where even the scale's own neighbour is a duplicate, all distances are about 0 and all weights 1
+    weights = np.exp(-preset.factor * distances / np.maximum(scale, LEAST_SCALE))
     pointers = np.arange(0, n * k + 1, k)
     directed = sp.csr_matrix(
         (weights.ravel().astype(np.float32), neighbors.indexes.numpy().ravel(), pointers), (n, n)
     )
     if preset.symmetrize == "max":
-        return directed.maximum(directed.T).tocsr()
-    if preset.symmetrize == "mean":
-        return ((directed + directed.T) * np.float32(0.5)).tocsr()
-    raise ValueError(f"unknown symmetrisation {preset.symmetrize!r}: take mean or max")
+        graph = directed.maximum(directed.T).tocsr()
+    elif preset.symmetrize == "mean":
+        graph = ((directed + directed.T) * np.float32(0.5)).tocsr()
+    else:
+        raise ValueError(f"unknown symmetrisation {preset.symmetrize!r}: take mean or max")
+    graph.eliminate_zeros()  # a weight that underflowed is no edge
+    return graph
 
 
 def build_graph(
@@ -160,7 +166,7 @@ def build_graph(
         num_neighbors: replaces the preset's K (and the rank of its scale, where that is K).
 
     Raises:
-        ValueError: for an unknown preset or fewer than two images.
+        ValueError: for an unknown preset, fewer than two images, or no neighbour.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:

@@ -48,8 +48,13 @@ def classify(
         Q x C float32 probabilities on the device of `queries`.
 
     Raises:
-        ValueError: if no row of the bank has a label.
+        ValueError: if no row of the bank has a label, for no neighbour or a temperature that is not
+            positive.
     """
+    if k < 1 or not temperature > 0:
+        raise ValueError(
+            f"k {k} and temperature {temperature} of nearest neighbours must be positive"
+        )
     known = bank_labels != UNKNOWN
     if not known.any():
         raise ValueError("nearest neighbours need at least one labelled image")

@@ -9,6 +9,15 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 
+def _plain(value: Any) -> Any:
+    """`value` with null for every number that is not finite, inside dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RunLog:
     """The record of one run in the folder `folder`: TensorBoard events and `log.jsonl`.
 
@@ -27,13 +36,10 @@ class RunLog:
 
     def write(self, event: str, step: int | None = None, **values: Any) -> None:
         """Append one line; numbers of an event that has a step go to TensorBoard too."""
-        plain = {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v
-            for name, v in values.items()
-        }
+        plain = _plain(values)
         head = {"event": event, "time": round(time.time(), 3)}
         head |= {} if step is None else {"step": step}
-        self._lines.write(json.dumps(head | plain) + "\n")
+        self._lines.write(json.dumps(head | plain, allow_nan=False) + "\n")
         self._lines.flush()
         if step is None:
             return

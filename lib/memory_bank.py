@@ -113,7 +113,12 @@ def draw_negatives(indexes: Tensor, k: int, num_images: int, seed: int, step: in
 
     Uniform sampling needs no alias table: a draw from N - 1 numbers, moved up by one from the own
     index on, is uniform over the others exactly, and never the positive.
+
+    Raises:
+        ValueError: if there is no other image.
     """
+    if num_images < 2:
+        raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
     drawn = torch.randint(
         num_images - 1, (len(indexes), k), generator=generator(seed, "negatives", step)
     ).to(indexes.device)

@@ -5,6 +5,7 @@ U x C), `pseudo_weights` (float32, U: the confidence), `labeled_indexes`, `unlab
 and `meta`, which is ours. The `pseudo_*` arrays are sorted by falling confidence.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from lib import checkpoint
 from lib.split import Split
 
 SLACK = 1e-4  # rounding of float32 probabilities
+EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.999999999999996
 
 
 def _index_problems(name: str, indexes: Tensor) -> list[str]:
@@ -71,29 +73,43 @@ class PseudoLabels:
             found.append("an image is both labelled and pseudo-labelled")
         if not torch.isin(self.indexes, self.unlabeled).all():
             found.append("a pseudo-labelled image is not among unlabeled_indexes")
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.indexes.shape:
-            found.append(
-                f"{len(self.labels)} pseudo_labels (int64) for {len(self.indexes)} indexes"
-            )
-        elif len(self.labels) and int(self.labels.min()) < 0:
-            found.append(f"the label {int(self.labels.min())} is negative")
-        return found + self._confidence_problems() + self._probability_problems()
+        if not isinstance(self.meta, Mapping):
+            found.append(f"meta is a {type(self.meta).__name__}, not a record of names and values")
+        labels = self._label_problems()
+        found += labels + self._confidence_problems()
+        return found if labels else found + self._probability_problems()
+
+    def _label_problems(self) -> list[str]:
+        labels = self.labels
+        if labels.dtype != torch.int64 or labels.shape != self.indexes.shape:
+            return [
+                f"pseudo_labels of shape {tuple(labels.shape)} and type {labels.dtype} for "
+                f"{len(self.indexes)} indexes; int64 is expected"
+            ]
+        if len(labels) and int(labels.min()) < 0:
+            return [f"the label {int(labels.min())} is negative"]
+        return []
 
     def _confidence_problems(self) -> list[str]:
         weights = self.confidence
         if not weights.is_floating_point() or weights.shape != self.indexes.shape:
-            return [f"{len(weights)} pseudo_weights (float) for {len(self.indexes)} indexes"]
+            return [
+                f"pseudo_weights of shape {tuple(weights.shape)} and type {weights.dtype} for "
+                f"{len(self.indexes)} indexes; floats are expected"
+            ]
         if not torch.isfinite(weights).all():
             return ["pseudo_weights hold NaN or infinity"]
         if len(weights) and (weights.min() < -SLACK or weights.max() > 1 + SLACK):
             return ["pseudo_weights leave [0, 1]"]
-        if (weights.diff() > SLACK).any():
+        # against all before, not the one before: small steps add up to a ranking upside down
+        if len(weights) and (weights - weights.cummin(0).values > SLACK).any():
             return ["pseudo_weights do not fall"]
         return []
 
     def _probability_problems(self) -> list[str]:
+        """Of `probabilities`, beside `labels` that are fine."""
         probs = self.probabilities
-        if probs is None or len(self.labels) != len(self.indexes):
+        if probs is None:
             return []
         if probs.ndim != 2 or len(probs) != len(self.indexes) or not probs.is_floating_point():
             return [f"pseudo_probs of shape {tuple(probs.shape)} for {len(self.indexes)} indexes"]
@@ -144,9 +160,10 @@ class PseudoLabels:
         """Positions of the most confident share, in the order of the file.
 
         Args:
-            ratio: share to take, 0 to 1.
-            class_balanced: take this share of each pseudo-class instead of the whole ranking. The most
-                confident labels crowd into few classes; training on those alone forgets the others.
+            ratio: share to take, 0 to 1, rounded down.
+            class_balanced: take this share of each pseudo-class instead of the whole ranking, rounded
+                up, so that no class is left out. The most confident labels crowd into few classes;
+                training on those alone forgets the others.
 
         Raises:
             ValueError: for a ratio outside of [0, 1].
@@ -154,14 +171,15 @@ class PseudoLabels:
         if not 0 <= ratio <= 1:
             raise ValueError(f"pseudo ratio {ratio}: must lie in [0, 1]")
         if not class_balanced:
-            return torch.arange(int(ratio * len(self.indexes)))
+            return torch.arange(math.floor(ratio * len(self.indexes) + EPSILON))
         # rank of each image within its own class; stable, so that confidence still decides
         rank = torch.empty_like(self.labels)
         size = torch.bincount(self.labels)
         for label in range(len(size)):
             members = (self.labels == label).nonzero()[:, 0]
             rank[members] = torch.arange(len(members))
-        return (rank < torch.ceil(ratio * size)[self.labels]).nonzero()[:, 0]
+        quota = torch.ceil(ratio * size.double() - EPSILON)
+        return (rank < quota[self.labels]).nonzero()[:, 0]
 
     def state(self) -> dict[str, Any]:
         """The published keys, and `meta`."""
@@ -198,11 +216,15 @@ def load(path: str | Path) -> PseudoLabels:
     if probs is None and weights is None:
         raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
     kinds = [key for key in (*keys, "pseudo_probs", "pseudo_weights") if key in state]
-    wrong = [key for key in kinds if not isinstance(state[key], Tensor)]
+    wrong = [
+        key
+        for key in kinds
+        if not isinstance(state[key], Tensor) or state[key].layout != torch.strided
+    ]
     if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)} must be tensors")
+        raise ValueError(f"{path}: {', '.join(wrong)} must be dense tensors")
     if weights is None:
-        weights = probs.amax(dim=1) if probs.ndim == 2 else probs
+        weights = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
     try:
         return PseudoLabels(
             state["pseudo_indexes"],
@@ -251,7 +273,7 @@ def from_scores(
     Confidence is 1 - exp(-(z1 - z2) / T) with the two largest scores of a row, probabilities are
     softmax(z / T): the same temperature in both.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
     first, second = scores.topk(2, dim=1).values.unbind(1)
     confidence = -torch.expm1(-(first - second) / temperature)

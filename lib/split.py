@@ -28,8 +28,8 @@ def parse_num_labeled(text: str | int) -> int | str:
     if text == ALL:
         return ALL
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(str(text))  # of the text, so that 2.5 is refused and not cut down
+    except ValueError:
         raise ValueError(
             f"{text!r} is no number of labelled images: give an integer or all"
         ) from None
@@ -39,7 +39,7 @@ def expected_count(num_labeled: int | str, targets: Tensor, num_classes: int) ->
     """How many images `labeled_split` labels: `num_labeled` cut down to a multiple of the classes."""
     if num_labeled == ALL:
         return int((targets != UNKNOWN).sum())
-    return int(num_labeled) // num_classes * num_classes
+    return parse_num_labeled(num_labeled) // num_classes * num_classes
 
 
 def labeled_split(
@@ -58,20 +58,27 @@ def labeled_split(
         seed: of the draw; the published files have 0.
 
     Raises:
-        ValueError: if a class has too few labelled images, or fewer labels than classes are asked for.
+        ValueError: if a class has too few labelled images, fewer labels than classes are asked for, or
+            a target is no class.
     """
+    num_labeled = parse_num_labeled(num_labeled)
+    strange = targets[(targets != UNKNOWN) & ((targets < 0) | (targets >= num_classes))]
+    if len(strange):
+        raise ValueError(
+            f"class {int(strange[0])} among {num_classes} classes (0 to {num_classes - 1})"
+        )
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     shuffled = targets[order]
     members = [order[shuffled == label] for label in range(num_classes)]
     if num_labeled == ALL:
         counts = [len(m) for m in members]
     else:
-        per_class = int(num_labeled) // num_classes
+        per_class = num_labeled // num_classes
         if per_class < 1:
             raise ValueError(
                 f"{num_labeled} labelled images for {num_classes} classes: give {num_classes} at least"
             )
-        if int(num_labeled) % num_classes:
+        if num_labeled % num_classes:
             warnings.warn(
                 f"{num_labeled} is no multiple of {num_classes} classes; using "
                 f"{per_class * num_classes} labelled images, {per_class} of each class",
@@ -79,10 +86,12 @@ def labeled_split(
             )
         counts = [per_class] * num_classes
     for label, (have, want) in enumerate(zip(map(len, members), counts, strict=True)):
-        if have < max(want, 1):
+        if have == 0:
+            raise ValueError(f"class {label} has no labelled image; every class needs one at least")
+        if have < want:
             raise ValueError(
-                f"class {label} has {have} labelled images and {max(want, 1)} are asked for; lower the "
-                "number of labels"
+                f"class {label} has {have} labelled images and {want} are asked for; lower the number "
+                "of labels"
             )
     unknown = order[shuffled == UNKNOWN]
     return Split(

@@ -3,10 +3,24 @@
 import torch
 from torch import Tensor
 
-from lib.knn import classify
+from lib.knn import BLOCK_BYTES, classify, weighted_votes
 from lib.propagation.checks import check_labels
 
 MAX_NEIGHBORS = 200
+
+
+def _without_own_vote(
+    bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float
+) -> Tensor:
+    """What the other labelled images say about each one: L x C probabilities."""
+    votes = []
+    rows_at_once = max(1, BLOCK_BYTES // (4 * len(bank)))
+    for rows in torch.arange(len(bank), device=bank.device).split(rows_at_once):
+        similarities = bank[rows] @ bank.T
+        similarities[torch.arange(len(rows), device=bank.device), rows] = -torch.inf
+        top, places = similarities.topk(min(k, len(bank) - 1), dim=1)
+        votes.append(weighted_votes(top, labels[places], num_classes, temperature))
+    return torch.cat(votes)
 
 
 def propagate_knn(
@@ -33,22 +47,15 @@ def propagate_knn(
         N x C probabilities, float32; uniform for a labelled image that is the only one.
 
     Raises:
-        ValueError: for labels that do not fit.
+        ValueError: for labels that do not fit, no neighbour, or a temperature that is not positive.
     """
     check_labels(len(features), labeled, labels, num_classes)
     bank = features[labeled]
     scores = classify(features, bank, labels, num_classes, k=k, temperature=temperature)
     if len(labeled) == 1:
         scores[labeled] = 1 / num_classes
-        return scores
-    for row, index in enumerate(labeled.tolist()):
-        others = torch.arange(len(labeled)) != row
-        scores[index] = classify(
-            features[index, None],
-            bank[others],
-            labels[others],
-            num_classes,
-            k=k,
-            temperature=temperature,
-        )[0]
+    else:
+        scores[labeled] = _without_own_vote(
+            bank, labels.to(bank.device), num_classes, k, temperature
+        )
     return scores

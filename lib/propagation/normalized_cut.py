@@ -26,9 +26,7 @@ def seed_vectors(
         raise ValueError(
             f"normalised cut needs two classes, and a labelled image of each; none of class {list(empty)}"
         )
-    mass = np.maximum(
-        degree[indexes], np.finfo(np.float64).tiny
-    )  # isolated images count as nothing
+    mass = degree[indexes]
     own = classes[:, None] == np.arange(num_classes)
     r = (mass @ own) / (mass @ ~own)
     values = np.where(own, np.sqrt(mass[:, None] / r), -np.sqrt(mass[:, None] * r))
@@ -49,7 +47,7 @@ def _between_components(spectrum: Spectrum, seeds: np.ndarray, indexes: np.ndarr
     labelled = np.zeros(spectrum.num_components)
     labelled[spectrum.components[indexes]] = 1
     mass = np.bincount(spectrum.components, weights=spectrum.degrees)
-    everywhere = np.sqrt(np.maximum(mass, np.finfo(np.float64).tiny)) * labelled
+    everywhere = np.sqrt(mass) * labelled
     everywhere /= np.linalg.norm(everywhere)
     coefficients *= labelled[:, None]
     coefficients -= everywhere[:, None] * (everywhere @ coefficients)

@@ -1,0 +1,61 @@
+"""What the tests share: the repository on the path, and scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def run_script(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run `python WORDS...` from the folder `cwd` and hand back its exit code and output.
+
+    Words ending in .py are scripts of this repository.
+    """
+    command = [str(ROOT / w) if str(w).endswith(".py") else str(w) for w in words]
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def assert_ok(result: subprocess.CompletedProcess) -> str:
+    """The output of a script that must have succeeded."""
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """A user's mistake: exit code 2, one message naming `words`, no traceback."""
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error:") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _same_global_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def blobs(
+    num_classes: int = 5, per_class: int = 40, dim: int = 16, spread: float = 0.25, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors around one random direction per class, in shuffled order, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(num_classes, dim, generator=generator)
+    centres = centres / centres.norm(dim=1, keepdim=True)
+    targets = torch.arange(num_classes).repeat_interleave(per_class)
+    targets = targets[torch.randperm(len(targets), generator=generator)]
+    points = centres[targets] + spread * torch.randn(len(targets), dim, generator=generator)
+    return points / points.norm(dim=1, keepdim=True), targets

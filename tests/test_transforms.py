@@ -1,0 +1,285 @@
+"""Augmentation: the pixels of torchvision for the same parameters, and its distribution of them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from datasets.transforms import (
+    Augmentation,
+    ColorJitter,
+    PadCrop,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    finetune_ops,
+    instance_ops,
+    to_gray,
+)
+
+STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def pictures(n=8, size=32, seed=0):
+    """Smooth noise, plus the colours that a hue formula gets wrong: grays and equal channels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = F.interpolate(torch.rand(n, 3, 8, 8, generator=generator), size, mode="bilinear")
+    corners = [[r, g, b] for r in (0.0, 0.5, 1.0) for g in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
+    images[:, :, 0, :27] = torch.tensor(corners).T
+    return images
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def in_a_batch(op, images, rows):
+    """Each image of the batch alone: what an image becomes must be a function of its row alone."""
+    return torch.cat([op(images[i : i + 1], rows[i : i + 1]) for i in range(len(images))])
+
+
+@pytest.mark.parametrize("size", [32, 21])
+def test_resized_crop_gives_the_pixels_of_torchvision_for_the_same_box(size):
+    images, op = pictures(24, size=32)[:, :, :size, :size], RandomResizedCrop(0.05)
+    rows = op.draw(len(images), generator())
+    rows[0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    rows[1] = torch.tensor([0.9999, 0.9999, 0.1, 0.1])  # the last place, an edge of the picture
+    ours = op(images, rows)
+    assert torch.equal(ours[0].round(decimals=5), images[0].round(decimals=5))
+    for image, got, box in zip(images, ours, op.boxes(rows, (size, size)).int(), strict=True):
+        expected = functional.resized_crop(image, *box.tolist(), [size, size], antialias=True)
+        assert torch.allclose(got, expected, atol=2e-5)
+
+
+def test_crop_boxes_lie_inside_the_image_and_reach_every_border():
+    op = RandomResizedCrop(0.2)
+    rows = torch.cat(
+        [op.draw(20000, generator()), torch.ones(1, 4), torch.tensor([[1, 1, 0.3, 0.3]])]
+    )
+    top, left, height, width = op.boxes(rows, (32, 32)).unbind(1)
+    for start, length in ((top, height), (left, width)):
+        assert start.min() == 0
+        assert length.min() >= 1
+        assert (start + length).max() == 32
+        assert torch.equal(start, start.round())
+
+
+def test_crop_boxes_are_distributed_as_in_torchvision():
+    op, image = RandomResizedCrop(0.2), torch.zeros(3, 32, 32)
+    torch.manual_seed(1)
+    theirs = torch.tensor(
+        [
+            transforms.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3))
+            for _ in range(8000)
+        ]
+    ).float()
+    ours = op.boxes(op.draw(40000, generator()), (32, 32))
+
+    def moments(boxes):
+        _, _, height, width = boxes.unbind(1)
+        area, ratio = height * width / 1024, (width / height).log()
+        whole = ((height == 32) & (width == 32)).float()
+        columns = [*boxes.unbind(1), area, ratio, whole]
+        return torch.stack([torch.stack([c.mean(), c.std()]) for c in columns])
+
+    # the standard error of a mean over 8000 boxes is 0.08 of a pixel at most; torchvision rounds
+    # before it asks whether a box fits, which makes a whole image likelier by 0.2%
+    difference = (moments(ours) - moments(theirs)).abs()
+    assert difference[:4].max() < 0.3
+    assert difference[4:].max() < 0.03
+
+
+def test_a_crop_of_the_whole_area_is_the_whole_image_when_no_candidate_fits():
+    rows = RandomResizedCrop(1.0).draw(2000, generator())
+    # of area 1 only a perfect square fits: all ten candidates fail nearly always
+    assert (rows[:, 2:] == 1).all(dim=1).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 1.5])
+def test_an_impossible_crop_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="crop scale"):
+        RandomResizedCrop(scale)
+
+
+@pytest.mark.parametrize(("size", "pad"), [(32, 4), (64, 8), (8, 1)])
+def test_pad_crop_cuts_from_a_reflection_of_an_eighth_of_the_side(size, pad):
+    images, op = torch.rand(30, 3, size, size, generator=generator()), PadCrop()
+    rows = op.draw(30, generator())
+    rows[0], rows[1] = 0.0, 1 - 2**-24
+    ours = op(images, rows)
+    offsets = (rows * (2 * pad + 1)).long()
+    assert offsets[:2].tolist() == [[0, 0], [2 * pad, 2 * pad]]
+    for image, got, (top, left) in zip(images, ours, offsets.tolist(), strict=True):
+        padded = functional.pad(image, [pad], padding_mode="reflect")
+        assert torch.equal(got, functional.crop(padded, top, left, size, size))
+
+
+def test_pad_crop_takes_each_of_the_81_places_equally_often():
+    offsets = (PadCrop().draw(81 * 200, generator()) * 9).long()
+    counts = (offsets[:, 0] * 9 + offsets[:, 1]).bincount(minlength=81)
+    statistic = ((counts - 200.0) ** 2 / 200).sum()
+    assert statistic < 135  # 0.9999 quantile of chi-square with 80 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "factors"),
+    [
+        (adjust_brightness, functional.adjust_brightness, (0.6, 1.0, 1.4)),
+        (adjust_contrast, functional.adjust_contrast, (0.6, 1.0, 1.4)),
+        (adjust_saturation, functional.adjust_saturation, (0.6, 1.0, 1.4)),
+        (adjust_hue, functional.adjust_hue, (-0.4, -0.1, 0.0, 0.25, 0.4)),
+    ],
+)
+def test_colour_adjustments_give_the_pixels_of_torchvision(ours, theirs, factors):
+    images = pictures()
+    for factor in factors:
+        got = ours(images, torch.full((len(images),), factor))
+        # 0.2989 against 0.299 in the weight of red is all that may differ
+        assert torch.allclose(got, theirs(images, factor), atol=5e-4), factor
+
+
+def test_contrast_keeps_the_mean_of_each_image_not_of_the_batch():
+    images = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.8)])
+    flat = adjust_contrast(images, torch.tensor([0.6, 0.6]))
+    assert torch.allclose(flat, images, atol=1e-6)
+
+
+def test_each_image_of_a_batch_gets_its_own_colour_factor():
+    images, factors = pictures(3), torch.tensor([0.6, 1.0, 1.4])
+    for adjust in ColorJitter.adjustments:
+        alone = [
+            adjust(images[i : i + 1], factors[i : i + 1] - 1 * (adjust is adjust_hue))
+            for i in range(3)
+        ]
+        together = adjust(images, factors - 1 * (adjust is adjust_hue))
+        assert torch.allclose(together, torch.cat(alone), atol=1e-6)
+
+
+def test_colour_jitter_applies_the_four_in_the_order_of_its_row():
+    images, op = pictures(24), ColorJitter(0.4)
+    rows = op.draw(24, generator())
+    theirs = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    untouched = images.clone()
+    ours = op(images, rows)
+    assert torch.equal(images, untouched)
+    for image, got, row in zip(images, ours, rows.tolist(), strict=True):
+        for k in map(int, row[4:]):
+            image = theirs[k](image, row[k])
+        assert torch.allclose(got, image, atol=2e-3)
+
+
+def test_colour_jitter_draws_the_distribution_of_torchvision():
+    n = 24 * 500
+    rows = ColorJitter(0.4).draw(n, generator())
+    low, high = torch.tensor([0.6] * 3 + [-0.4]), torch.tensor([1.4] * 3 + [0.4])
+    theirs = transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
+    assert [*theirs.brightness, *theirs.hue] == pytest.approx([0.6, 1.4, -0.4, 0.4])
+    factors = rows[:, :4]
+    assert (factors >= low).all()
+    assert (factors <= high).all()
+    assert torch.allclose(factors.mean(0), (low + high) / 2, atol=0.01)
+    assert torch.allclose(factors.std(0), (high - low) / math.sqrt(12), atol=0.01)
+    assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.05
+    orders = rows[:, 4:]
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(4.0).expand(n, 4))
+    counts = (orders.long() * torch.tensor([64, 16, 4, 1])).sum(1).bincount()
+    counts = counts[counts > 0]
+    assert len(counts) == 24
+    assert ((counts - 500.0) ** 2 / 500).sum() < 56  # 0.9999 quantile with 23 degrees of freedom
+
+
+def test_grayscale_is_torchvisions_and_falls_on_its_share():
+    images, op = pictures(200, size=32), RandomGrayscale(0.2)
+    rows = op.draw(200, generator())
+    ours = op(images, rows)
+    gray = functional.rgb_to_grayscale(images, num_output_channels=3)
+    chosen = rows[:, 0] < 0.2
+    assert torch.allclose(ours[chosen], gray[chosen], atol=5e-4)
+    assert torch.equal(ours[~chosen], images[~chosen])
+    share = (op.draw(20000, generator())[:, 0] < 0.2).float().mean()
+    assert share.item() == pytest.approx(0.2, abs=0.012)
+
+
+def test_flip_mirrors_left_and_right_for_half_of_the_images():
+    images, op = pictures(200), RandomHorizontalFlip()
+    rows = op.draw(200, generator())
+    ours, flipped = op(images, rows), rows[:, 0] < 0.5
+    assert torch.equal(ours[flipped], functional.hflip(images[flipped]))
+    assert torch.equal(ours[~flipped], images[~flipped])
+    share = (op.draw(20000, generator())[:, 0] < 0.5).float().mean()
+    assert share.item() == pytest.approx(0.5, abs=0.015)
+
+
+@pytest.mark.parametrize("crop", ["RandomResizedCrop", "PadCrop"])
+def test_what_an_image_becomes_depends_on_its_row_alone(crop):
+    images = pictures(6)
+    for op in instance_ops(crop):
+        rows = op.draw(6, generator())
+        assert torch.allclose(op(images, rows), in_a_batch(op, images, rows), atol=1e-6)
+
+
+def test_the_published_chains():
+    phase1 = instance_ops("RandomResizedCrop", 0.3)
+    assert [type(op) for op in phase1] == [
+        RandomResizedCrop,
+        ColorJitter,
+        RandomGrayscale,
+        RandomHorizontalFlip,
+    ]
+    assert (phase1[0].min_scale, phase1[0].max_scale) == (0.3, 1.0)
+    assert (phase1[1].strength, phase1[2].probability) == (0.4, 0.2)
+    assert type(instance_ops("PadCrop")[0]) is PadCrop
+    assert [type(op) for op in finetune_ops()] == [PadCrop, RandomHorizontalFlip]
+    with pytest.raises(ValueError, match="CenterCrop"):
+        instance_ops("CenterCrop")
+
+
+def test_normalisation_is_torchvisions():
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    ours = Augmentation((), STATS)(images)
+    expected = functional.normalize(images.float() / 255, *STATS)
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours, expected, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gray_input_has_one_channel_of_luminance():
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    ours = Augmentation((), STATS, gray=True)(images)
+    assert ours.shape == (5, 1, 8, 8)
+    mean, std = (sum(values) / 3 for values in STATS)
+    gray = functional.rgb_to_grayscale(images.float() / 255)
+    assert torch.allclose(ours, (gray - mean) / std, atol=1e-3)
+    assert torch.allclose(to_gray(torch.ones(1, 3, 2, 2)), torch.ones(1, 1, 2, 2))
+
+
+def test_augmentation_draws_on_the_cpu_from_the_given_generator_alone():
+    augmentation = Augmentation(instance_ops(), STATS)
+    images = (pictures(4) * 255).byte()
+    before = torch.get_rng_state()
+    first = augmentation(images, augmentation.draw(4, generator(7)))
+    again = augmentation(images, augmentation.draw(4, generator(7)))
+    other = augmentation(images, augmentation.draw(4, generator(8)))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.isfinite(first).all()
+
+
+def test_rows_that_do_not_match_the_operations_are_refused():
+    augmentation = Augmentation(finetune_ops(), STATS)
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="zip"):
+        augmentation(images, augmentation.draw(2, generator())[:1])
