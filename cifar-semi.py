@@ -19,6 +19,7 @@ TensorBoard events and `log.jsonl` to --log-root/--exp-name.
 
 import argparse
 import hashlib
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,13 @@ from lib.loader import Batches
 from lib.log import RunLog
 from lib.meters import Mean
 from lib.pseudo_labels import PseudoLabels
+from lib.sampler import num_batches
 from lib.schedule import learning_rate
-from lib.split import expected_count, labeled_split, parse_num_labeled
+from lib.split import expected_count, labeled_split
 from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
+OWN_KEYS = ("step", "acc", "best_acc", "net", "optimizer", "examples", "meta")
 
 # Options that make a run what it is: resuming with another value would be another run.
 MATHEMATICS = (
@@ -51,16 +54,33 @@ MATHEMATICS = (
 
 @dataclass(frozen=True)
 class Examples:
-    """What to train on: images by index, their labels (true or pseudo), the weight of each one's loss."""
+    """What to train on: images by index, their labels (true or pseudo), the weight of each one's loss.
+
+    The first `num_labeled` of them have their true labels.
+    """
 
     indexes: Tensor
     labels: Tensor
     weights: Tensor
+    num_labeled: int
+
+    def __str__(self) -> str:
+        num_pseudo = len(self.labels) - self.num_labeled
+        return f"{self.num_labeled} labelled and {num_pseudo} pseudo-labelled images"
 
     @property
     def digest(self) -> str:
         parts = (self.indexes, self.labels, self.weights)
         return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training begins: steps already done, accuracy after them, best accuracy so far."""
+
+    step: int = 0
+    accuracy: float = float("nan")
+    best: float = 0.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,12 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
     optimization = options.add_optimization(parser, lr=0.01)
     optimization.add_argument("--max-iters", type=int, default=500000, help="optimizer steps")
     optimization.add_argument(
-        "--criterion", choices=("CrossEntropyLoss", "MultiMarginLoss"), default="CrossEntropyLoss"
+        "--criterion",
+        choices=("CrossEntropyLoss", "MultiMarginLoss"),
+        default="CrossEntropyLoss",
+        help="loss of torch.nn",
     )
     labels = parser.add_argument_group("labels")
     labels.add_argument(
         "--num-labeled",
-        type=parse_num_labeled,
+        type=options.num_labeled,
         default=500,
         metavar="N",
         help="labelled images, equally many of each class; all: every image that has a label",
@@ -121,15 +144,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "max_iters", "batch_size", "lr", "eval_freq", "print_freq")
+    options.check_common(args)
+    options.require_positive(args, "max_iters", "eval_freq", "print_freq")
+    options.require_share(args, "pseudo_ratio")
     if args.eval and not args.resume:
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
     if args.resume and not Path(args.resume).is_file():
         raise ValueError(f"--resume {args.resume}: there is no such file")
     if not args.pseudo_file:
-        unused = [name for name in ("confidence_weighted", "class_balanced") if getattr(args, name)]
-        for name in unused:
-            print(f"warning: --{name.replace('_', '-')} has no effect without --pseudo-file")
+        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced")
+        options.warn_unused(args, build_parser(), "without --pseudo-file", *unused)
+    if args.finetune and not args.resume:
+        warning = "warning: --finetune without --resume trains on features of a random network"
+        print(warning, file=sys.stderr)
 
 
 def choose_examples(args, train: ImageSet, pseudo: PseudoLabels | None) -> Examples:
@@ -156,26 +183,29 @@ def choose_examples(args, train: ImageSet, pseudo: PseudoLabels | None) -> Examp
         torch.cat([indexes, chosen]),
         torch.cat([true, labels]),
         torch.cat([torch.ones(len(true)), weights.float()]),
+        len(true),
     )
 
 
-def load_start(args, model: nn.Module, optimizer, examples: Examples, meta) -> tuple[int, float]:
-    """Apply --resume; returns the first step and the best accuracy so far."""
+def load_start(args, model: nn.Module, optimizer, examples: Examples, meta) -> Start:
+    """Apply --resume: the weights of phase 1 at step 0, or this run where it stopped."""
     if not args.resume:
-        return 0, 0.0
+        return Start()
     state = checkpoint.load_dict(args.resume)
-    weights = checkpoint.model_weights(state, args.resume)
     own_run = "step" in state
+    if own_run:
+        state = checkpoint.load_dict(args.resume, *OWN_KEYS)
+        provenance.require_same(state["meta"], meta, MATHEMATICS)
+        if state["examples"] != examples.digest:
+            raise ValueError(f"{args.resume} was trained on other images or labels than these")
+    weights = checkpoint.model_weights(state, args.resume)
     report = checkpoint.load_weights(model, weights, source=args.resume, keep_head=own_run)
     print(f"{args.resume}: {report}")
     if not own_run:
-        return 0, 0.0
-    provenance.require_same(state["meta"], meta, MATHEMATICS)
-    if state["examples"] != examples.digest:
-        raise ValueError(f"{args.resume} was trained on other images or labels than these")
-    optimizer.load_state_dict(state["optimizer"])
+        return Start()
+    engine.restore(args.resume, [(optimizer, state["optimizer"])])
     print(f"continuing at step {state['step']} (best accuracy so far {state['best_acc']:.2f}%)")
-    return state["step"], state["best_acc"]
+    return Start(state["step"], state["acc"], state["best_acc"])
 
 
 def evaluate_file(args, model: nn.Module, test: ImageSet | None, compute) -> dict[str, float]:
@@ -183,8 +213,13 @@ def evaluate_file(args, model: nn.Module, test: ImageSet | None, compute) -> dic
     if test is None:
         raise ValueError("--eval needs test images: DIR/test/<class>/* or DIR/val/<class>/*")
     state = checkpoint.load_dict(args.resume)
+    if "lemniscate" in state:
+        raise ValueError(
+            f"{args.resume} is a metric of phase 1, no classifier: unsupervised/cifar.py --test-only "
+            "measures it, this script without --eval trains a classifier from it"
+        )
     weights = checkpoint.model_weights(state, args.resume)
-    checkpoint.load_weights(model, weights, source=args.resume)
+    print(f"{args.resume}: {checkpoint.load_weights(model, weights, source=args.resume)}")
     scores = engine.evaluate(model, test, compute, gray=args.input_gray)
     print(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
     return scores
@@ -205,6 +240,32 @@ def run_state(model, optimizer, step: int, accuracy, best, examples, train, meta
     }
 
 
+def save(state: dict[str, Any], folder: Path, is_best: bool) -> None:
+    """The best one first: a run cut off in between repeats its last steps and writes both again."""
+    if is_best:
+        checkpoint.save(state, folder / BEST)
+    checkpoint.save(state, folder / LAST)
+
+
+def measure(args, log: RunLog, model, test: ImageSet | None, compute, done: int, best: float):
+    """Test accuracy after step `done` and the best so far; NaN where there are no test images."""
+    if test is None:
+        return float("nan"), best
+    scores = engine.evaluate(model, test, compute, gray=args.input_gray)
+    best = max(best, scores["top1"])
+    log.write("test", done, **scores, best=best)
+    tqdm.write(f"step {done:6d}  test accuracy {scores['top1']:.2f}% (best {best:.2f}%)")
+    return scores["top1"], best
+
+
+def report_training(log: RunLog, done: int, max_iters: int, values: dict[str, float]) -> None:
+    log.write("train", done, **values)
+    tqdm.write(
+        f"step {done:6d}/{max_iters}  loss {values['loss']:.4f}  lr {values['lr']:.5f}"
+        f"  {values['images_per_s']:.0f} img/s"
+    )
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What is asked for, on what data; a bad pseudo-label file ends here
     check_options(args)
@@ -215,69 +276,64 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     examples = None if args.eval else choose_examples(args, train, pseudo)
 
-    # 2. Network, optimizer, schedule
+    # 2. Network, optimizer, schedule; weights of phase 1, or where this run stopped
     torch.manual_seed(args.rng_seed)
     channels = 1 if args.input_gray else 3
     model = compute.prepare(build_model(args.architecture, train.num_classes, in_channels=channels))
     if examples is None:
         return evaluate_file(args, model, test, compute)
-    trained = getattr(model, model.head_name) if args.finetune else model
-    optimizer = engine.sgd(trained.parameters(), args.lr, args.weight_decay)
+    parameters = engine.trainable(model, head_only=args.finetune)
+    optimizer = engine.sgd(parameters, args.lr, args.weight_decay)
     criterion = getattr(nn, args.criterion)(reduction="none")
-    schedule = learning_rate(args.lr_scheduler, base=args.lr, total=args.max_iters)
-    meta = provenance.record(vars(args), train.digest)
-    first, best = load_start(args, model, optimizer, examples, meta)
-    num_true = expected_count(args.num_labeled, train.targets, train.num_classes)
-    print(
-        f"{compute}; {args.dataset}: {num_true} labelled and {len(examples.labels) - num_true} "
-        f"pseudo-labelled images of {len(train)}, {train.num_classes} classes"
+    per_epoch = num_batches(len(examples.indexes), args.batch_size)
+    schedule = learning_rate(
+        args.lr_scheduler, base=args.lr, total=args.max_iters, steps_per_epoch=per_epoch
     )
+    meta = provenance.record(vars(args), train.digest)
+    start = load_start(args, model, optimizer, examples, meta)
+    folder = options.writable_folder("--model-root", Path(args.model_root) / args.exp_name)
+    print(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 3. Train, test, save
     augmentation = Augmentation(finetune_ops(), train.stats, gray=args.input_gray)
     batches = Batches(train, augmentation, compute, batch_size=args.batch_size, seed=args.rng_seed)
     steps = engine.finetune(
-        *(model, criterion, optimizer, batches.stream(examples.indexes, first, args.max_iters)),
+        model,
+        criterion,
+        optimizer,
+        batches.stream(examples.indexes, start.step, args.max_iters),
         *(examples.labels, examples.weights, schedule, compute),
-        first_step=first,
+        first_step=start.step,
         head_only=args.finetune,
     )
-    folder, accuracy = Path(args.model_root) / args.exp_name, float("nan")
-    loss, start, seen = Mean(), time.perf_counter(), 0
-    with RunLog(Path(args.log_root) / args.exp_name) as log:
-        log.write("start", first_step=first, meta=meta)
-        for step in tqdm(
-            steps, initial=first, total=args.max_iters, unit="step", leave=False, disable=None
-        ):
-            done = step.number + 1
+    accuracy, best, loss, seen, since = start.accuracy, start.best, Mean(), 0, time.perf_counter()
+    bar = tqdm(initial=start.step, total=args.max_iters, unit="step", leave=False, disable=None)
+    with RunLog(Path(args.log_root) / args.exp_name) as log, bar:
+        log.write("start", first_step=start.step, meta=meta)
+        for step in steps:
+            done, is_last = step.number + 1, step.number + 1 == args.max_iters
             loss.update(step.loss, step.batch_size)
             seen += step.batch_size
-            if done % args.print_freq == 0 or done == args.max_iters:
+            bar.update()
+            if done % args.print_freq == 0 or is_last:
                 values = {"loss": loss.value, "lr": step.lr}
-                values["images_per_s"] = seen / (time.perf_counter() - start)
-                log.write("train", done, **values)
-                tqdm.write(
-                    f"step {done:6d}/{args.max_iters}  loss {values['loss']:.4f}  lr {step.lr:.5f}"
-                    f"  {values['images_per_s']:.0f} img/s"
-                )
-                loss, start, seen = Mean(), time.perf_counter(), 0
-            if done % args.eval_freq == 0 or done == args.max_iters:
-                is_best = test is None
-                if test is not None:
-                    scores = engine.evaluate(model, test, compute, gray=args.input_gray)
-                    accuracy = scores["top1"]
-                    is_best = accuracy >= best
-                    best = max(best, accuracy)
-                    log.write("test", done, **scores, best=best)
-                    tqdm.write(f"step {done:6d}  test accuracy {accuracy:.2f}% (best {best:.2f}%)")
-                state = run_state(*(model, optimizer, done, accuracy, best, examples, train, meta))
-                checkpoint.save(state, folder / LAST)
-                if is_best:
-                    checkpoint.save(state, folder / BEST)
+                values["images_per_s"] = seen / (time.perf_counter() - since)
+                report_training(log, done, args.max_iters, values)
+                loss, seen, since = Mean(), 0, time.perf_counter()
+            if done % args.eval_freq == 0 or is_last:
+                paused = time.perf_counter()
+                engine.require_finite(done, model)
+                accuracy, best = measure(args, log, model, test, compute, done, best)
+                state = run_state(model, optimizer, done, accuracy, best, examples, train, meta)
+                save(state, folder, is_best=not accuracy < best)
+                since += time.perf_counter() - paused
         log.write("end", args.max_iters, last=accuracy, best=best)
 
     # 4. Both numbers: the published one is chosen on the test images, the last one is not
-    print(f"last accuracy {accuracy:.2f}%, best accuracy {best:.2f}%; checkpoint: {folder / LAST}")
+    measured = (
+        f"last accuracy {accuracy:.2f}%, best accuracy {best:.2f}%; " if test is not None else ""
+    )
+    print(f"{measured}checkpoint: {folder / LAST}")
     return {"last": accuracy, "best": best}
 
 

@@ -170,10 +170,10 @@ class NCE(_Sampled):
     @torch.no_grad()
     def _estimate_z(self, exponentials: Tensor, num_images: int) -> None:
         estimate = exponentials.mean() * num_images
-        if self.z < 0:
-            self.z.copy_(estimate)
-        elif self.z_momentum is not None and self.training:
-            self.z.lerp_(estimate, 1 - self.z_momentum)
+        moving = self.z_momentum is not None and self.training
+        later = self.z.lerp(estimate, 1 - self.z_momentum) if moving else self.z
+        # chosen on the device: to ask whether it is the first batch would wait for it at every step
+        self.z.copy_(torch.where(self.z < 0, estimate, later))
 
     def forward(self, v: Tensor, indexes: Tensor, memory: Tensor, step: int) -> Tensor:
         """v: B x D unit embeddings, indexes: B, memory: N x D -> mean loss."""

@@ -1,16 +1,20 @@
 """Options that the scripts share, in named groups, and the way a script is started."""
 
 import argparse
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from datasets import DATASETS
 from lib.devices import PRECISIONS
 from lib.schedule import SCHEDULES
+from lib.split import parse_num_labeled
 from models import SMALL_ARCHITECTURES
 
-EXIT_USAGE = 2
+EXIT_FAILURE, EXIT_USAGE = 1, 2
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -80,24 +84,86 @@ def add_compute(group_of: argparse.ArgumentParser) -> None:
     group.add_argument("--rng-seed", type=int, default=0, help="seed of all that is random")
 
 
+def num_labeled(text: str) -> int | str:
+    """`parse_num_labeled` as argparse wants it: its message reaches the user."""
+    try:
+        return parse_num_labeled(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def flag(name: str) -> str:
+    """What the user typed for `args.name`."""
+    return "--" + name.replace("_", "-")
+
+
 def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise ValueError naming the options among `names` whose value is not positive."""
-    wrong = [n for n in names if getattr(args, n) <= 0]
+    """Raise ValueError naming the options among `names` whose value is not positive and finite."""
+    _require(args, names, lambda value: 0 < value < math.inf, "must be positive")
+
+
+def require_not_negative(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError naming the options among `names` whose value is negative or not finite."""
+    _require(args, names, lambda value: 0 <= value < math.inf, "must not be negative")
+
+
+def require_share(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError naming the options among `names` whose value is not in [0, 1]."""
+    _require(args, names, lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+
+
+def _require(
+    args: argparse.Namespace, names: tuple[str, ...], good: Callable[[float], bool], rule: str
+) -> None:
+    wrong = [f"{flag(n)} {getattr(args, n)}" for n in names if not good(getattr(args, n))]
     if wrong:
-        listed = ", ".join(f"--{n.replace('_', '-')} {getattr(args, n)}" for n in wrong)
-        raise ValueError(f"{listed}: must be positive")
+        raise ValueError(f"{', '.join(wrong)}: {rule}")
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Refuse values of the shared options that no run can work with."""
+    require_positive(args, "lr", "batch_size", "image_size")
+    require_not_negative(args, "num_workers", "weight_decay", "rng_seed")
+    if args.rng_seed >= 2**63:
+        raise ValueError(f"--rng-seed {args.rng_seed}: must be below 2**63")
+
+
+def warn_unused(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, reason: str, *names: str
+) -> None:
+    """Say which of the options `names` the user set although `reason` leaves them without effect."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            print(f"warning: {flag(name)} has no effect {reason}", file=sys.stderr)
+
+
+def writable_folder(option: str, path: str | Path) -> Path:
+    """The folder `path`, made where it is missing and proved to take files: before hours of training.
+
+    Raises:
+        ValueError: naming the option that gave it.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise ValueError(
+            f"{option}: cannot write to the folder {path}: {error.strerror}"
+        ) from error
 
 
 def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
     """Parse the command line and run; a user's mistake ends in one message and exit code 2.
 
-    `TRACEBACK=1` in the environment shows where the message came from.
+    A run that diverges ends in one message and exit code 1. `TRACEBACK=1` in the environment shows
+    where a message came from.
     """
     args = options.parse_args()
     try:
         main(args)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         print(f"{options.prog}: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        sys.exit(EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE)

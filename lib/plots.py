@@ -1,5 +1,7 @@
 """Pictures of a metric and of what was propagated through it. Every function returns a Figure."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -45,7 +47,7 @@ def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) 
     """The first eigenvectors at sampled images sorted by class, and the eigenvalues."""
     chosen, borders = _sample_by_class(targets)
     shown = torch.from_numpy(spectrum.vectors[:, :num_vectors])[chosen]
-    shown = shown / shown.std(dim=0, keepdim=True).clamp(min=1e-12)
+    shown = shown / shown.std(dim=0, correction=0, keepdim=True).clamp(min=1e-12)
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     picture = left.imshow(shown, cmap="RdBu", vmin=-2, vmax=2, aspect="auto", interpolation="none")
@@ -79,4 +81,33 @@ def confidence_precision(curves: dict[int, Curve], title: str) -> Figure:
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+def accuracy_by_labels(
+    results: Mapping[str, Mapping[int, Sequence[float]]], names: Mapping[str, str]
+) -> Figure:
+    """Mean and range of several methods over the number of labels.
+
+    Args:
+        results: percentages by method, number of labels and repetition.
+        names: what to call each method.
+    """
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, label) in enumerate(names.items()):
+        counts = sorted(results[name])
+        values = [torch.tensor(results[name][n], dtype=torch.float64) for n in counts]
+        color = f"C{place}"
+        axes.plot(counts, [float(v.mean()) for v in values], "o-", color=color, label=label)
+        low, high = [float(v.min()) for v in values], [float(v.max()) for v in values]
+        axes.fill_between(counts, low, high, color=color, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.set(
+        xlabel="labelled images", ylabel="correct (%)", title="Mean, and range over the splits"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
     return figure

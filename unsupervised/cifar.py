@@ -110,11 +110,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "epochs", "batch_size", "low_dim", "lr", "nce_t")
-    if args.nce_k < 0:
-        raise ValueError(f"--nce-k {args.nce_k}: give 0 (full softmax) or a number of negatives")
+    options.check_common(args)
+    options.require_positive(args, "epochs", "low_dim", "nce_t")
+    options.require_not_negative(args, "nce_k")
+    if not 0 <= args.nce_m < 1:
+        raise ValueError(f"--nce-m {args.nce_m}: the momentum of the bank must lie in [0, 1)")
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
+    parser = build_parser()
+    if args.nce_k == 0:
+        options.warn_unused(args, parser, "without --nce-k", "nce_loss", "nce_z")
+    elif args.nce_loss != "nce":
+        options.warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")
+    if args.transform_crop == "PadCrop":
+        options.warn_unused(args, parser, "with PadCrop", "transform_scale")
+
+
+def check_images(args: argparse.Namespace, train: ImageSet) -> None:
+    """Instance discrimination tells images apart: there must be some, and more than negatives."""
+    if len(train) < 2:
+        raise ValueError(f"{len(train)} training images: there is nothing to tell apart")
+    if args.nce_k >= len(train):
+        raise ValueError(
+            f"--nce-k {args.nce_k}: an image has only {len(train) - 1} others to draw from; take fewer, "
+            "or --nce-k 0, the softmax over all images"
+        )
 
 
 def build_criterion(args: argparse.Namespace, compute: devices.Compute) -> nn.Module:
@@ -130,12 +150,12 @@ def build_criterion(args: argparse.Namespace, compute: devices.Compute) -> nn.Mo
 
 
 def monitor(
-    model: nn.Module, bank: torch.Tensor, train: ImageSet, test: ImageSet | None, compute, args
+    model: nn.Module, bank: torch.Tensor, train: ImageSet, test: ImageSet | None, compute
 ) -> dict[str, float]:
     """kNN accuracy of the test images, {} where there are none or no training image has a label."""
     if test is None or bool((train.targets == UNKNOWN).all()):
         return {}
-    return engine.knn_monitor(model, bank, train.targets, test, compute, temperature=args.nce_t)
+    return engine.knn_monitor(model, bank, train.targets, test, compute)
 
 
 def run_state(model, optimizer, bank, criterion, epoch, scores, best, meta) -> dict[str, Any]:
@@ -153,32 +173,45 @@ def run_state(model, optimizer, bank, criterion, epoch, scores, best, meta) -> d
     }
 
 
+def load_network(args, model: nn.Module, state: dict[str, Any]) -> None:
+    weights = checkpoint.model_weights(state, args.resume)
+    print(f"{args.resume}: {checkpoint.load_weights(model, weights, source=args.resume)}")
+
+
 def resume(args, model, optimizer, bank, criterion, meta) -> tuple[int, float]:
     """Restore a run in place; returns the next epoch and the best accuracy so far."""
-    state = checkpoint.load_dict(args.resume, "net", "optimizer", "epoch", "lemniscate", "meta")
-    if not args.test_only:
-        provenance.require_same(state["meta"], meta, MATHEMATICS)
-    weights = checkpoint.model_weights(state, args.resume)
-    report = checkpoint.load_weights(model, weights, source=args.resume)
-    print(f"{args.resume}: {report}")
-    if args.test_only:
-        return state["epoch"] + 1, state["best_acc"]
-    optimizer.load_state_dict(state["optimizer"])
-    bank.load_state_dict(state["lemniscate"])
-    criterion.load_state_dict(state["criterion"])
+    own = ("net", "optimizer", "epoch", "lemniscate", "criterion", "best_acc", "meta")
+    state = checkpoint.load_dict(args.resume, *own)
+    provenance.require_same(state["meta"], meta, MATHEMATICS)
+    load_network(args, model, state)
+    parts = {"optimizer": optimizer, "lemniscate": bank, "criterion": criterion}
+    engine.restore(args.resume, ((part, state[name]) for name, part in parts.items()))
+    print(f"continuing after epoch {state['epoch'] + 1} (best so far {state['best_acc']:.2f}%)")
     return state["epoch"] + 1, state["best_acc"]
 
 
-def train_epoch(steps, per_epoch: int, description: str) -> tuple[Mean, int, float]:
-    """Run an epoch's steps under a progress bar; mean loss, images seen, last learning rate."""
-    loss, seen, lr = Mean(), 0, 0.0
+def measure(args, model, train: ImageSet, test: ImageSet | None, compute) -> dict[str, float]:
+    """--test-only: kNN accuracy on a bank recomputed in evaluation mode, last batch included."""
+    load_network(args, model, checkpoint.load_dict(args.resume))
+    memory = features.extract(model, train, compute).to(compute.device)
+    scores = monitor(model, memory, train, test, compute)
+    if not scores:
+        raise ValueError("--test-only needs test images, and labels for the training images")
+    print(f"kNN top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
+    return scores
+
+
+def train_epoch(steps, per_epoch: int, description: str) -> dict[str, float]:
+    """Run an epoch's steps under a progress bar; mean loss, last learning rate, images per second."""
+    start, loss, seen, lr = time.perf_counter(), Mean(), 0, 0.0
     bar = tqdm(steps, total=per_epoch, desc=description, unit="step", leave=False, disable=None)
     for step in bar:
         loss.update(step.loss, step.batch_size)
         seen, lr = seen + step.batch_size, step.lr
         if step.number % 50 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.value:.3f}")
-    return loss, seen, lr
+    mean = loss.value  # waits for the device: the clock is read after it
+    return {"loss": mean, "lr": lr, "images_per_s": seen / (time.perf_counter() - start)}
 
 
 def describe(epoch: int, epochs: int, values: dict[str, float]) -> str:
@@ -192,6 +225,13 @@ def describe(epoch: int, epochs: int, values: dict[str, float]) -> str:
     return line
 
 
+def save(state: dict[str, Any], folder: Path, is_best: bool) -> None:
+    """The best one first: a run cut off in between repeats its epoch and writes both again."""
+    if is_best:
+        checkpoint.save(state, folder / BEST)
+    checkpoint.save(state, folder / LAST)
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what data
     check_options(args)
@@ -199,12 +239,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     train, test = build_datasets(
         args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
     )
+    check_images(args, train)
     print(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
-    meta = provenance.record(vars(args), train.digest)
 
-    # 2. Network, memory bank, optimizer, schedule
+    # 2. Network; with --test-only that is all it takes
     torch.manual_seed(args.rng_seed)
     model = compute.prepare(build_model(args.architecture, args.low_dim, normalize=True))
+    if args.test_only:
+        return measure(args, model, train, test, compute)
+
+    # 3. Memory bank, optimizer, batches, schedule; where an interrupted run stopped
     bank = memory_bank.MemoryBank(len(train), args.low_dim, args.nce_m, args.rng_seed)
     bank, criterion = bank.to(compute.device), build_criterion(args, compute)
     optimizer = engine.sgd(model.parameters(), args.lr, args.weight_decay)
@@ -215,45 +259,33 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     schedule = learning_rate(
         args.lr_scheduler, base=args.lr, total=total, steps_per_epoch=batches.per_epoch
     )
-    first, best = 0, 0.0
+    meta, first, best = provenance.record(vars(args), train.digest), 0, 0.0
     if args.resume:
         first, best = resume(args, model, optimizer, bank, criterion, meta)
-
-    # 3. Only measure: the bank is recomputed in evaluation mode, in order, last batch included
-    if args.test_only:
-        memory = features.extract(model, train, compute).to(compute.device)
-        scores = monitor(model, memory, train, test, compute, args)
-        if not scores:
-            raise ValueError("--test-only needs test images, and labels for the training images")
-        print(f"kNN top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
-        return scores
+    folder = options.writable_folder("--model-dir", args.model_dir)
 
     # 4. Train
-    chance = criterion.chance(len(train))
     values: dict[str, float] = {}
     with RunLog(args.log_dir) as log:
         log.write("start", first_epoch=first, meta=meta)
         for epoch in range(first, args.epochs):
-            start = time.perf_counter()
-            first_step = epoch * batches.per_epoch
+            first_step, last_step = epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch
             steps = engine.pretrain(
                 *(model, bank, criterion, optimizer, batches.epoch(epoch), schedule, compute),
                 first_step=first_step,
             )
-            loss, seen, lr = train_epoch(steps, batches.per_epoch, f"epoch {epoch + 1}")
-            values = {"loss": loss.value, "chance": chance, "lr": lr}
-            values["images_per_s"] = seen / (time.perf_counter() - start)
-            scores = monitor(model, bank.memory, train, test, compute, args)
+            values = train_epoch(steps, batches.per_epoch, f"epoch {epoch + 1}")
+            engine.require_finite(last_step, model, bank)
+            scores = monitor(model, bank.memory, train, test, compute)
             is_best = scores.get("top1", 0.0) >= best
             best = max(best, scores.get("top1", 0.0))
-            values |= {f"knn_{name}": score for name, score in scores.items()} | {"best": best}
+            values |= {"chance": criterion.chance(len(train)), "best": best}
+            values |= {f"knn_{name}": score for name, score in scores.items()}
             print(describe(epoch, args.epochs, values), flush=True)
-            log.write("epoch", first_step + batches.per_epoch, epoch=epoch, **values)
+            log.write("epoch", last_step, epoch=epoch, **values)
             state = run_state(model, optimizer, bank, criterion, epoch, scores, best, meta)
-            checkpoint.save(state, Path(args.model_dir) / LAST)
-            if is_best:
-                checkpoint.save(state, Path(args.model_dir) / BEST)
-    print(f"last checkpoint: {Path(args.model_dir) / LAST}")
+            save(state, folder, is_best)
+    print(f"last checkpoint: {folder / LAST}" if values else "this run is already finished")
     return values
 
 

@@ -1,0 +1,518 @@
+"""Phase 3 through its command line: what it trains on, what it leaves behind, resuming, options."""
+
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, assert_ok, run_script
+from test_pretraining import (
+    TINY,
+    assert_same,
+    call,
+    contents,
+    deterministic,
+    interrupted,
+    kill_until_finished,
+    load_script,
+    log_lines,
+    make_folder,
+    pretraining,
+    scalars,
+    without_meta,
+)
+
+from datasets import build_datasets
+from lib import checkpoint, engine, pseudo_labels
+from lib.devices import Compute
+from lib.loader import Batch
+from lib.split import labeled_split
+from models import build_model
+
+finetuning = load_script("cifar-semi.py")
+CPU = Compute(torch.device("cpu"), bf16=False)
+LABELS = 8
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """`pictures/`, a metric of phase 1 (`metric.pth.tar`) and pseudo-labels (`pseudo.pth.tar`)."""
+    root = tmp_path_factory.mktemp("world")
+    data = ("--dataset", "folder", "--data-dir", make_folder(root / "pictures"), *TINY)
+    call(pretraining, *data, "--epochs", 2, "--model-dir", root / "m", "--log-dir", root / "l")
+    (root / "m" / "ckpt.cifar.pth.tar").rename(root / "metric.pth.tar")
+    train, _ = build_datasets("folder", root / "pictures", image_size=16)
+    split = labeled_split(train.targets, LABELS, 4)
+    votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    pseudo = pseudo_labels.from_probabilities(votes, split, {"data_digest": train.digest})
+    pseudo_labels.save(pseudo, root / "pseudo.pth.tar")
+    return root
+
+
+@pytest.fixture
+def finetune(tmp_path, world):
+    """Run phase 3 on the pictures in this process, everything under tmp_path/NAME."""
+
+    def run(*words: object, name: str = "run") -> Path:
+        folder = tmp_path / name
+        files = ("--model-root", folder, "--log-root", folder / "log", "--exp-name", "e")
+        data = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY)
+        defaults = ("--num-labeled", LABELS, "--max-iters", 4)
+        call(finetuning, *data, *defaults, *files, *words)
+        return folder
+
+    return run
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return checkpoint.load_dict(folder / "e" / "ckpt.pth.tar")
+
+
+def examples_of(world: Path, *words: object) -> Any:
+    """What a command line would train on."""
+    data = ("--dataset", "folder", "--data-dir", world / "pictures", "--num-labeled", LABELS)
+    args = finetuning.build_parser().parse_args([str(w) for w in (*data, *words)])
+    train, _ = build_datasets("folder", world / "pictures", image_size=16)
+    pseudo = pseudo_labels.load(args.pseudo_file) if args.pseudo_file else None
+    return finetuning.choose_examples(args, train, pseudo)
+
+
+def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp_path):
+    words = ("--dataset", "patches", "--arch", "wrn-10-1", "--max-iters", "4", "-b", "16")
+    result = run_script(
+        *("cifar-semi.py", *words, "--num-labeled", "50", "--eval-freq", "2"),
+        cwd=tmp_path,
+        PYTHONPATH="",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    output = assert_ok(result)
+    folder = tmp_path / "checkpoint" / "cifar10-semi" / "exp"
+    state = checkpoint.load_dict(folder / "ckpt.pth.tar")
+    assert {"step", "best_acc", "net", "optimizer"} <= state.keys()
+    assert state["step"] == 4
+    best = checkpoint.load_dict(folder / "ckpt.best.pth.tar")
+    lines = log_lines(tmp_path / "tensorboard" / "cifar10-semi" / "exp")
+    tests = [x for x in lines if x["event"] == "test"]
+    assert [x["step"] for x in tests] == [2, 4]
+    assert lines[-1]["event"] == "end"
+    assert lines[-1]["last"] == tests[-1]["top1"] == state["acc"]
+    assert lines[-1]["best"] == max(x["top1"] for x in tests) == best["acc"] == state["best_acc"]
+    assert f"last accuracy {state['acc']:.2f}%, best accuracy {best['acc']:.2f}%" in output
+
+
+def test_without_a_pseudo_file_exactly_the_labelled_images_of_the_split_are_trained_on(world):
+    train, _ = build_datasets("folder", world / "pictures", image_size=16)
+    for seed in (0, 1):
+        # the published draw, spelled out
+        torch.manual_seed(seed)
+        order = torch.randperm(len(train)).tolist()
+        expected = []
+        for label in range(4):
+            expected += [i for i in order if train.targets[i] == label][: LABELS // 4]
+        examples = examples_of(world, "--rng-seed", seed)
+        assert examples.indexes.tolist() == expected
+        assert torch.equal(examples.labels, train.targets[expected])
+        assert examples.weights.eq(1).all()
+        assert examples.num_labeled == LABELS
+
+
+def test_with_a_pseudo_file_the_same_images_are_labelled_and_keep_their_true_labels(world):
+    examples = examples_of(world, "--pseudo-file", world / "pseudo.pth.tar")
+    baseline = examples_of(world)
+    assert torch.equal(examples.indexes[:LABELS], baseline.indexes)
+    assert torch.equal(examples.labels[:LABELS], baseline.labels)
+    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    assert torch.equal(examples.indexes[LABELS:], pseudo.indexes)
+    assert torch.equal(examples.labels[LABELS:], pseudo.labels)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_pseudo_ratio_takes_the_most_confident_share_of_one_global_ranking(world, ratio):
+    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    examples = examples_of(
+        world, "--pseudo-file", world / "pseudo.pth.tar", "--pseudo-ratio", ratio
+    )
+    count = int(ratio * 44)  # 40 labelled and 12 unlabelled pictures, less 8 labels
+    assert examples.indexes[LABELS:].tolist() == pseudo.indexes[:count].tolist()
+
+
+def test_class_balanced_takes_the_share_of_each_class(world):
+    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    words = ("--pseudo-file", world / "pseudo.pth.tar", "--pseudo-ratio", 0.5, "--class-balanced")
+    examples = examples_of(world, *words)
+    for label in range(4):
+        members = pseudo.indexes[pseudo.labels == label].tolist()
+        chosen = examples.indexes[LABELS:][examples.labels[LABELS:] == label].tolist()
+        assert chosen == members[: math.ceil(len(members) / 2)]
+
+
+def test_confidence_weighted_gives_pseudo_labels_their_confidence_and_true_labels_one(world):
+    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    file = ("--pseudo-file", world / "pseudo.pth.tar")
+    assert examples_of(world, *file).weights.eq(1).all()
+    weights = examples_of(world, *file, "--confidence-weighted").weights
+    assert weights[:LABELS].eq(1).all()
+    assert torch.equal(weights[LABELS:], pseudo.confidence)
+
+
+def test_a_weight_multiplies_its_own_example_in_the_loss():
+    model = build_model("wrn-10-1", 3).eval()
+    images = torch.rand(4, 3, 16, 16)
+    labels, weights = torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 0.5, 0.25, 0.0])
+    positions = torch.tensor([3, 0, 2, 1])
+    with torch.no_grad():
+        log_p = model(images).log_softmax(dim=1)
+    losses = [-float(log_p[row, labels[p]] * weights[p]) for row, p in enumerate(positions)]
+    step = next(
+        engine.finetune(
+            *(model, torch.nn.CrossEntropyLoss(reduction="none")),
+            engine.sgd(model.parameters(), 0.1, 0.0),
+            [(Batch(images, torch.arange(4)), positions)],
+            *(labels, weights, lambda _: 0.1, CPU),
+            first_step=0,
+            head_only=True,  # evaluation mode, so that the closed form above holds
+        )
+    )
+    assert step.loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("start", ["metric", "scratch"])
+def test_resume_equals_uninterrupted_bit_for_bit(finetune, world, tmp_path, start):
+    words = ("--max-iters", 9, "--eval-freq", 3, "--print-freq", 3, "--lr", 0.1)
+    words += ("--pseudo-file", world / "pseudo.pth.tar", "--confidence-weighted")
+    metric = ("--resume", world / "metric.pth.tar") if start == "metric" else ()
+    whole = finetune(*words, *metric, name="whole")
+    with interrupted(finetuning, "save", 3):
+        finetune(*words, *metric, name="cut")
+    file = tmp_path / "cut" / "e" / "ckpt.pth.tar"
+    assert checkpoint.load_dict(file)["step"] == 6
+    cut = finetune(*words, "--resume", file, name="cut")
+    assert_same(without_meta(last(whole)), without_meta(last(cut)))
+    best = "e/ckpt.best.pth.tar"
+    assert_same(
+        without_meta(checkpoint.load_dict(whole / best)),
+        without_meta(checkpoint.load_dict(cut / best)),
+    )
+    whole_lines, cut_lines = (log_lines(f / "log" / "e") for f in (whole, cut))
+    # step 9 was logged before the interruption and is logged again by the run that repeated it
+    for event in ("train", "test"):
+        repeated = {x["step"]: x for x in deterministic(cut_lines, event)}
+        assert list(repeated.values()) == deterministic(whole_lines, event)
+
+
+def test_the_best_accuracy_is_remembered_on_resume(finetune, tmp_path):
+    with interrupted(finetuning, "save", 2):
+        finetune("--eval-freq", 2)
+    file, best = (tmp_path / "run" / "e" / f"ckpt.{x}pth.tar" for x in ("", "best."))
+    checkpoint.save(checkpoint.load_dict(file) | {"best_acc": 101.0}, file)
+    before = best.read_bytes()
+    folder = finetune("--eval-freq", 2, "--resume", file)
+    assert last(folder)["best_acc"] == 101
+    assert best.read_bytes() == before
+
+
+def test_a_finished_run_repeats_its_accuracy(finetune, capsys):
+    folder = finetune()
+    accuracy = last(folder)["acc"]
+    before = (folder / "e" / "ckpt.pth.tar").read_bytes()
+    capsys.readouterr()
+    finetune("--resume", folder / "e" / "ckpt.pth.tar")
+    assert f"last accuracy {accuracy:.2f}%" in capsys.readouterr().out
+    assert (folder / "e" / "ckpt.pth.tar").read_bytes() == before
+
+
+def test_the_same_command_gives_the_same_bytes(finetune):
+    a, b = finetune(name="a"), finetune(name="b")
+    assert_same(without_meta(last(a)), without_meta(last(b)))
+
+
+def test_the_last_checkpoint_is_saved_even_where_no_test_is_due(finetune):
+    folder = finetune("--max-iters", 5, "--eval-freq", 100, "--print-freq", 100)
+    assert last(folder)["step"] == 5
+    events = [x["event"] for x in log_lines(folder / "log" / "e")]
+    assert events == ["start", "train", "test", "end"]
+
+
+def test_scalars_are_written_at_print_and_eval_frequency_and_equal_the_log(finetune):
+    folder = finetune("--max-iters", 12, "--print-freq", 4, "--eval-freq", 6)
+    board, lines = scalars(folder / "log" / "e"), log_lines(folder / "log" / "e")
+    assert {"train/loss", "train/lr", "test/top1", "test/best", "end/last"} <= board.keys()
+    assert [step for step, _ in board["train/loss"]] == [4, 8, 12]
+    assert [step for step, _ in board["test/top1"]] == [6, 12]
+    for tag, points in board.items():
+        event, name = tag.split("/")
+        logged = [x[name] for x in lines if x["event"] == event]
+        assert [value for _, value in points] == pytest.approx(logged, rel=1e-6)
+
+
+def test_the_head_alone_is_missing_in_a_metric_of_phase_1(finetune, world, capsys):
+    finetune("--resume", world / "metric.pth.tar")
+    weights = checkpoint.load_dict(world / "metric.pth.tar")["net"]
+    report = f"{len(weights) - 2} tensors loaded; 2 missing (fc.weight, fc.bias)"
+    assert report in capsys.readouterr().out
+
+
+def test_the_metric_is_where_training_starts(finetune, world):
+    start = checkpoint.load_dict(world / "metric.pth.tar")["net"]
+    words = ("--max-iters", 1, "--lr", 1e-9, "--weight-decay", 0)
+    from_metric = last(finetune(*words, "--resume", world / "metric.pth.tar", name="a"))["net"]
+    from_scratch = last(finetune(*words, name="b"))["net"]
+    name = "block3.layer.0.conv1.weight"
+    torch.testing.assert_close(from_metric[name], start[name], rtol=0, atol=1e-5)
+    assert (from_scratch[name] - start[name]).abs().max() > 0.01
+    assert from_metric["fc.weight"].shape == (4, 64)
+
+
+def test_finetune_leaves_all_but_the_last_layer_bit_identical(finetune, world):
+    start = checkpoint.load_dict(world / "metric.pth.tar")["net"]
+    words = ("--resume", world / "metric.pth.tar", "--finetune", "--eval-freq", 2, "--lr", 0.5)
+    trained = last(finetune(*words))
+    for name, value in trained["net"].items():
+        if name not in ("fc.weight", "fc.bias"):  # BatchNorm's running statistics too
+            assert torch.equal(value, start[name]), name
+    assert len(trained["optimizer"]["param_groups"][0]["params"]) == 2
+    torch.manual_seed(0)
+    untrained = build_model("wrn-10-1", 4)
+    assert not torch.equal(trained["net"]["fc.weight"], untrained.fc.weight)
+
+
+def test_finetune_gives_the_frozen_layers_no_gradient():
+    model = build_model("wrn-10-1", 4)
+    assert len(engine.trainable(model, head_only=False)) == len(list(model.parameters()))
+    assert engine.trainable(model, head_only=True) == [model.fc.weight, model.fc.bias]
+    model(torch.rand(2, 3, 16, 16)).sum().backward()
+    with_gradient = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert with_gradient == ["fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("words", "compared"),
+    [
+        (("--lr", 0.1), ()),
+        (("--weight-decay", 0.1), ()),
+        (("--lr-scheduler", "one-cycle"), ()),
+        (("--max-iters", 5), ()),
+        (("-b", 8), ()),
+        (("--rng-seed", 1), ()),
+        (("--image-size", 24), ()),
+        (("--precision", "bf16"), ()),
+        (("--num-labeled", 12), ()),
+        (("--num-labeled", "all"), ()),
+        (("--criterion", "MultiMarginLoss"), ()),
+        (("--resume", "METRIC"), ()),
+        (("--finetune",), ()),
+        (("--pseudo-file", "PSEUDO"), ()),
+        (("--pseudo-file", "PSEUDO", "--pseudo-ratio", 0.3), ("--pseudo-file", "PSEUDO")),
+        (("--pseudo-file", "PSEUDO", "--confidence-weighted"), ("--pseudo-file", "PSEUDO")),
+        (
+            ("--pseudo-file", "PSEUDO", "--pseudo-ratio", 0.3, "--class-balanced"),
+            ("--pseudo-file", "PSEUDO", "--pseudo-ratio", 0.3),
+        ),
+    ],
+    ids=lambda words: " ".join(map(str, words)) or "plain",
+)
+def test_every_option_changes_the_run(finetune, world, words, compared):
+    places = {"METRIC": world / "metric.pth.tar", "PSEUDO": world / "pseudo.pth.tar"}
+    nets = [
+        last(finetune(*(places.get(w, w) for w in line), name=name))["net"]
+        for name, line in (("changed", words), ("plain", compared))
+    ]
+    assert not torch.equal(*(net["fc.weight"] for net in nets))
+
+
+def test_input_gray_builds_a_network_of_one_channel_that_is_evaluated_in_gray(
+    finetune, world, tmp_path
+):
+    folder = finetune("--input-gray")
+    state = last(folder)
+    assert state["net"]["conv1.weight"].shape[1] == 1
+    words = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY, "--input-gray")
+    scores = call(finetuning, *words, "--eval", "--resume", folder / "e" / "ckpt.pth.tar")
+    assert scores["top1"] == state["acc"]
+
+
+def test_multi_step_is_offered_and_works_by_the_step(finetune):
+    words = ("--lr-scheduler", "multi-step", "--lr", 0.5, "--max-iters", 10, "--print-freq", 1)
+    lines = log_lines(finetune(*words) / "log" / "e")
+    rates = [x["lr"] for x in lines if x["event"] == "train"]
+    expected = [0.5] * 3 + [0.1] * 3 + [0.02] * 2 + [0.004] * 2
+    assert rates == pytest.approx(expected)
+
+
+def test_the_multi_margin_criterion_is_the_loss_that_is_logged(finetune):
+    # before the first step the classes of a fresh head differ by little: each of 3 wrong ones costs
+    # almost the margin 1, averaged over 4 classes
+    words = ("--criterion", "MultiMarginLoss", "--max-iters", 1)
+    (train,) = deterministic(log_lines(finetune(*words) / "log" / "e"), "train")
+    (plain,) = deterministic(log_lines(finetune("--max-iters", 1, name="p") / "log" / "e"), "train")
+    assert train["loss"] != plain["loss"]
+    assert 0.3 < train["loss"] < 1.5
+
+
+def test_eval_only_measures(finetune, world, tmp_path):
+    folder = finetune()
+    before = contents(tmp_path)
+    file = folder / "e" / "ckpt.pth.tar"
+    words = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY, "--eval")
+    files = ("--model-root", tmp_path / "none", "--log-root", tmp_path / "none")
+    scores = call(finetuning, *words, "--resume", file, *files)
+    assert contents(tmp_path) == before
+
+    _, test = build_datasets("folder", world / "pictures", image_size=16)
+    model = build_model("wrn-10-1", 4).eval()
+    model.load_state_dict(last(folder)["net"])
+    mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in test.stats)
+    with torch.no_grad():
+        chosen = [int(model((i[None] / 255 - mean) / std).argmax()) for i in test.images]
+    hits = [a == b for a, b in zip(chosen, test.targets.tolist(), strict=True)]
+    assert scores["top1"] == pytest.approx(100 * sum(hits) / len(hits)) == last(folder)["acc"]
+    assert scores["top5"] == 100  # four classes: the top five hold them all
+
+
+def test_a_published_classifier_can_be_measured(finetune, world, tmp_path):
+    state = last(finetune())
+    published = tmp_path / "published.pth.tar"
+    weights = {f"module.{name}": value for name, value in state["net"].items()}
+    keys = {"step": 4, "best_acc": 0.0, "net": weights, "optimizer": state["optimizer"]}
+    checkpoint.save(keys, published)
+    words = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY)
+    scores = call(finetuning, *words, "--eval", "--resume", published)
+    assert scores["top1"] == state["acc"]
+
+
+def test_a_folder_without_test_images_trains_and_says_no_accuracy(tmp_path, capsys):
+    data = make_folder(tmp_path / "data", test=False)
+    words = ("--dataset", "folder", "--data-dir", data, *TINY, "--num-labeled", 8)
+    files = ("--model-root", tmp_path / "m", "--log-root", tmp_path / "l")
+    call(finetuning, *words, "--max-iters", 2, *files)
+    assert "accuracy" not in capsys.readouterr().out
+    for line in (tmp_path / "l" / "exp" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+    assert checkpoint.load_dict(tmp_path / "m" / "exp" / "ckpt.pth.tar")["step"] == 2
+
+
+def test_cuda_visible_devices_is_left_alone(finetune, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    finetune("--gpus", 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_divergence_stops_on_the_step_and_keeps_the_old_checkpoint(finetune):
+    folder = finetune()
+    before = {p: p.read_bytes() for p in (folder / "e").iterdir()}
+    with pytest.raises(FloatingPointError, match="loss of step 2 is not finite"):
+        finetune("--lr", 1e30)
+    assert {p: p.read_bytes() for p in (folder / "e").iterdir()} == before
+    assert len(before) == 2
+
+
+def test_weights_that_a_last_step_blew_up_are_not_saved(finetune, tmp_path):
+    # the loss of the only step is finite, what it leaves is not
+    with pytest.raises(FloatingPointError, match="not finite after step 1"):
+        finetune("--max-iters", 1, "--lr", 1e35, "--weight-decay", 1e10)
+    assert not list((tmp_path / "run" / "e").iterdir())
+
+
+def test_settings_without_effect_are_named(finetune, capsys):
+    finetune("--pseudo-ratio", 0.2, "--class-balanced", "--confidence-weighted")
+    said = capsys.readouterr().err
+    for option in ("--pseudo-ratio", "--class-balanced", "--confidence-weighted"):
+        assert f"{option} has no effect without --pseudo-file" in said
+    finetune()
+    assert "no effect" not in capsys.readouterr().err
+
+
+def fake_venv(root: Path, log: Path) -> Path:
+    """An environment whose python notes its words instead of running them, and lacks nothing."""
+    (root / "bin").mkdir(parents=True)
+    python = root / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\necho "$@" >>"{log}"\n')
+    python.chmod(0o755)
+    lists = (ROOT / "requirements.txt").read_bytes() + (
+        ROOT / "tests" / "requirements.txt"
+    ).read_bytes()
+    digest = subprocess.run(["cksum"], input=lists, capture_output=True, check=True).stdout
+    (root / ".installed-requirements.txt").write_bytes(digest)
+    return root
+
+
+def run_shell(script: str, *words: object, **environment: str) -> Any:
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *map(str, words)],
+        env=os.environ | environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_shell_script_trains_once_per_number_of_labels_with_the_published_ratio(tmp_path):
+    log = tmp_path / "log"
+    venv, pseudos = fake_venv(tmp_path / "venv", log), tmp_path / "pseudos"
+    pseudos.mkdir()
+    for count in (250, 4000):
+        (pseudos / f"{count}.pth.tar").touch()  # and not 250_T_1.pth.tar
+    result = run_shell(
+        *("finetune_cifar10.sh", 250, 4000, "--max-iters", 10, "--exp-name", "mine"),
+        VENV=str(venv),
+        PSEUDO_DIR=str(pseudos),
+    )
+    assert_ok(result)
+    runs = [line.split() for line in log.read_text().splitlines()]
+    assert [words[0] for words in runs] == ["cifar-semi.py"] * 2
+    parsed = [finetuning.build_parser().parse_args(words[1:]) for words in runs]
+    assert [a.num_labeled for a in parsed] == [250, 4000]
+    assert [a.pseudo_file for a in parsed] == [str(pseudos / f"{n}.pth.tar") for n in (250, 4000)]
+    assert {a.pseudo_ratio for a in parsed} == {0.2}
+    assert {(a.max_iters, a.exp_name) for a in parsed} == {(10, "mine")}  # the user's words win
+    assert {a.resume for a in parsed} == {"checkpoint/instance_cifar10/ckpt.cifar.pth.tar"}
+
+
+def test_the_shell_script_names_a_missing_pseudo_file_before_the_first_run(tmp_path):
+    log = tmp_path / "log"
+    venv = fake_venv(tmp_path / "venv", log)
+    (tmp_path / "250.pth.tar").touch()
+    result = run_shell("finetune_cifar10.sh", 250, 500, VENV=str(venv), PSEUDO_DIR=str(tmp_path))
+    assert result.returncode == 2
+    assert f"{tmp_path}/500.pth.tar" in result.stderr
+    assert not log.exists()
+
+
+def test_the_pretraining_shell_script_has_the_published_schedule(tmp_path):
+    log = tmp_path / "log"
+    venv = fake_venv(tmp_path / "venv", log)
+    assert_ok(run_shell("instance_cifar10.sh", "--arch", "wrn-28-10", VENV=str(venv)))
+    (words,) = (line.split() for line in log.read_text().splitlines())
+    args = pretraining.build_parser().parse_args(words[1:])
+    assert (words[0], args.lr_scheduler, args.epochs) == (
+        "unsupervised/cifar.py",
+        "cosine-with-restart",
+        1270,
+    )
+    assert args.architecture == "wrn-28-10"
+
+
+@pytest.mark.parametrize("phase", ["instance", "propagate", "finetune"])
+def test_shell_scripts_show_their_header_as_manual(phase):
+    output = assert_ok(run_shell(f"{phase}_cifar10.sh", "--help"))
+    header = (ROOT / "scripts" / f"{phase}_cifar10.sh").read_text().split("set -euo pipefail")[0]
+    expected = [line.removeprefix("#").removeprefix(" ") for line in header.splitlines()[1:]]
+    assert output.splitlines() == expected
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(finetune, world, tmp_path):
+    words = ("--max-iters", 150, "--eval-freq", 5, "--print-freq", 5)
+    words += ("--pseudo-file", world / "pseudo.pth.tar")
+    whole, cut = finetune(*words, name="whole"), tmp_path / "cut"
+    words += ("--dataset", "folder", "--data-dir", world / "pictures", *TINY)
+    words += ("--num-labeled", LABELS, "--model-root", cut, "--log-root", cut / "log")
+    words += ("--exp-name", "e")
+    file = cut / "e" / "ckpt.pth.tar"
+    assert kill_until_finished("cifar-semi.py", *words, file=file, kills=8) >= 3
+    assert_same(without_meta(last(whole)), without_meta(last(cut)))
