@@ -1,20 +1,24 @@
-"""From features to a sparse affinity matrix: nearest neighbours, weights, symmetry.
+"""From features to a sparse affinity matrix: weights of the nearest neighbours, symmetry, files.
 
 The three graphs in use differ in four choices only, so that they are presets of one function.
-Nothing here is larger than N x K, but for one block of similarities at a time.
+Nothing here is larger than 2 N K entries.
 """
 
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-BLOCK_BYTES = 256 * 2**20  # of similarities held at a time
+from lib import checkpoint
+from lib.neighbors import BLOCK_BYTES, Neighbors, nearest_neighbors
+
 LEAST_SCALE = 1e-5  # of a local scale: below, distances of float32 vectors are rounding
-GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
 
 
 @dataclass(frozen=True)
@@ -45,140 +49,170 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Neighbors:
-    """Exact nearest neighbours by cosine, falling.
-
-    Attributes:
-        indexes: N x K, int64.
-        similarities: N x K, float32.
-        scale_similarities: N, cosine of the neighbour that sets the local scale; empty if none does.
-    """
-
-    indexes: Tensor
-    similarities: Tensor
-    scale_similarities: Tensor
-
-
-def _top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, falling, and their columns.
-
-    They lie in the k groups of columns with the largest maxima: taking those maxima reads every
-    column once, and the selection proper sees N / GROUP of them, then k GROUP candidates.
-    """
-    n = similarities.shape[1]
-    groups = n // GROUP
-    if k * GROUP * 2 >= n or n % GROUP:
-        return similarities.topk(k, dim=1)
-    maxima = similarities.view(-1, groups, GROUP).amax(dim=2)
-    members = maxima.topk(k, dim=1, sorted=False).indices
-    columns = (members[:, :, None] * GROUP + torch.arange(GROUP, device=members.device)).flatten(1)
-    values, places = similarities.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, places)
-
-
-@torch.no_grad()
-def nearest_neighbors(
-    features: Tensor,
-    k: int,
-    *,
-    include_self: bool,
-    scale_rank: int = 0,
-    block_bytes: int = BLOCK_BYTES,
-) -> Neighbors:
-    """The exact k nearest neighbours of every row among all rows, by blocks.
-
-    Args:
-        features: N x D unit vectors (float32), on any device.
-        k: neighbours per row, at most N (N - 1 without the row itself).
-        include_self: put each row first among its own neighbours, whatever duplicates there are;
-            otherwise it is left out.
-        scale_rank: also report the cosine of this neighbour (1-based, the row itself not counted).
-        block_bytes: bound of the similarities in memory.
-
-    Raises:
-        ValueError: for fewer than two rows, or no neighbour.
-    """
-    n = len(features)
-    if n < 2:
-        raise ValueError(f"a graph needs two images at least, not {n}")
-    if k < 1:
-        raise ValueError(f"a graph needs one neighbour per image at least, not {k}")
-    k = min(k, n if include_self else n - 1)
-    rank = min(scale_rank, n - 1)
-    # padded to whole groups: rows of -inf similarity that no row ever picks
-    padding = -n % GROUP
-    columns = torch.nn.functional.pad(features, (0, 0, 0, padding)).T.contiguous()
-    indexes, values, scales = [], [], []
-    rows_at_once = max(1, block_bytes // (4 * (n + padding)))
-    own = 2.0 if include_self else -torch.inf  # 2 is above every cosine
-    with tqdm(total=n, desc="neighbours", unit="img", leave=False, disable=None) as bar:
-        for start in range(0, n, rows_at_once):
-            block = features[start : start + rows_at_once] @ columns
-            block[:, n:] = -torch.inf
-            diagonal = torch.arange(len(block), device=block.device)
-            block[diagonal, diagonal + start] = own
-            top, places = _top_k(block, max(k, rank + include_self))
-            if rank:
-                scales.append(top[:, rank - 1 + include_self].cpu())
-            top, places = top[:, :k], places[:, :k]
-            if include_self:
-                top[:, 0] = 1.0
-            values.append(top.clamp(-1, 1).cpu())
-            indexes.append(places.cpu())
-            bar.update(len(block))
-    return Neighbors(
-        torch.cat(indexes), torch.cat(values), torch.cat(scales) if scales else torch.empty(0)
-    )
-
-
 def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
-    """Symmetric N x N affinity matrix in CSR format, float32, with at most 2 N K entries."""
+    """Symmetric N x N affinity matrix in CSR format, float32, int32 indexes, at most 2 N K entries.
+
+    At its peak it takes 32 bytes for each of the N K neighbours, beside the neighbours themselves.
+    """
     n, k = neighbors.indexes.shape
-    distances = (1 - neighbors.similarities.numpy()) / 2
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities.numpy()[:, None]) / 2
     else:
         scale = np.float32(preset.scale)
+    weights = 1 - neighbors.similarities.numpy()
+    weights *= np.float32(-preset.factor / 2)
     # where even the scale's own neighbour is a duplicate, all distances are about 0 and all weights 1
-    weights = np.exp(-preset.factor * distances / np.maximum(scale, LEAST_SCALE))
-    pointers = np.arange(0, n * k + 1, k)
-    directed = sp.csr_matrix(
-        (weights.ravel().astype(np.float32), neighbors.indexes.numpy().ravel(), pointers), (n, n)
-    )
+    weights /= np.maximum(scale, LEAST_SCALE)
+    np.exp(weights, out=weights)
+    pointers = np.arange(0, n * k + 1, k, dtype=np.int32 if n * k < 2**31 else np.int64)
+    columns = neighbors.indexes.numpy().ravel().copy()  # sorted in place below
+    directed = sp.csr_matrix((weights.ravel(), columns, pointers), (n, n))
+    directed.sort_indices()
     if preset.symmetrize == "max":
-        graph = directed.maximum(directed.T).tocsr()
+        graph = directed.maximum(directed.T.tocsr())
     elif preset.symmetrize == "mean":
-        graph = ((directed + directed.T) * np.float32(0.5)).tocsr()
+        graph = directed + directed.T.tocsr()
+        graph.data *= np.float32(0.5)
     else:
         raise ValueError(f"unknown symmetrisation {preset.symmetrize!r}: take mean or max")
     graph.eliminate_zeros()  # a weight that underflowed is no edge
     return graph
 
 
-def build_graph(
-    features: Tensor, preset: str | GraphPreset = "cifar", *, num_neighbors: int | None = None
-) -> sp.csr_matrix:
-    """Features (N x D unit vectors) -> symmetric sparse affinity matrix.
+def chosen_preset(
+    preset: str | GraphPreset = "cifar", *, num_neighbors: int | None = None
+) -> GraphPreset:
+    """A preset by its name, with another number of neighbours where one is given.
 
     Args:
         preset: a name in `PRESETS`, or choices of your own.
         num_neighbors: replaces the preset's K (and the rank of its scale, where that is K).
 
     Raises:
-        ValueError: for an unknown preset, fewer than two images, or no neighbour.
+        ValueError: for an unknown name.
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"unknown graph {preset!r}: take one of {', '.join(PRESETS)}")
         preset = PRESETS[preset]
-    if num_neighbors is not None:
-        rank = num_neighbors if preset.scale_rank == preset.num_neighbors else preset.scale_rank
-        preset = replace(preset, num_neighbors=num_neighbors, scale_rank=rank)
+    if num_neighbors is None:
+        return preset
+    rank = num_neighbors if preset.scale_rank == preset.num_neighbors else preset.scale_rank
+    return replace(preset, num_neighbors=num_neighbors, scale_rank=rank)
+
+
+def build_graph(
+    features: Tensor,
+    preset: str | GraphPreset = "cifar",
+    *,
+    num_neighbors: int | None = None,
+    method: str = "auto",
+    precision: str = "fp32",
+    block_bytes: int = BLOCK_BYTES,
+    path: str | Path = "",
+) -> sp.csr_matrix:
+    """Features (N x D unit vectors) -> symmetric sparse affinity matrix.
+
+    Args:
+        preset: a name in `PRESETS`, or choices of your own.
+        num_neighbors: replaces the preset's K (and the rank of its scale, where that is K).
+        method, precision, block_bytes: of the search, as in `nearest_neighbors`.
+        path: a graph file: read instead of building, while it is of these features and choices;
+            written otherwise.
+
+    Raises:
+        ValueError: for an unknown preset, fewer than two images, no neighbour, or a file at `path` that
+            is no graph.
+    """
+    preset = chosen_preset(preset, num_neighbors=num_neighbors)
+    origin = {}
+    if path:
+        origin = graph_meta(features, preset, method=method, precision=precision)
+        if Path(path).is_file():
+            graph, meta = load_graph(path)
+            if all(meta.get(name) == value for name, value in origin.items()):
+                return graph
     found = nearest_neighbors(
         features,
         preset.num_neighbors,
         include_self=preset.include_self,
         scale_rank=preset.scale_rank,
+        method=method,
+        precision=precision,
+        block_bytes=block_bytes,
     )
-    return affinity(found, preset)
+    graph = affinity(found, preset)
+    if path:
+        save_graph(graph, path, origin | {"recall": found.recall})
+    return graph
+
+
+def graph_meta(
+    features: Tensor, preset: GraphPreset, *, method: str = "auto", precision: str = "fp32"
+) -> dict[str, Any]:
+    """What a graph is made from: the digest of the features and every choice."""
+    digest = hashlib.sha256(features.detach().cpu().contiguous().numpy()).hexdigest()[:16]
+    search = {"method": method, "precision": precision}
+    return {"features_digest": digest, "preset": asdict(preset)} | search
+
+
+def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:
+    """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`.
+
+    Raises:
+        ValueError: if the file cannot be written; an old one stays.
+    """
+    state = {
+        "crow": torch.from_numpy(affinity.indptr),
+        "col": torch.from_numpy(affinity.indices),
+        "values": torch.from_numpy(affinity.data),
+        "shape": list(affinity.shape),
+        "meta": dict(meta),
+    }
+    checkpoint.save(state, path)
+
+
+def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
+    """A graph of `save_graph` and its `meta`.
+
+    Raises:
+        ValueError: if the file is missing or no graph: a square, symmetric CSR matrix of finite,
+            non-negative float32 weights.
+    """
+    keys = ("crow", "col", "values", "shape", "meta")
+    state = checkpoint.load_dict(path, *keys)
+    crow, col, values, shape, meta = (state[key] for key in keys)
+    problem = _csr_problem(crow, col, values, shape)
+    if not problem and not isinstance(meta, dict):
+        problem = "its meta is no record"
+    if problem:
+        raise ValueError(f"{path} holds no graph: {problem}; delete it to build it again")
+    graph = sp.csr_matrix((values.numpy(), col.numpy(), crow.numpy()), tuple(shape))
+    # both products read the same arrays, where a transposed copy would double them
+    probe = np.random.default_rng(0).random(len(crow) - 1, dtype=np.float32)
+    if not np.allclose(graph @ probe, graph.T @ probe, rtol=1e-3, atol=1e-30):
+        raise ValueError(f"{path} holds no graph: it is not symmetric; delete it to build it again")
+    return graph, meta
+
+
+def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
+    """What keeps these from being a square CSR matrix of weights; empty if nothing does."""
+    vectors = (crow, col, values)
+    if not all(
+        isinstance(v, Tensor) and v.layout == torch.strided and v.ndim == 1 for v in vectors
+    ):
+        return "crow, col and values must be vectors"
+    if any(v.dtype not in (torch.int32, torch.int64) for v in (crow, col)) or (
+        values.dtype != torch.float32
+    ):
+        return "crow and col must be integers, values float32"
+    n = len(crow) - 1
+    if n < 1 or not isinstance(shape, list) or shape != [n, n]:
+        return f"a shape of {shape} for {n} rows"
+    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or (crow.diff() < 0).any():
+        return "crow does not rise from 0 to the number of entries"
+    if len(col) != len(values) or (len(col) and not (0 <= int(col.min()) <= int(col.max()) < n)):
+        return "a column out of range, or not one per value"
+    if not torch.isfinite(values).all() or (values < 0).any():
+        return "a weight is negative, NaN or infinite"
+    return ""

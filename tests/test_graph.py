@@ -1,4 +1,4 @@
-"""Nearest neighbours and affinity matrices against loops over a dense matrix."""
+"""Affinity matrices against loops over a dense matrix, and graph files."""
 
 from dataclasses import replace
 
@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.graph
+from lib import checkpoint
 from lib.graph import (
-    GROUP,
     PRESETS,
     GraphPreset,
-    Neighbors,
-    _top_k,
     affinity,
     build_graph,
-    nearest_neighbors,
+    chosen_preset,
+    graph_meta,
+    load_graph,
+    save_graph,
 )
+from lib.neighbors import Neighbors, nearest_neighbors
 
 
 def naive_affinity(features, k, *, include_self, factor, scale, rank, symmetrize):
@@ -92,84 +94,6 @@ def test_self_loops_have_weight_one_where_the_image_is_its_own_neighbour():
     assert (build_graph(features, "cifar").diagonal() == 1).all()
     assert (build_graph(features, "local-scale").diagonal() == 0).all()
     assert (build_graph(features, "imagenet").diagonal() == 0).all()
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    k=st.integers(1, 7),
-    groups=st.integers(16, 24),
-    distinct=st.sampled_from([2, 5, 10**6]),
-)
-def test_top_k_by_group_maxima_equals_topk(seed, k, groups, distinct):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(distinct, (6, groups * GROUP), generator=generator).float()
-    values[:, -GROUP // 2 :] = -torch.inf
-    assert k * GROUP * 2 < values.shape[1]  # otherwise this would be topk against itself
-    top, columns = _top_k(values, k)
-    assert torch.equal(top, values.topk(k, dim=1).values)
-    assert torch.equal(values.gather(1, columns), top)
-    assert all(len(set(row)) == k for row in columns.tolist())
-
-
-def test_group_maxima_are_what_a_large_graph_is_made_from():
-    features, _ = blobs(5, 205)
-    found = nearest_neighbors(features, 8, include_self=False, scale_rank=9)
-    cosines = features @ features.T
-    cosines.fill_diagonal_(-torch.inf)
-    values, columns = cosines.topk(9, dim=1)
-    torch.testing.assert_close(found.similarities, values[:, :8])
-    torch.testing.assert_close(found.scale_similarities, values[:, 8])
-    assert (found.indexes == columns[:, :8]).float().mean() > 0.999
-
-
-@pytest.mark.parametrize("n", [33, 1023])
-def test_padding_is_never_a_neighbour(n):
-    # all cosines are negative, below that of a row of zeros
-    features = torch.nn.functional.normalize(torch.eye(n) - 1 / n)
-    found = nearest_neighbors(features, 4, include_self=False)
-    assert int(found.indexes.max()) < n
-    torch.testing.assert_close(found.similarities, torch.full((n, 4), -1 / (n - 1)))
-
-
-@pytest.mark.parametrize("include_self", [True, False])
-def test_block_size_changes_nothing(include_self):
-    features, _ = blobs(5, 41)
-    whole = nearest_neighbors(features, 6, include_self=include_self, scale_rank=9)
-    for block_bytes in (1, 4 * 224 * 7, 4 * 224 * 204):
-        blocks = nearest_neighbors(
-            features, 6, include_self=include_self, scale_rank=9, block_bytes=block_bytes
-        )
-        assert torch.equal(blocks.indexes, whole.indexes)
-        torch.testing.assert_close(blocks.similarities, whole.similarities)
-        torch.testing.assert_close(blocks.scale_similarities, whole.scale_similarities)
-
-
-def test_similarities_in_memory_stay_below_their_bound(monkeypatch):
-    seen = []
-
-    def watched(similarities, k):
-        seen.append(similarities.numel() * similarities.element_size())
-        return _top_k(similarities, k)
-
-    monkeypatch.setattr(lib.graph, "_top_k", watched)
-    features, _ = blobs(5, 100)
-    nearest_neighbors(features, 6, include_self=True, block_bytes=50_000)
-    assert max(seen) <= 50_000
-    assert len(seen) > 20
-
-
-def test_image_comes_first_among_its_duplicates():
-    features = torch.nn.functional.normalize(torch.ones(40, 8))
-    found = nearest_neighbors(features, 5, include_self=True)
-    assert found.indexes[:, 0].tolist() == list(range(40))
-    assert all(len(set(row)) == 5 for row in found.indexes.tolist())
-
-
-def test_image_left_out_is_left_out_among_its_duplicates():
-    features = torch.nn.functional.normalize(torch.ones(40, 8))
-    found = nearest_neighbors(features, 39, include_self=False)
-    assert all(i not in row for i, row in enumerate(found.indexes.tolist()))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -246,3 +170,81 @@ def test_weight_that_underflows_is_no_edge():
 def test_impossible_graph_says_why(features, options, words):
     with pytest.raises(ValueError, match=words):
         build_graph(features, **options)
+
+
+def test_graph_file_gives_the_same_graph_back(tmp_path):
+    W = build_graph(blobs(3, 20)[0], num_neighbors=6)
+    save_graph(W, tmp_path / "graph.pth.tar", {"recall": 1.0})
+    again, meta = load_graph(tmp_path / "graph.pth.tar")
+    assert (again != W).nnz == 0
+    assert again.dtype == np.float32
+    assert meta == {"recall": 1.0}
+
+
+def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path, monkeypatch):
+    built = []
+
+    def counted(*args, **options):
+        built.append(1)
+        return nearest_neighbors(*args, **options)
+
+    monkeypatch.setattr(lib.graph, "nearest_neighbors", counted)
+    features, _ = blobs(3, 20)
+    path = tmp_path / "graph.pth.tar"
+    first = build_graph(features, num_neighbors=6, path=path)
+    again = build_graph(features, num_neighbors=6, path=path)
+    assert len(built) == 1
+    assert (first != again).nnz == 0
+    for changed, options in (
+        (features.flip(0), {"num_neighbors": 6}),
+        (features, {"num_neighbors": 7}),
+        (features, {"num_neighbors": 7, "preset": "imagenet"}),
+        (features, {"num_neighbors": 7, "preset": "imagenet", "precision": "bf16"}),
+    ):
+        before = len(built)
+        other = build_graph(changed, path=path, **options)
+        assert len(built) == before + 1
+        assert (other != build_graph(changed, **options)).nnz == 0
+
+
+def test_meta_of_a_graph_holds_every_choice():
+    features, _ = blobs(3, 20)
+    meta = graph_meta(features, chosen_preset("local-scale", num_neighbors=5))
+    assert meta["preset"]["num_neighbors"] == meta["preset"]["scale_rank"] == 5
+    assert meta["features_digest"] != graph_meta(-features, PRESETS["cifar"])["features_digest"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"values": torch.tensor([1.0, float("nan")])}, "negative, NaN or infinite"),
+        ({"values": torch.tensor([1.0, -1.0])}, "negative, NaN or infinite"),
+        ({"values": torch.tensor([1.0, 0.5])}, "not symmetric"),
+        ({"values": torch.ones(2, dtype=torch.float64)}, "values float32"),
+        ({"values": torch.ones(3)}, "not one per value"),
+        ({"col": torch.tensor([1, 2])}, "out of range"),
+        ({"col": torch.tensor([-1, 0])}, "out of range"),
+        ({"col": torch.tensor([0, 0])}, "not symmetric"),
+        ({"col": torch.ones(2)}, "must be integers"),
+        ({"crow": torch.tensor([0, 2, 1])}, "does not rise"),
+        ({"crow": torch.tensor([0, 2])}, "for 1 rows"),
+        ({"crow": [0, 1, 2]}, "must be vectors"),
+        ({"shape": [2, 3]}, "for 2 rows"),
+        ({"shape": "2"}, "for 2 rows"),
+        ({"meta": 3}, "meta is no record"),
+    ],
+)
+def test_damaged_graph_file_is_refused(change, words, tmp_path):
+    state = {
+        "crow": torch.tensor([0, 1, 2]),
+        "col": torch.tensor([1, 0]),
+        "values": torch.ones(2),
+        "shape": [2, 2],
+        "meta": {},
+    }
+    path = tmp_path / "graph.pth.tar"
+    checkpoint.save(state, path)
+    assert load_graph(path)[0].toarray().tolist() == [[0, 1], [1, 0]]
+    checkpoint.save(state | change, path)
+    with pytest.raises(ValueError, match=words):
+        load_graph(path)
