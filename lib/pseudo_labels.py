@@ -6,8 +6,8 @@ and `meta`, which is ours. The `pseudo_*` arrays are sorted by falling confidenc
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,48 @@ def load(path: str | Path) -> PseudoLabels:
         raise ValueError(f"{path}: {error}") from error
 
 
+def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:
+    """Pseudo-labels of a subset of a data set as those of the whole.
+
+    Args:
+        pseudo: with indexes that count `members`.
+        members: indexes into the whole data set.
+    """
+    return replace(
+        pseudo,
+        indexes=members[pseudo.indexes],
+        labeled=members[pseudo.labeled],
+        unlabeled=members[pseudo.unlabeled],
+    )
+
+
+def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
+    """Chunks with one set of labelled images as one ranking by confidence.
+
+    Raises:
+        ValueError: if the labelled images differ, or an image is in two of them.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(not torch.equal(part.labeled, first.labeled) for part in parts):
+        raise ValueError("these chunks belong to different sets of labelled images")
+    confidence = torch.cat([part.confidence for part in parts])
+    order = confidence.argsort(descending=True, stable=True)
+    probabilities = None
+    if all(part.probabilities is not None for part in parts):
+        probabilities = torch.cat([part.probabilities for part in parts])[order]
+    return PseudoLabels(
+        torch.cat([part.indexes for part in parts])[order],
+        torch.cat([part.labels for part in parts])[order],
+        confidence[order],
+        first.labeled,
+        torch.cat([part.unlabeled for part in parts]),
+        probabilities,
+        first.meta,
+    )
+
+
 def _build(
     probabilities: Tensor, confidence: Tensor, labels: Tensor, split: Split, meta: Mapping[str, Any]
 ) -> PseudoLabels:
@@ -257,26 +299,89 @@ def _build(
     )
 
 
+def margin_confidence(probabilities: Tensor) -> Tensor:
+    """1 - p2 / p1 of the two largest probabilities of each row: N, in [0, 1].
+
+    Of p = softmax(z / T) this is 1 - exp(-(z1 - z2) / T), the published confidence of the normalised cut.
+    """
+    first, second = probabilities.topk(2, dim=1).values.unbind(1)
+    return 1 - second / first
+
+
+def entropy_confidence(probabilities: Tensor) -> Tensor:
+    """1 - H(p) / log C of each row (Iscen et al. 2019, "Label propagation for deep semi-supervised
+    learning", eq. 11): N, in [0, 1]; 1 for a certain row, 0 for a uniform one.
+
+    Args:
+        probabilities: N x C, C at least 2.
+    """
+    entropy = torch.special.entr(probabilities).sum(dim=1)
+    return (1 - entropy / math.log(probabilities.shape[1])).clamp(0, 1)
+
+
+def largest_confidence(probabilities: Tensor) -> Tensor:
+    """The largest probability of each row, the published confidence of nearest neighbours: N."""
+    return probabilities.amax(dim=1)
+
+
+CONFIDENCES = {
+    "margin": margin_confidence,
+    "entropy": entropy_confidence,
+    "largest": largest_confidence,
+}
+
+
+def _confidence(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in CONFIDENCES:
+        raise ValueError(f"unknown confidence {name!r}: take one of {', '.join(CONFIDENCES)}")
+    return CONFIDENCES[name]
+
+
 def from_probabilities(
-    probabilities: Tensor, split: Split, meta: Mapping[str, Any] | None = None
+    probabilities: Tensor,
+    split: Split,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    confidence: str = "largest",
 ) -> PseudoLabels:
-    """Pseudo-labels from N x C probabilities (kNN): confidence is the largest of each row."""
-    confidence, labels = probabilities.max(dim=1)
-    return _build(probabilities, confidence, labels, split, meta or {})
+    """Pseudo-labels from N x C probabilities (nearest neighbours).
+
+    Args:
+        confidence: a key of `CONFIDENCES`; published: the largest probability of each row.
+
+    Raises:
+        ValueError: for an unknown confidence.
+    """
+    weights = _confidence(confidence)(probabilities)
+    return _build(probabilities, weights, probabilities.argmax(dim=1), split, meta or {})
 
 
 def from_scores(
-    scores: Tensor, split: Split, meta: Mapping[str, Any] | None = None, *, temperature: float = 1.0
+    scores: Tensor,
+    split: Split,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    temperature: float = 1.0,
+    confidence: str = "margin",
 ) -> PseudoLabels:
     """Pseudo-labels from N x C scores (normalised cut).
 
-    Confidence is 1 - exp(-(z1 - z2) / T) with the two largest scores of a row, probabilities are
-    softmax(z / T): the same temperature in both.
+    Probabilities are softmax(z / T), and confidence is made with the same temperature.
+
+    Args:
+        temperature: T.
+        confidence: a key of `CONFIDENCES`; published: 1 - exp(-(z1 - z2) / T) with the two largest
+            scores of a row.
+
+    Raises:
+        ValueError: for a temperature that is not positive, or an unknown confidence.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
-    first, second = scores.topk(2, dim=1).values.unbind(1)
-    confidence = -torch.expm1(-(first - second) / temperature)
-    return _build(
-        (scores / temperature).softmax(dim=1), confidence, scores.argmax(dim=1), split, meta or {}
-    )
+    probabilities = (scores / temperature).softmax(dim=1)
+    if confidence == "margin":  # of the scores: exact where probabilities are rounded to 1 or 0
+        first, second = scores.topk(2, dim=1).values.unbind(1)
+        weights = -torch.expm1(-(first - second) / temperature)
+    else:
+        weights = _confidence(confidence)(probabilities)
+    return _build(probabilities, weights, scores.argmax(dim=1), split, meta or {})

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lib.spectral
 from lib.graph import PRESETS, build_graph
 from lib.propagation import propagate_normalized_cut
-from lib.propagation.normalized_cut import _between_components, seed_vectors
+from lib.propagation.normalized_cut import between_components, seed_vectors
 from lib.pseudo_labels import from_scores
 from lib.spectral import laplacian_spectrum
 from lib.split import labeled_split
@@ -243,7 +243,7 @@ def test_no_class_is_preferred_by_a_component_of_large_degree():
         spectrum = laplacian_spectrum(sp.csr_matrix(W), 4)
     labeled, labels = torch.tensor([0, 1, 5]), torch.tensor([0, 1, 1])
     seeds = seed_vectors(spectrum.degrees, labeled, labels, 2)
-    between = _between_components(spectrum, seeds, labeled.numpy())
+    between = between_components(spectrum, seeds, labeled.numpy(), 2 / spectrum.values[0])
     mass = np.array([W[:3].sum(), W[3:].sum()])
     direction = np.sqrt(mass)[spectrum.components] * spectrum.null
     assert np.abs(between).max() > 0.1

@@ -1,7 +1,17 @@
 """What every algorithm asks of its labels."""
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+class Labeling(NamedTuple):
+    """Labelled images and their classes: L indexes, L class numbers, int64."""
+
+    labeled: Tensor
+    labels: Tensor
 
 
 def check_labels(num_images: int, labeled: Tensor, labels: Tensor, num_classes: int) -> None:
@@ -14,3 +24,13 @@ def check_labels(num_images: int, labeled: Tensor, labels: Tensor, num_classes: 
         raise ValueError("a labelled image is named twice")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels must lie in 0 ... {num_classes - 1}")
+
+
+def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
+    """Raise ValueError unless there are two classes at least and a label of each."""
+    empty = np.setdiff1d(np.arange(num_classes), labels.numpy())
+    if len(empty) or num_classes < 2:
+        raise ValueError(
+            f"{algorithm} needs two classes, and a labelled image of each; none of class "
+            f"{empty.tolist()}. Give a label of it, or take knn"
+        )

@@ -1,0 +1,243 @@
+"""Choosing an algorithm and its parameters by cross-validation on the labelled images alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.propagation.algorithms import (
+    ALGORITHMS,
+    NUM_EIGENVECTORS,
+    Metric,
+    log_shares,
+    others,
+    run_algorithm,
+)
+from lib.propagation.checks import Labeling
+from lib.seeding import generator
+
+MAX_FOLDS = 5
+FEW_LABELS = 200  # below, folds are drawn anew until there are about FOLDS_OF_FEW
+FOLDS_OF_FEW = 10
+LEAST_HELD_OUT = 30  # images; fewer do not tell a dozen candidates apart
+COMMITTEE = 3  # members of an ensemble
+FOLD_BYTES = 2**30  # of the logits of several folds at a time
+TEMPERATURES = torch.logspace(-1, 1.5, 26)  # tried for every candidate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An algorithm with its parameters."""
+
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{k}={v}" for k, v in self.parameters.items())
+        return f"{self.method}({given})" if given else self.method
+
+
+def _filter(name: str, **parameters: float) -> Candidate:
+    return Candidate("filter", {"filter": name, **parameters})
+
+
+# In order of preference: the smoothest solution first, as it errs least where labels are few.
+CANDIDATES = (
+    _filter("heat", time=20.0),
+    _filter("smoothed-step", cutoff=0.2),
+    _filter("heat", time=10.0),
+    _filter("smoothed-step", cutoff=0.4),
+    _filter("heat", time=5.0),
+    *(Candidate("nc", {"num_eigenvectors": k}) for k in (50, 200, 500)),
+    Candidate("poisson"),
+    _filter("ppr", alpha=0.9),
+    Candidate("spreading", {"alpha": 0.99}),
+    *(Candidate("knn", {"k": k}) for k in (10, 50, 200)),
+)
+STANDARD_ERRORS = 1.5  # by which a candidate may be worse and still count as equal; measured
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What cross-validation found for one candidate.
+
+    Attributes:
+        candidate: which.
+        temperature: that makes its probabilities most likely on the held-out labels.
+        losses: per held-out image.
+    """
+
+    candidate: Candidate
+    temperature: float
+    losses: Tensor
+
+
+def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
+    """Positions of the labelled images to hold out, fold by fold; every class keeps one or more.
+
+    Stratified: each class is dealt out over the folds by itself. With m labels of the rarest class that
+    has two or more there are min(m, MAX_FOLDS) folds: few labels are left out one per class. Fewer than
+    `FEW_LABELS` are dealt out several times, each time in another order. The label of a class that has
+    only one is never held out.
+    """
+    counts = torch.bincount(labels)
+    divisible = counts[counts >= 2]
+    if not len(divisible):
+        return []
+    num_folds = min(int(divisible.min()), MAX_FOLDS)
+    repeats = FOLDS_OF_FEW // num_folds if len(labels) < FEW_LABELS else 1
+    held = []
+    for repeat in range(repeats):
+        rng = generator(seed, "sample", repeat)
+        fold = torch.full_like(labels, -1)
+        for label in (counts >= 2).nonzero()[:, 0]:
+            members = (labels == label).nonzero()[:, 0]
+            members = members[torch.randperm(len(members), generator=rng)]
+            fold[members] = torch.arange(len(members)) % num_folds
+        held += [(fold == k).nonzero()[:, 0] for k in range(num_folds)]
+    return held
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature among `TEMPERATURES` that makes the labels most likely (Guo et al. 2017).
+
+    Args:
+        logits: n x C.
+        labels: n class numbers.
+    """
+    losses = [
+        float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in TEMPERATURES.tolist()
+    ]
+    return float(TEMPERATURES[int(torch.tensor(losses).argmin())])
+
+
+def brier(logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared distance of softmax(logits) from the true class (Brier 1950), per row, in [0, 2]."""
+    true = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return (logits.softmax(dim=1) - true).square().sum(dim=1)
+
+
+def _held_out_logits(
+    metric: Metric, candidate: Candidate, labeling: Labeling, held: list[Tensor], **common: Any
+) -> Tensor:
+    """Logits of the held-out images of every fold, in that order."""
+    labeled, labels = labeling
+    if not ALGORITHMS[candidate.method].needs_graph:  # the other images have no say
+        metric, labeled = Metric(metric.features[labeled]), torch.arange(len(labeled))
+    size = max(1, FOLD_BYTES // (4 * len(metric.features) * common["num_classes"]))
+    logits = []
+    for first in range(0, len(held), size):
+        batch = held[first : first + size]
+        kept = [others(len(labeled), out) for out in batch]
+        labelings = [Labeling(labeled[k], labels[k]) for k in kept]
+        answers = run_algorithm(
+            metric, candidate.method, labelings, **common, **candidate.parameters
+        )
+        logits += [answer[labeled[out]] for answer, out in zip(answers, batch, strict=True)]
+    return torch.cat(logits)
+
+
+def _prepare(metric: Metric, candidates: Sequence[Candidate]) -> None:
+    """Compute the largest spectrum that any candidate asks for; the others are its beginning."""
+    wanted = [
+        c.parameters.get("num_eigenvectors", NUM_EIGENVECTORS)
+        for c in candidates
+        if c.method == "nc"
+    ]
+    if wanted:
+        metric.spectrum(max(wanted) - 1)
+
+
+def cross_validate(
+    metric: Metric,
+    labeling: Labeling,
+    num_classes: int,
+    *,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    class_prior: Tensor | Sequence[float] | None = None,
+    seed: int = 0,
+) -> list[Verdict]:
+    """Losses of every candidate on labelled images that it was not told of.
+
+    Args:
+        metric: features and graph.
+        labeling: labelled images and their classes: all that is known of classes.
+        num_classes: C.
+        candidates: what to try.
+        class_prior: as in `run_algorithm`.
+        seed: of the folds.
+
+    Returns:
+        A verdict for each candidate, in their order; none where no class has two labels.
+    """
+    labels = labeling.labels
+    held = make_folds(labels, seed)
+    if not held:
+        return []
+    positions = torch.cat(held)
+    count = torch.bincount(positions, minlength=len(labels)).clamp_min(1)
+    _prepare(metric, candidates)
+    verdicts = []
+    for candidate in candidates:
+        logits = _held_out_logits(
+            metric,
+            candidate,
+            labeling,
+            held,
+            num_classes=num_classes,
+            class_prior=class_prior,
+        )
+        temperature = fit_temperature(logits, labels[positions])
+        loss = brier(logits / temperature, labels[positions])
+        sums = torch.zeros(len(labels)).index_add_(0, positions, loss)
+        verdicts.append(Verdict(candidate, temperature, (sums / count)[positions.unique()]))
+    return verdicts
+
+
+def best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first candidate, in order of preference, that is not significantly worse than the best.
+
+    A candidate is as good as the one of smallest loss where the mean of their differences over the
+    held-out images is within `STANDARD_ERRORS` standard errors (after the one-standard-error rule of
+    Breiman et al. 1984, with the errors of paired differences). With few labels preference decides, with
+    many of them the losses.
+    """
+    leader = min(verdicts, key=lambda v: float(v.losses.mean()))
+    for verdict in verdicts:
+        worse = verdict.losses - leader.losses
+        error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else float("inf")
+        if float(worse.mean()) <= STANDARD_ERRORS * error:
+            return verdict
+    return leader
+
+
+def choose(verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES) -> Verdict:
+    """The best verdict; the first candidate where fewer than `LEAST_HELD_OUT` images could be held out."""
+    if not verdicts:
+        return Verdict(candidates[0], 1.0, torch.empty(0))
+    return best(verdicts) if len(verdicts[0].losses) >= LEAST_HELD_OUT else verdicts[0]
+
+
+def committee(
+    verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES
+) -> list[Verdict]:
+    """The best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first.
+
+    Where nothing could be held out: the first candidates of different algorithms.
+    """
+    if not verdicts:
+        verdicts = [Verdict(c, 1.0, torch.zeros(1)) for c in candidates]
+    members: dict[str, Verdict] = {}
+    for verdict in sorted(verdicts, key=lambda v: float(v.losses.mean())):
+        members.setdefault(verdict.candidate.method, verdict)
+    return list(members.values())[:COMMITTEE]
+
+
+def average(logits: Sequence[Tensor], temperatures: Sequence[float]) -> Tensor:
+    """Logarithm of the mean of softmax(z / T) over several N x C logits, each with its temperature."""
+    total = torch.zeros_like(logits[0])
+    for one, temperature in zip(logits, temperatures, strict=True):
+        total += (one / temperature).softmax(dim=1)
+    return log_shares(total)
