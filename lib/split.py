@@ -98,3 +98,19 @@ def labeled_split(
         torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]),
         torch.cat([m[n:] for m, n in zip(members, counts, strict=True)] + [unknown]),
     )
+
+
+def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor]:
+    """The unlabelled images shuffled and cut into parts of equal size, up to one image.
+
+    The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
+    classes and gives its labels away.
+
+    Raises:
+        ValueError: for fewer images than chunks.
+    """
+    if not 1 <= num_chunks <= len(split.unlabeled):
+        raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabelled images")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(split.unlabeled), generator=generator)
+    return list(split.unlabeled[order].tensor_split(num_chunks))

@@ -1,0 +1,200 @@
+"""Phase 2 from the shell: files, table, chunks, graph file, report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_ok, assert_refused, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets import build_datasets
+from lib import checkpoint, pseudo_labels, report
+from lib.features import FeatureSet
+from lib.options import load_script
+from lib.split import Split, cut_into_chunks, labeled_split
+from models.layers import l2_normalize
+
+propagate = load_script("scripts/propagate.py")
+
+
+def call(*words: object) -> dict[str, dict[str, float]]:
+    return propagate.main(propagate.build_parser().parse_args([str(w) for w in words]))
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    """Features of the patches: a direction per class, and noise."""
+    data, _ = build_datasets("patches", "")
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, 32, generator=generator)
+    rows = l2_normalize(centres[data.targets] + 1.4 * torch.randn(3000, 32, generator=generator))
+    path = tmp_path_factory.mktemp("features") / "features.pth.tar"
+    checkpoint.save(FeatureSet(rows, data.targets, 10, data.digest).state(), path)
+    return path
+
+
+@pytest.mark.parametrize("method", ["knn", "nc", "poisson-prior"])
+def test_one_file_per_number_of_labels_and_its_precision(features, tmp_path, capsys, method):
+    options = ("--num-eigenvectors", 12) if method == "nc" else ()
+    words = ("--features", features, "--method", method, *options, "--save-path", tmp_path)
+    results = call(*words, "--num-labeled", 20, 50)
+    printed = capsys.readouterr().out
+    targets = build_datasets("patches", "")[0].targets
+    for n in (20, 50):
+        pseudo = pseudo_labels.load(tmp_path / f"{n}.pth.tar")
+        split = labeled_split(targets, n, 10, 0)
+        assert torch.equal(pseudo.labeled, split.labeled)
+        assert set(pseudo.indexes.tolist()) == set(split.unlabeled.tolist())
+        correct = (pseudo.labels == targets[pseudo.indexes]).double().mean().item()
+        assert results[str(n)]["precision"] == pytest.approx(100 * correct)
+        assert f"{100 * correct:.2f}%" in printed
+        assert correct > 0.5  # far from the 10% of a guess: the labels did spread
+        assert pseudo.meta["propagation"]["method"] == method
+    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
+
+
+def test_parameters_reach_the_method(features, tmp_path):
+    words = ("--features", features, "--method", "knn", "--num-labeled", 50)
+    few = call(*words, "--k", 1, "--save-path", tmp_path / "few")
+    many = call(*words, "--k", 50, "--save-path", tmp_path / "many")
+    assert few["50"]["precision"] != many["50"]["precision"]
+    assert pseudo_labels.load(tmp_path / "few" / "50.pth.tar").meta["propagation"]["k"] == 1
+
+
+def test_chunks_are_shuffled_and_hold_every_image_once(features, tmp_path):
+    words = ("--features", features, "--num-eigenvectors", 12, "--save-path", tmp_path)
+    call(*words, "--num-labeled", 50, "--chunks", 3)
+    parts = [pseudo_labels.load(tmp_path / "50" / f"3_{i}.pth.tar") for i in range(3)]
+    targets = build_datasets("patches", "")[0].targets
+    split = labeled_split(targets, 50, 10, 0)
+    unlabeled = torch.cat([part.unlabeled for part in parts])
+    assert sorted(unlabeled.tolist()) == sorted(split.unlabeled.tolist())
+    for part in parts:
+        assert torch.equal(part.labeled, split.labeled)
+        assert set(part.indexes.tolist()) == set(part.unlabeled.tolist())
+        # cut in the order of the true classes, a chunk would hold four classes of ten
+        assert len(targets[part.unlabeled].unique()) == 10
+        assert (part.labels == targets[part.indexes]).double().mean() > 0.5
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+def test_chunks_differ_in_size_by_one_at_most(count, chunks, seed):
+    split = Split(torch.arange(2), torch.arange(2, 2 + count))
+    if chunks > count:
+        with pytest.raises(ValueError, match="chunks"):
+            cut_into_chunks(split, chunks, seed)
+        return
+    parts = cut_into_chunks(split, chunks, seed)
+    sizes = [len(part) for part in parts]
+    assert len(parts) == chunks
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(torch.cat(parts).tolist()) == list(range(2, 2 + count))
+
+
+def test_merged_chunks_are_one_ranking(features, tmp_path):
+    call("--features", features, "--method", "knn", "--save-path", tmp_path, "--num-labeled", 20)
+    whole = pseudo_labels.load(tmp_path / "20.pth.tar")
+    positions = torch.arange(len(whole.indexes))
+    parts = []
+    for remainder in range(2):
+        chosen = positions[positions % 2 == remainder]
+        parts.append(
+            pseudo_labels.PseudoLabels(
+                whole.indexes[chosen],
+                whole.labels[chosen],
+                whole.confidence[chosen],
+                whole.labeled,
+                whole.indexes[chosen],
+                whole.probabilities[chosen],
+            )
+        )
+    merged = pseudo_labels.merged(parts)
+    assert torch.equal(merged.confidence, whole.confidence)
+    assert sorted(zip(merged.indexes.tolist(), merged.labels.tolist(), strict=True)) == sorted(
+        zip(whole.indexes.tolist(), whole.labels.tolist(), strict=True)
+    )
+    other = pseudo_labels.PseudoLabels(
+        *(parts[1].indexes, parts[1].labels, parts[1].confidence, whole.labeled[:-1]),
+        parts[1].unlabeled,
+        parts[1].probabilities,
+    )
+    with pytest.raises(ValueError, match="different sets of labelled images"):
+        pseudo_labels.merged([parts[0], other])
+
+
+def test_the_graph_file_is_used_again_and_gives_the_same_labels(features, tmp_path):
+    words = ("--features", features, "--num-eigenvectors", 12, "--num-labeled", 20)
+    words = (*words, "--graph-file", tmp_path / "graph.pth.tar")
+    call(*words, "--save-path", tmp_path / "first")
+    written = (tmp_path / "graph.pth.tar").stat().st_mtime_ns
+    call(*words, "--save-path", tmp_path / "second")
+    assert (tmp_path / "graph.pth.tar").stat().st_mtime_ns == written
+    first, second = (
+        pseudo_labels.load(tmp_path / run / "20.pth.tar") for run in ("first", "second")
+    )
+    assert torch.equal(first.labels, second.labels)
+    call(*words, "--num-neighbors", 5, "--save-path", tmp_path / "third")
+    assert (tmp_path / "graph.pth.tar").stat().st_mtime_ns != written
+
+
+def test_the_report_shows_a_sheet_of_every_class(features, tmp_path, capsys):
+    words = ("--features", features, "--dataset", "patches", "--method", "knn")
+    call(*words, "--num-labeled", 50, "--save-path", tmp_path, "--report")
+    page = (tmp_path / "report.html").read_text()
+    pseudo = pseudo_labels.load(tmp_path / "50.pth.tar")
+    for label in pseudo.labels.unique().tolist():
+        file = f"sheets_50/class_{label:04d}.png"
+        assert f'src="{file}"' in page
+        assert len(np.unique(np.asarray(Image.open(tmp_path / file).convert("L")))) > 20
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+
+
+def test_frames_of_a_sheet_tell_right_from_wrong(features, tmp_path):
+    call("--features", features, "--method", "knn", "--save-path", tmp_path, "--num-labeled", 20)
+    pseudo = pseudo_labels.load(tmp_path / "20.pth.tar")
+    data, _ = build_datasets("patches", "")
+    members = pseudo.indexes[pseudo.labels == 3]
+    sheet = report.contact_sheet(pseudo, data, 3, shown=1)
+    expected = report.RIGHT if data.targets[members[0]] == 3 else report.WRONG
+    assert sheet.getpixel((3, 3)) == expected
+    assert report.contact_sheet(pseudo, data, 99) is None
+
+
+def test_names_in_the_page_are_escaped(tmp_path):
+    table = report.html_table(("<a>",), [("<script>",)])
+    assert "<script>" not in table
+    assert "&lt;script&gt;" in table
+
+
+def test_the_script_runs_in_a_process_of_its_own_from_any_folder(features, tmp_path):
+    words = ("--features", features, "--method", "knn", "--num-labeled", 20, "--save-path", "out")
+    printed = assert_ok(run_script("scripts/propagate.py", *words, cwd=tmp_path))
+    assert "precision" in printed
+    assert (tmp_path / "out" / "20.pth.tar").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--checkpoint"),
+        (("--features", "a", "--checkpoint", "b"), "one of them"),
+        (("--features", "missing.pth.tar"), "does not exist"),
+        (("--features", "F", "--method", "knn", "--alpha", "0.5"), "no parameter alpha"),
+        (("--features", "F", "--chunks", "0"), "--chunks 0"),
+        (("--features", "F", "--chunks", "2", "--graph-file", "g"), "--graph-file"),
+    ],
+)
+def test_bad_words_end_in_one_message(features, tmp_path, words, message):
+    words = [str(features) if w == "F" else w for w in words]
+    arguments = propagate.build_parser().parse_args([*words, "--save-path", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=message):
+        propagate.main(arguments)
+
+
+def test_an_unknown_method_is_refused_with_the_list():
+    assert_refused(run_script("scripts/propagate.py", "--method", "magic"), "magic", "poisson")
