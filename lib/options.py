@@ -1,12 +1,15 @@
 """Options that the scripts share, in named groups, and the way a script is started."""
 
 import argparse
+import importlib.util
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from datasets import DATASETS
 from lib.devices import PRECISIONS
@@ -15,6 +18,7 @@ from lib.split import parse_num_labeled
 from models import SMALL_ARCHITECTURES
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -167,3 +171,18 @@ def run(main: Callable[[argparse.Namespace], object], options: argparse.Argument
             raise
         print(f"{options.prog}: error: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of this repository as a module, for who starts many of its runs in one process.
+
+    Args:
+        name: path from the root, such as `cifar-semi.py`, which is no name that `import` can say.
+    """
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", name[:-3]), ROOT / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the names in their annotations
+    spec.loader.exec_module(module)
+    return module

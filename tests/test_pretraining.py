@@ -1,7 +1,6 @@
 """Phase 1 through its command line: what a run leaves behind, resuming, options, divergence."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -24,19 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datasets import build_datasets
 from lib import checkpoint, engine, features, options
 from lib.devices import Compute
+from lib.options import load_script
 from models import build_model
 
 TINY = ("--image-size", 16, "--arch", "wrn-10-1", "-b", 16, "--precision", "fp32")
-
-
-def load_script(name: str) -> ModuleType:
-    """A script as a module: starting a process for each of many runs would take minutes."""
-    spec = importlib.util.spec_from_file_location(name.replace("/", "_")[:-3], ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 pretraining = load_script("unsupervised/cifar.py")

@@ -1,0 +1,224 @@
+"""The three phases on the embedded data set: a table, its pictures, and every file on the way.
+
+    python scripts/quickstart.py
+
+1. `unsupervised/cifar.py` learns a metric of 3,000 small gray patches of ten photographs, without labels.
+2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` spread 10, 20, 50 and 100 labels to all of them.
+3. `cifar-semi.py` trains on the labels and the more confident 70% of each class's pseudo-labels of the
+   normalised cut, each weighted by its confidence. Beside it, with the same number of steps, two baselines
+   see the labelled images only: one from scratch, one from the network of phase 1.
+
+Repeated over three draws of the labelled images. Everything lies below --output afterwards: `results.json`,
+`results.png`, `confidence_precision.png`, the executed notebooks, pseudo-label files and checkpoints.
+About three and a half minutes on two CPU cores.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import papermill
+import torch
+from tqdm import tqdm
+
+from lib import options, plots, provenance, pseudo_labels
+from lib.curves import confidence_precision
+from lib.features import FeatureSet, obtain
+from lib.graph import build_graph
+from lib.propagation import propagate_knn, propagate_normalized_cut
+from lib.spectral import laplacian_spectrum
+from lib.split import labeled_split
+
+ARCHITECTURE = "wrn-10-1"
+BATCH_SIZE = 64  # half the published one: 3,000 images give few steps per epoch
+TEMPERATURE = 0.2  # of instance discrimination; the published 0.1 is for 50,000 images
+NUM_NEIGHBORS = 10  # for 3,000 images; the published 20 are meant for 50,000
+
+# name in results.json: what the table calls it
+COLUMNS = {
+    "scratch": "labels only, from scratch",
+    "metric": "labels only, from the metric",
+    "knn": "kNN pseudo-labels",
+    "nc": "normalised-cut pseudo-labels",
+    "method": "all three phases",
+}
+MEASURES = {"knn": "precision", "nc": "precision"}  # of the others: test accuracy
+TRAINED = ("scratch", "metric", "method")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    parser.add_argument("--output", default="checkpoint/quickstart", help="folder for everything")
+    parser.add_argument("--epochs", type=int, default=90, help="of phase 1")
+    parser.add_argument("--max-iters", type=int, default=100, help="steps of each run of phase 3")
+    parser.add_argument("--splits", type=int, default=3, help="draws of the labelled images")
+    parser.add_argument(
+        *("--num-labeled", "--num_labeled"),
+        type=int,
+        nargs="+",
+        default=[10, 20, 50, 100],
+        help="numbers of labelled images, multiples of ten",
+    )
+    return parser
+
+
+def run_script(name: str, words: list[object]) -> dict[str, float]:
+    """Run a script with a command line in this process; returns what its `main` returns."""
+    module = options.load_script(name)
+    print(f"$ python {name} {' '.join(map(str, words))}", flush=True)
+    return module.main(module.build_parser().parse_args([str(w) for w in words]))
+
+
+def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
+    """Pseudo-label files of the splits `seeds`, by the calls that the notebooks make."""
+    spectrum = laplacian_spectrum(build_graph(metric.features, num_neighbors=NUM_NEIGHBORS))
+    meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
+    for seed in seeds:
+        for n in num_labeled:
+            split = labeled_split(metric.targets, n, metric.num_classes, seed)
+            given = split.labeled, metric.targets[split.labeled], metric.num_classes
+            votes = propagate_knn(metric.features, *given)
+            scores = propagate_normalized_cut(spectrum, *given)
+            found = {
+                "knn": pseudo_labels.from_probabilities(votes, split, meta),
+                "nc": pseudo_labels.from_scores(scores, split, meta),
+            }
+            for algorithm, pseudo in found.items():
+                pseudo_labels.save(pseudo, pseudo_file(output, algorithm, n, seed))
+
+
+def pseudo_file(output: Path, algorithm: str, num_labeled: int, seed: int) -> Path:
+    return output / "pseudos" / f"{algorithm}-split{seed}" / f"{num_labeled}.pth.tar"
+
+
+def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path) -> FeatureSet:
+    """Phase 2: the notebooks for the first split, the same calls for the others."""
+    metric = obtain(checkpoint_file=checkpoint, dataset="patches")
+    for algorithm in ("knn", "nc"):
+        folder = pseudo_file(output, algorithm, 0, 0).parent
+        print(f"notebooks/{algorithm}.ipynb -> {folder}/", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = {"dataset": "patches", "checkpoint": checkpoint, "save_path": str(folder)}
+        parameters |= {"num_labeled": num_labeled}
+        if algorithm == "nc":
+            parameters["num_neighbors"] = NUM_NEIGHBORS
+        papermill.execute_notebook(
+            *(ROOT / "notebooks" / f"{algorithm}.ipynb", folder / f"{algorithm}.ipynb", parameters),
+            progress_bar={"desc": f"notebooks/{algorithm}.ipynb", "leave": False}
+            if sys.stderr.isatty()
+            else False,
+            log_output=False,
+        )
+    spread(metric, num_labeled, range(1, splits), output)
+    return metric
+
+
+def finetune(kind: str, num_labeled: int, seed: int, max_iters: int, output: str) -> float:
+    """One run of phase 3 in a process of its own; test accuracy after the last step."""
+    torch.set_num_threads(1)  # as many runs as cores side by side: faster than one on all of them
+    out = Path(output)
+    words = (
+        f"--dataset patches --arch {ARCHITECTURE} --num-labeled {num_labeled} --rng-seed {seed} "
+    )
+    words += f"-b {BATCH_SIZE} --lr 0.1 --lr-scheduler one-cycle "
+    words += f"--max-iters {max_iters} --eval-freq {max_iters} "
+    words += f"--model-root {out}/finetune --log-root {out}/tensorboard "
+    words += f"--exp-name {kind}-{num_labeled}-split{seed}"
+    if kind != "scratch":
+        words += f" --resume {out}/metric/ckpt.cifar.pth.tar"
+    if kind == "method":
+        words += f" --pseudo-file {pseudo_file(out, 'nc', num_labeled, seed)} --pseudo-ratio 0.7"
+        words += " --class-balanced --confidence-weighted"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return run_script("cifar-semi.py", words.split())["last"]
+
+
+def finetune_all(num_labeled: list[int], splits: int, max_iters: int, output: Path) -> dict:
+    """Phase 3, every run; test accuracies by (kind, number of labels, split)."""
+    todo = [(k, n, s) for n in num_labeled for k in TRAINED for s in range(splits)]
+    workers = min(len(todo), os.cpu_count() or 1, 8)
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang on its threads
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs: dict[Future, tuple] = {
+            pool.submit(finetune, *run, max_iters, str(output)): run for run in todo
+        }
+        bar = tqdm(as_completed(jobs), total=len(jobs), desc="cifar-semi.py", unit="run")
+        return {jobs[done]: done.result() for done in bar}
+
+
+def measure(metric: FeatureSet, accuracy: dict, num_labeled: list[int], splits: int, output: Path):
+    """Percentages by column, number of labels and split."""
+    results: dict[str, dict[int, list[float]]] = {name: {} for name in COLUMNS}
+    for n in num_labeled:
+        for name in COLUMNS:
+            if name in TRAINED:
+                results[name][n] = [accuracy[name, n, s] for s in range(splits)]
+                continue
+            files = [pseudo_file(output, name, n, s) for s in range(splits)]
+            curves = [confidence_precision(pseudo_labels.load(f), metric.targets) for f in files]
+            results[name][n] = [curve.overall for curve in curves]
+    return results
+
+
+def table(results: dict[str, dict[int, list[float]]]) -> str:
+    """Means and standard deviations, one row per number of labels, in Markdown."""
+    heads = ["labels", *(f"{text} ({MEASURES.get(n, 'accuracy')})" for n, text in COLUMNS.items())]
+    lines = ["| " + " | ".join(heads) + " |", "|---:" * len(heads) + "|"]
+    for n in next(iter(results.values())):
+        cells = [str(n)]
+        for name in COLUMNS:
+            values = results[name][n]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
+    # 1. What is asked for; what an earlier quickstart left must not mix with it
+    options.require_positive(args, "epochs", "max_iters", "splits")
+    start, output = time.perf_counter(), Path(args.output)
+    for name in ("metric", "pseudos", "finetune", "tensorboard"):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+    # 2. The three phases
+    print("\nPhase 1 of 3: a metric without labels", flush=True)
+    words = (
+        f"--dataset patches --arch {ARCHITECTURE} --epochs {args.epochs} --lr 0.1 -b {BATCH_SIZE} "
+    )
+    words += f"--nce-t {TEMPERATURE} --lr-scheduler one-cycle --model-dir {output}/metric "
+    words += f"--log-dir {output}/tensorboard/metric"
+    run_script("unsupervised/cifar.py", words.split())
+    print("\nPhase 2 of 3: the labels spread through it", flush=True)
+    checkpoint = f"{output}/metric/ckpt.cifar.pth.tar"
+    metric = propagate(checkpoint, args.num_labeled, args.splits, output)
+    print("\nPhase 3 of 3: classifiers trained on labels and pseudo-labels", flush=True)
+    accuracy = finetune_all(args.num_labeled, args.splits, args.max_iters, output)
+
+    # 3. Table and pictures
+    results = measure(metric, accuracy, args.num_labeled, args.splits, output)
+    record = {"results": results, "meta": provenance.record(vars(args), metric.digest)}
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    (output / "results.json").write_text(json.dumps(record, indent=1))
+    plots.accuracy_by_labels(results, COLUMNS).savefig(output / "results.png", dpi=120)
+    shutil.copy(output / "pseudos" / "nc-split0" / "confidence_precision.png", output)
+    print(f"\nPercent, mean and deviation over {args.splits} draws of the labelled images:\n")
+    print(table(results))
+    print(f"\n{record['seconds']:.0f} s; results.json, results.png and all else: {output}/")
+    return results
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())
