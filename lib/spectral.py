@@ -128,7 +128,8 @@ def project(null: np.ndarray, components: np.ndarray, columns: np.ndarray) -> np
 def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> Operator:
     """Products with a sparse matrix in torch; on the CPU its arrays are shared, not copied."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # said once a process by some versions, whatever check_invariants is
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
         held = torch.sparse_csr_tensor(
             torch.from_numpy(matrix.indptr),
             torch.from_numpy(matrix.indices),

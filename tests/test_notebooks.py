@@ -16,7 +16,9 @@ from test_pretraining import call, make_folder, pretraining
 
 from datasets import build_datasets
 from lib import checkpoint, pseudo_labels
-from lib.features import extract, load_embedding
+from lib.curves import confidence_precision
+from lib.features import extract, load_embedding, obtain
+from lib.propagation import Metric, propagate
 from lib.split import labeled_split
 
 NOTEBOOKS = ("knn", "nc")
@@ -163,6 +165,24 @@ def test_pictures_are_written_and_shown(executed, name):
     # without a renderer a figure is shown as the text <Figure size ...>
     shown = [out for out in outputs(notebook) if "image/png" in out.get("data", {})]
     assert len(shown) == len(expected)
+
+
+def test_another_method_spreads_the_labels_over_the_same_graph(executed, metric, tmp_path):
+    words = {"dataset": "patches", "checkpoint": str(metric), "num_labeled": [50]}
+    words |= {"method": "poisson", "save_path": str(tmp_path)}
+    notebook = run_notebook("nc", tmp_path / "nc.ipynb", **words)
+    pseudo = pseudo_labels.load(tmp_path / "50.pth.tar")
+    published = pseudo_labels.load(executed["nc"][0] / "50.pth.tar")
+    assert pseudo.meta["propagation"]["method"] == "poisson"
+    assert torch.equal(pseudo.labeled, published.labeled)
+    assert not torch.equal(pseudo.labels, published.labels)
+    found = obtain(checkpoint_file=metric, dataset="patches")
+    labels = found.targets[pseudo.labeled]
+    split = labeled_split(found.targets, 50, 10, 0)
+    answer = propagate(Metric(found.features), "poisson", split, labels, 10)
+    assert torch.equal(pseudo.labels, answer.scores.argmax(dim=1)[pseudo.indexes])
+    curve = confidence_precision(pseudo, found.targets)
+    assert f"{curve.overall:.2f}%" in printed(notebook)
 
 
 def test_features_are_extracted_in_evaluation_mode_and_kept(executed, metric):

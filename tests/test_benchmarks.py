@@ -1,0 +1,27 @@
+"""The benchmark scripts run through their command lines; what they print is compared, never the time."""
+
+import json
+
+from conftest import assert_ok, assert_refused, run_script
+
+
+def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
+    words = ("--images", 900, "--classes", 3, "--num-labeled", 30, 90)
+    output = tmp_path / "numbers.json"
+    printed = assert_ok(run_script("scripts/benchmark_propagation.py", *words, "--output", output))
+    record = json.loads(output.read_text())
+    variants = record["variants"]
+    assert list(variants) == ["literal", "nc", "filter", "knn"]
+    for n in ("30", "90"):
+        literal, ours = (variants[name]["precision"][n] for name in ("literal", "nc"))
+        assert abs(literal - ours) < 2  # of 810 images, at the published tolerance of 1e-2
+        assert literal > 50
+    assert record["floor_s"] > 0
+    assert "nc: " in printed
+    assert "times as fast as literal" in printed
+    assert printed.index("nc: ") < printed.index("filter: ")
+
+
+def test_features_without_labels_cannot_be_measured(tmp_path):
+    result = run_script("scripts/benchmark_propagation.py", "--features", tmp_path / "missing")
+    assert_refused(result, "missing", "does not exist")
