@@ -33,6 +33,7 @@ import papermill
 import torch
 from tqdm import tqdm
 
+from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
 from lib import options, plots, provenance, pseudo_labels
 from lib.curves import confidence_precision
 from lib.features import FeatureSet, obtain
@@ -65,13 +66,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-iters", type=int, default=100, help="steps of each run of phase 3")
     parser.add_argument("--splits", type=int, default=3, help="draws of the labelled images")
     parser.add_argument(
-        *("--num-labeled", "--num_labeled"),
+        "--num-labeled",
         type=int,
         nargs="+",
         default=[10, 20, 50, 100],
         help="numbers of labelled images, multiples of ten",
     )
     return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    options.require_positive(args, "epochs", "max_iters", "splits")
+    most = len(PHOTOGRAPHS) * (TRAIN_PER_CLASS - 1)
+    wrong = [n for n in args.num_labeled if n % len(PHOTOGRAPHS) or not 0 < n <= most]
+    if wrong:
+        raise ValueError(f"--num-labeled {wrong[0]}: give multiples of ten, 10 to {most}")
 
 
 def run_script(name: str, words: list[object]) -> dict[str, float]:
@@ -110,8 +119,10 @@ def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path
         folder = pseudo_file(output, algorithm, 0, 0).parent
         print(f"notebooks/{algorithm}.ipynb -> {folder}/", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = {"dataset": "patches", "checkpoint": checkpoint, "save_path": str(folder)}
-        parameters |= {"num_labeled": num_labeled}
+        # a notebook runs in the folder of the repository, wherever this script was started
+        files = {"checkpoint": Path(checkpoint), "save_path": folder}
+        parameters = {name: str(path.resolve()) for name, path in files.items()}
+        parameters |= {"dataset": "patches", "num_labeled": num_labeled}
         if algorithm == "nc":
             parameters["num_neighbors"] = NUM_NEIGHBORS
         papermill.execute_notebook(
@@ -119,7 +130,7 @@ def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path
             progress_bar={"desc": f"notebooks/{algorithm}.ipynb", "leave": False}
             if sys.stderr.isatty()
             else False,
-            log_output=False,
+            cwd=str(ROOT),
         )
     spread(metric, num_labeled, range(1, splits), output)
     return metric
@@ -188,7 +199,7 @@ def table(results: dict[str, dict[int, list[float]]]) -> str:
 
 def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     # 1. What is asked for; what an earlier quickstart left must not mix with it
-    options.require_positive(args, "epochs", "max_iters", "splits")
+    check_options(args)
     start, output = time.perf_counter(), Path(args.output)
     for name in ("metric", "pseudos", "finetune", "tensorboard"):
         shutil.rmtree(output / name, ignore_errors=True)

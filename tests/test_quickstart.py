@@ -19,10 +19,11 @@ def mean(results: dict, column: str, num_labeled: int) -> float:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, str]:
-    """What a small quickstart left, and what it printed."""
-    output = tmp_path_factory.mktemp("quickstart")
+    """What a small quickstart left, started from another folder; and what it printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
     words = ("--epochs", 1, "--max-iters", 2, "--splits", 1, "--num-labeled", 20)
-    return output, assert_ok(run_script("scripts/quickstart.py", *words, "--output", output))
+    result = run_script("scripts/quickstart.py", *words, "--output", "out", cwd=folder)
+    return folder / "out", assert_ok(result)
 
 
 def test_the_table_shows_the_results(small):
@@ -60,12 +61,13 @@ def test_the_other_splits_get_what_the_notebooks_write_for_the_first(small, tmp_
         assert first.labels.tolist() == again.labels.tolist()
 
 
-def test_impossible_numbers_are_refused_before_anything_is_deleted(tmp_path):
+@pytest.mark.parametrize("words", [("--epochs", 0), ("--num-labeled", 10, 15)])
+def test_impossible_numbers_are_refused_before_anything_is_deleted(tmp_path, words):
     kept = tmp_path / "metric" / "kept"
     kept.parent.mkdir()
     kept.write_text("x")
-    result = run_script("scripts/quickstart.py", "--epochs", 0, "--output", tmp_path)
-    assert_refused(result, "--epochs 0", "positive")
+    result = run_script("scripts/quickstart.py", *words, "--output", tmp_path)
+    assert_refused(result, f"{words[0]} {words[-1]}")
     assert kept.is_file()
 
 
