@@ -135,10 +135,10 @@ def load_embedding(path: str | Path, architecture: str = "") -> nn.Module:
     return model
 
 
-def _from_file(path: str | Path, dataset: str, data_dir: str, image_size: int) -> FeatureSet:
+def _from_file(path: str | Path, dataset: str, data_dir: str, **keywords: int) -> FeatureSet:
     features, targets, meta = read(path)
     if targets is None:  # the labels are the data set's, if the rows can be its images
-        data, _ = build_datasets(dataset, data_dir, image_size=image_size)
+        data, _ = build_datasets(dataset, data_dir, **keywords)
         check(features, len(data), source=str(path))
         return FeatureSet(features, data.targets, data.num_classes, data.digest)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
@@ -153,6 +153,7 @@ def obtain(
     dataset: str = "cifar10",
     data_dir: str = "./data",
     image_size: int = 32,
+    num_workers: int = 2,
     compute: Compute | None = None,
 ) -> FeatureSet:
     """The features to propagate through: read from a file, or extracted once and kept.
@@ -164,18 +165,20 @@ def obtain(
         features: a feature file; skips extraction.
         checkpoint_file: a checkpoint of phase 1, if there is no feature file.
         architecture: its network, where the file does not name it.
-        dataset, data_dir, image_size: as in `datasets.build_datasets`.
+        dataset, data_dir, image_size, num_workers: as in `datasets.build_datasets`.
         compute: device to extract on.
 
     Raises:
         ValueError: if neither file is given, or one does not fit.
     """
     if features:
-        return _from_file(features, dataset, data_dir, image_size)
+        return _from_file(
+            features, dataset, data_dir, image_size=image_size, num_workers=num_workers
+        )
     if not checkpoint_file:
         raise ValueError("give features (a file) or checkpoint (of phase 1) to start from")
     model = load_embedding(checkpoint_file, architecture)
-    data, _ = build_datasets(dataset, data_dir, image_size=image_size)
+    data, _ = build_datasets(dataset, data_dir, image_size=image_size, num_workers=num_workers)
     origin = hashlib.sha256(Path(checkpoint_file).read_bytes()).hexdigest()[:16]
     key = {"checkpoint": origin, "image_size": image_size, "data_digest": data.digest}
     cache = Path(str(checkpoint_file).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")

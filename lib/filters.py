@@ -28,7 +28,13 @@ from numpy.polynomial import chebyshev
 from torch import Tensor
 
 from lib.seeding import generator
-from lib.spectral import SELF_LOOPS, csr_operator, degrees, normalized_affinity, null_space
+from lib.spectral import (
+    csr_operator,
+    normalized_affinity,
+    null_space,
+    positive_degrees,
+    self_loop_choice,
+)
 
 TILE = 64  # columns at a time: their rows stay in cache during a product
 TOLERANCE = 1e-4  # of conjugate gradients: residual over right-hand side
@@ -99,20 +105,15 @@ def graph_operator(affinity: sp.csr_matrix, *, self_loops: str = "published") ->
     Raises:
         ValueError: for an unknown choice of self-loops.
     """
-    if self_loops not in SELF_LOOPS:
-        raise ValueError(f"unknown self-loops {self_loops!r}: take one of {', '.join(SELF_LOOPS)}")
-    in_laplacian, in_seeds = SELF_LOOPS[self_loops]
+    in_laplacian, in_seeds = self_loop_choice(self_loops)
     components, null = null_space(affinity, self_loops=in_laplacian)
-    degree = degrees(affinity, self_loops=in_laplacian)
-    seed_degrees = degrees(affinity, self_loops=in_seeds)
-    # an isolated image weighs what its self-loop would
-    degree[degree == 0], seed_degrees[seed_degrees == 0] = 1, 1
+    degree = positive_degrees(affinity, self_loops=in_laplacian)
     return GraphOperator(
         csr_operator(normalized_affinity(affinity, self_loops=in_laplacian)),
         torch.from_numpy(components).long(),
         torch.from_numpy(null).float(),
         torch.from_numpy(np.sqrt(degree)).float(),
-        seed_degrees,
+        positive_degrees(affinity, self_loops=in_seeds),
     )
 
 

@@ -93,6 +93,24 @@ def degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray:
     return np.asarray(kept.sum(axis=1, dtype=np.float64)).ravel()
 
 
+def self_loop_choice(name: str) -> tuple[bool, bool]:
+    """Whether self-loops count in the Laplacian, and in the degrees of the constraints.
+
+    Raises:
+        ValueError: for a name that is no key of `SELF_LOOPS`.
+    """
+    if name not in SELF_LOOPS:
+        raise ValueError(f"unknown self-loops {name!r}: take one of {', '.join(SELF_LOOPS)}")
+    return SELF_LOOPS[name]
+
+
+def positive_degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray:
+    """`degrees`, with 1 at an isolated image: it weighs what its self-loop would."""
+    found = degrees(affinity, self_loops=self_loops)
+    found[found == 0] = 1
+    return found
+
+
 def normalized_affinity(affinity: sp.csr_matrix, *, self_loops: bool) -> sp.csr_matrix:
     """S = D^-1/2 W D^-1/2; the row and column of an isolated node are zero. One copy of W."""
     plain = affinity if self_loops else _without_self_loops(affinity)
@@ -422,13 +440,10 @@ def laplacian_spectrum(
     Warns:
         UserWarning: where the graph falls apart, naming the number of components.
     """
-    if self_loops not in SELF_LOOPS:
-        raise ValueError(f"unknown self-loops {self_loops!r}: take one of {', '.join(SELF_LOOPS)}")
+    in_laplacian, in_degrees = self_loop_choice(self_loops)
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: take one of {', '.join(SOLVERS)}")
-    in_laplacian, in_degrees = SELF_LOOPS[self_loops]
-    seed_degrees = degrees(affinity, self_loops=in_degrees)
-    seed_degrees[seed_degrees == 0] = 1  # an isolated image weighs what its self-loop would
+    seed_degrees = positive_degrees(affinity, self_loops=in_degrees)
     components, null = null_space(affinity, self_loops=in_laplacian)
     n, count = len(null), int(components.max()) + 1
     if count > 1:

@@ -188,7 +188,12 @@ def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta
         plots.confidence_precision(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
     try:
-        data, _ = build_datasets(args.dataset, args.data_dir, image_size=args.image_size)
+        data, _ = build_datasets(
+            args.dataset,
+            args.data_dir,
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+        )
     except ValueError as error:
         print(f"warning: no contact sheets without the images: {error}", file=sys.stderr)
         data = None
@@ -220,6 +225,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         dataset=args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,
+        num_workers=args.num_workers,
         compute=compute,
     )
     folder = options.writable_folder("--save-path", args.save_path)

@@ -19,6 +19,7 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import statistics
 import sys
@@ -86,8 +87,9 @@ def check_options(args: argparse.Namespace) -> None:
 def run_script(name: str, words: list[object]) -> dict[str, float]:
     """Run a script with a command line in this process; returns what its `main` returns."""
     module = options.load_script(name)
-    print(f"$ python {name} {' '.join(map(str, words))}", flush=True)
-    return module.main(module.build_parser().parse_args([str(w) for w in words]))
+    words = [str(w) for w in words]
+    print(f"$ python {name} {shlex.join(words)}", flush=True)
+    return module.main(module.build_parser().parse_args(words))
 
 
 def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
@@ -140,20 +142,19 @@ def finetune(kind: str, num_labeled: int, seed: int, max_iters: int, output: str
     """One run of phase 3 in a process of its own; test accuracy after the last step."""
     torch.set_num_threads(1)  # as many runs as cores side by side: faster than one on all of them
     out = Path(output)
-    words = (
-        f"--dataset patches --arch {ARCHITECTURE} --num-labeled {num_labeled} --rng-seed {seed} "
-    )
-    words += f"-b {BATCH_SIZE} --lr 0.1 --lr-scheduler one-cycle "
-    words += f"--max-iters {max_iters} --eval-freq {max_iters} "
-    words += f"--model-root {out}/finetune --log-root {out}/tensorboard "
-    words += f"--exp-name {kind}-{num_labeled}-split{seed}"
+    words = ["--dataset", "patches", "--arch", ARCHITECTURE]
+    words += ["--num-labeled", num_labeled, "--rng-seed", seed]
+    words += ["-b", BATCH_SIZE, "--lr", 0.1, "--lr-scheduler", "one-cycle"]
+    words += ["--max-iters", max_iters, "--eval-freq", max_iters]
+    words += ["--model-root", out / "finetune", "--log-root", out / "tensorboard"]
+    words += ["--exp-name", f"{kind}-{num_labeled}-split{seed}"]
     if kind != "scratch":
-        words += f" --resume {out}/metric/ckpt.cifar.pth.tar"
+        words += ["--resume", out / "metric" / "ckpt.cifar.pth.tar"]
     if kind == "method":
-        words += f" --pseudo-file {pseudo_file(out, 'nc', num_labeled, seed)} --pseudo-ratio 0.7"
-        words += " --class-balanced --confidence-weighted"
+        words += ["--pseudo-file", pseudo_file(out, "nc", num_labeled, seed)]
+        words += ["--pseudo-ratio", 0.7, "--class-balanced", "--confidence-weighted"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run_script("cifar-semi.py", words.split())["last"]
+        return run_script("cifar-semi.py", words)["last"]
 
 
 def finetune_all(num_labeled: list[int], splits: int, max_iters: int, output: Path) -> dict:
@@ -206,12 +207,11 @@ def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
 
     # 2. The three phases
     print("\nPhase 1 of 3: a metric without labels", flush=True)
-    words = (
-        f"--dataset patches --arch {ARCHITECTURE} --epochs {args.epochs} --lr 0.1 -b {BATCH_SIZE} "
-    )
-    words += f"--nce-t {TEMPERATURE} --lr-scheduler one-cycle --model-dir {output}/metric "
-    words += f"--log-dir {output}/tensorboard/metric"
-    run_script("unsupervised/cifar.py", words.split())
+    words = ["--dataset", "patches", "--arch", ARCHITECTURE, "--epochs", args.epochs]
+    words += ["--lr", 0.1, "-b", BATCH_SIZE, "--nce-t", TEMPERATURE]
+    words += ["--lr-scheduler", "one-cycle", "--model-dir", output / "metric"]
+    words += ["--log-dir", output / "tensorboard" / "metric"]
+    run_script("unsupervised/cifar.py", words)
     print("\nPhase 2 of 3: the labels spread through it", flush=True)
     checkpoint = f"{output}/metric/ckpt.cifar.pth.tar"
     metric = propagate(checkpoint, args.num_labeled, args.splits, output)

@@ -126,6 +126,22 @@ def test_merged_chunks_are_one_ranking(features, tmp_path):
         pseudo_labels.merged([parts[0], other])
 
 
+def test_the_number_of_workers_reaches_the_reader_of_images(features, tmp_path, monkeypatch):
+    asked = []
+
+    def recorded(*words, **keywords):
+        asked.append(keywords.get("num_workers"))
+        return build_datasets(*words, **keywords)
+
+    bare = tmp_path / "bare.t7"
+    torch.save(checkpoint.load(features)["train_features"], bare)
+    monkeypatch.setattr("lib.features.build_datasets", recorded)
+    monkeypatch.setattr(propagate, "build_datasets", recorded)
+    words = ("--features", bare, "--dataset", "patches", "--method", "knn", "-j", 5, "--report")
+    call(*words, "--num-labeled", 20, "--save-path", tmp_path)
+    assert asked == [5, 5]
+
+
 def test_the_graph_file_is_used_again_and_gives_the_same_labels(features, tmp_path):
     words = ("--features", features, "--num-eigenvectors", 12, "--num-labeled", 20)
     words = (*words, "--graph-file", tmp_path / "graph.pth.tar")

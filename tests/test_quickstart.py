@@ -22,8 +22,8 @@ def small(tmp_path_factory) -> tuple[Path, str]:
     """What a small quickstart left, started from another folder; and what it printed."""
     folder = tmp_path_factory.mktemp("quickstart")
     words = ("--epochs", 1, "--max-iters", 2, "--splits", 1, "--num-labeled", 20)
-    result = run_script("scripts/quickstart.py", *words, "--output", "out", cwd=folder)
-    return folder / "out", assert_ok(result)
+    result = run_script("scripts/quickstart.py", *words, "--output", "my out", cwd=folder)
+    return folder / "my out", assert_ok(result)
 
 
 def test_the_table_shows_the_results(small):
