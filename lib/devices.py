@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lib import distributed
+
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -42,32 +44,28 @@ class Compute:
 
 
 def select(gpus: str = "0", precision: str = "auto") -> Compute:
-    """The device that `--gpus` names, as an index among the visible ones.
+    """The device of this process among those that `--gpus` names, as indexes of the visible ones.
 
     `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
 
     Args:
-        gpus: a device index, or `cpu`.
+        gpus: as in `lib.distributed.device_names`; with several, the one at this process's local rank.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
 
     Raises:
-        ValueError: for several devices, a device that does not exist or is no number, or an unknown
-            precision.
+        ValueError: for devices that do not exist or are no numbers, several of them in a single process,
+            or an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
-    names = [name.strip() for name in gpus.split(",") if name.strip()]
-    if len(names) != 1:
-        raise ValueError(f"--gpus {gpus}: name one device; several are not supported here yet")
-    if names[0] != "cpu" and not names[0].isdecimal():
-        raise ValueError(f"--gpus {gpus}: give a device number, or cpu")
-    if names[0] == "cpu" or not torch.cuda.is_available():
+    names = distributed.device_names(gpus)
+    if len(names) > 1 and distributed.share().size == 1:
+        raise ValueError(f"--gpus {gpus}: name one device here")
+    if names[0] == "cpu":
         device = torch.device("cpu")
-    elif int(names[0]) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--gpus {gpus}: only {torch.cuda.device_count()} CUDA devices are visible"
-        )
+    elif distributed.under_torchrun():
+        device = torch.device("cuda", distributed.local_rank())
     else:
-        device = torch.device("cuda", int(names[0]))
+        device = torch.device("cuda", int(names[distributed.local_rank()]))
     bf16 = precision == "bf16" or (precision == "auto" and _has_fast_bf16(device))
     return Compute(device, bf16)

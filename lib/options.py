@@ -7,11 +7,14 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from datasets import DATASETS
+from lib import distributed
 from lib.devices import PRECISIONS
 from lib.schedule import SCHEDULES
 from lib.split import parse_num_labeled
@@ -77,7 +80,10 @@ def add_optimization(group_of: argparse.ArgumentParser, *, lr: float) -> argpars
 def add_compute(group_of: argparse.ArgumentParser) -> None:
     group = group_of.add_argument_group("computing")
     group.add_argument(
-        "--gpus", default="0", help="CUDA device number, or cpu; without CUDA always the CPU"
+        "--gpus",
+        default="0",
+        help="CUDA device numbers, a process each (0,1,2,3), or cpu; without CUDA always the CPU. "
+        "Under torchrun every process takes the device of its LOCAL_RANK",
     )
     group.add_argument(
         "--precision",
@@ -157,20 +163,36 @@ def writable_folder(option: str, path: str | Path) -> Path:
         ) from error
 
 
-def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
-    """Parse the command line and run; a user's mistake ends in one message and exit code 2.
-
-    A run that diverges ends in one message and exit code 1. `TRACEBACK=1` in the environment shows
-    where a message came from.
-    """
-    args = options.parse_args()
+def _guarded(
+    main: Callable[[argparse.Namespace], object], args: argparse.Namespace, prog: str
+) -> int:
+    """The exit code of a script's main function; mistakes and divergence end in one message."""
     try:
         main(args)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"{options.prog}: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE)
+        if not distributed.is_main():
+            time.sleep(distributed.MAIN_FIRST_S)
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE
+    return 0
+
+
+def run(main: Callable[[argparse.Namespace], object], options: argparse.ArgumentParser) -> None:
+    """Parse the command line and run, in as many processes as `--gpus` or torchrun ask for.
+
+    A user's mistake ends in one message and exit code 2, a run that diverges in one message and exit
+    code 1. `TRACEBACK=1` in the environment shows where a message came from.
+    """
+    args = options.parse_args()
+    work = partial(_guarded, main, args, options.prog)
+    gpus = getattr(args, "gpus", "cpu")
+    try:
+        distributed.device_names(gpus)
+    except ValueError as error:
+        options.exit(EXIT_USAGE, f"{options.prog}: error: {error}\n")
+    sys.exit(distributed.run(work, gpus))
 
 
 def load_script(name: str) -> ModuleType:

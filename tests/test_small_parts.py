@@ -88,9 +88,11 @@ def test_cuda_visible_devices_is_not_overwritten(monkeypatch):
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        ("", "name one device"),
-        (",", "name one device"),
-        ("0,1", "name one device"),
+        ("", "device number"),
+        (",", "device number"),
+        ("cpu,cpu", "one device"),
+        ("0,cpu", "CPU and GPU"),
+        ("1,1", "twice"),
         ("cuda", "device number"),
         ("-1", "device number"),
         ("1.5", "device number"),
