@@ -10,8 +10,11 @@ from conftest import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lib.cells
 import lib.neighbors
-from lib.neighbors import GROUP, _top_k, nearest_neighbors
+import lib.search
+from lib.neighbors import nearest_neighbors
+from lib.search import GROUP, top_k
 
 
 def dense_neighbors(features, k):
@@ -41,7 +44,7 @@ def test_top_k_by_group_maxima_equals_topk(seed, k, groups, distinct):
     values = torch.randint(distinct, (6, groups * GROUP), generator=generator).float()
     values[:, -GROUP // 2 :] = -torch.inf
     assert k * GROUP * 2 < values.shape[1]  # otherwise this would be topk against itself
-    top, columns = _top_k(values, k)
+    top, columns = top_k(values, k)
     assert torch.equal(top, values.topk(k, dim=1).values)
     assert torch.equal(values.gather(1, columns), top)
     assert all(len(set(row)) == k for row in columns.tolist())
@@ -84,9 +87,9 @@ def test_similarities_in_memory_stay_below_their_bound(monkeypatch):
 
     def watched(similarities, k):
         seen.append(similarities.numel() * similarities.element_size())
-        return _top_k(similarities, k)
+        return top_k(similarities, k)
 
-    monkeypatch.setattr(lib.neighbors, "_top_k", watched)
+    monkeypatch.setattr(lib.search, "top_k", watched)
     features, _ = blobs(5, 100)
     nearest_neighbors(features, 6, include_self=True, block_bytes=50_000)
     assert max(seen) <= 50_000
@@ -110,7 +113,7 @@ def test_image_left_out_is_left_out_among_its_duplicates():
 def test_tiles_of_columns_change_nothing(tile, monkeypatch):
     features, _ = blobs(5, 205)
     whole = nearest_neighbors(features, 2, include_self=True, scale_rank=1)
-    monkeypatch.setattr(lib.neighbors, "TILE", tile)
+    monkeypatch.setattr(lib.search, "TILE", tile)
     tiles = nearest_neighbors(features, 2, include_self=True, scale_rank=1)
     assert torch.equal(tiles.indexes, whole.indexes)
     torch.testing.assert_close(tiles.similarities, whole.similarities)
@@ -121,7 +124,7 @@ def test_tiles_of_columns_change_nothing(tile, monkeypatch):
 @pytest.mark.parametrize("method", ["exact", "ivf"])
 def test_threads_change_nothing_and_leave_their_number_as_it_was(method, monkeypatch):
     features, _ = blobs(5, 100)
-    monkeypatch.setattr(lib.neighbors, "ROWS", 16)
+    monkeypatch.setattr(lib.search, "ROWS", 16)
     two = nearest_neighbors(features, 5, include_self=False, method=method)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
@@ -135,7 +138,7 @@ def test_failure_inside_a_thread_is_not_lost(monkeypatch):
     def failing(*_):
         raise MemoryError
 
-    monkeypatch.setattr(lib.neighbors, "_top_k", failing)
+    monkeypatch.setattr(lib.search, "top_k", failing)
     with pytest.raises(MemoryError):
         nearest_neighbors(blobs(5, 40)[0], 5, include_self=False)
 
@@ -190,13 +193,66 @@ def test_cells_find_what_they_say_they_find(include_self):
 
 
 def test_all_cells_searched_are_exact(monkeypatch):
-    monkeypatch.setattr(lib.neighbors, "LEAST_PROBES", 10**6)
+    monkeypatch.setattr(lib.cells, "PROBES", 10**6)
     features, _ = blobs(5, 60)
     found = nearest_neighbors(features, 7, include_self=False, method="ivf")
     values, columns = dense_neighbors(features, 7)
     assert torch.equal(found.indexes.long(), columns)
     torch.testing.assert_close(found.similarities, values.float())
     assert found.recall == 1
+
+
+@pytest.fixture
+def many_rounds(monkeypatch):
+    """Cells searched in two rounds, however small the features."""
+    monkeypatch.setattr(lib.cells, "PROBES", 2)
+    monkeypatch.setattr(lib.cells, "TARGETS", 7)
+    monkeypatch.setattr(lib.cells, "WORTHWHILE", 2.0)
+    calls = []
+    second = lib.cells._second_round
+    monkeypatch.setattr(lib.cells, "_second_round", lambda *a: calls.append(1) or second(*a))
+    yield
+    assert calls
+
+
+@pytest.mark.usefixtures("many_rounds")
+@pytest.mark.parametrize("include_self", [True, False])
+def test_second_round_that_may_lose_nothing_finds_every_neighbour(include_self, monkeypatch):
+    monkeypatch.setattr(lib.cells, "SAMPLED_ROWS", 10**6)  # the margin of all rows
+    features, _ = blobs(4, 150, spread=0.5)
+    found = nearest_neighbors(features, 7, include_self=include_self, method="ivf", recall=1.0)
+    exact = nearest_neighbors(features, 7, include_self=include_self)
+    assert torch.equal(found.indexes, exact.indexes)
+    torch.testing.assert_close(found.similarities, exact.similarities)
+
+
+@pytest.mark.usefixtures("many_rounds")
+def test_second_round_reaches_the_recall_that_is_asked_for():
+    features, _ = blobs(4, 500, spread=0.5)
+    found = nearest_neighbors(features, 9, include_self=False, method="ivf", recall=0.96)
+    assert 0.94 < found.recall < 0.98  # a margin too wide would be a waste
+
+
+@pytest.mark.usefixtures("many_rounds")
+def test_second_round_of_some_rows_is_that_of_all_of_them():
+    features, _ = blobs(4, 150, spread=0.5)
+    options = {"include_self": False, "method": "ivf", "recall": 0.9}
+    whole = nearest_neighbors(features, 5, **options)
+    parts = [
+        nearest_neighbors(features, 5, rows=rows, **options)
+        for rows in (slice(0, 333), slice(333, None))
+    ]
+    assert torch.equal(torch.cat([p.indexes for p in parts]), whole.indexes)
+
+
+def test_candidates_are_merged_into_the_neighbours_of_their_rows():
+    found = lib.cells.Found(
+        torch.tensor([[0.9, 0.1], [0.5, 0.4], [0.3, 0.2]]), torch.zeros(3, 2).int(), 0
+    )
+    rows, values = torch.tensor([0, 2, 2, 2]), torch.tensor([0.5, 0.1, 0.6, 0.7])
+    lib.cells._merge(found, rows, values, torch.tensor([7, 8, 9, 10]).int())
+    assert found.values.tolist() == torch.tensor([[0.9, 0.5], [0.5, 0.4], [0.7, 0.6]]).tolist()
+    assert found.places.tolist() == [[0, 7], [0, 0], [10, 9]]
 
 
 @pytest.mark.parametrize("kind", ["constant", "two points", "more neighbours than a cell holds"])
@@ -213,7 +269,7 @@ def test_cells_of_degenerate_features_have_neighbours_enough(kind):
 
 def test_search_that_misses_neighbours_warns(monkeypatch):
     # one cell each where the groups overlap
-    monkeypatch.setattr(lib.neighbors, "LEAST_PROBES", 1)
+    monkeypatch.setattr(lib.cells, "PROBES", 1)
     features, _ = blobs(1, 900, dim=32, spread=5.0)
     with pytest.warns(UserWarning, match="ivf search found"):
         found = nearest_neighbors(features, 5, include_self=False, method="ivf", recall=0.0)
@@ -224,9 +280,9 @@ def test_auto_is_exact_for_few_rows_and_by_cells_for_many(monkeypatch):
     features, _ = blobs(5, 60)
     assert nearest_neighbors(features, 5, include_self=False).recall == 1
     called = []
-    by_cells = lib.neighbors._by_cells
+    by_cells = lib.neighbors.search_cells
     monkeypatch.setattr(
-        lib.neighbors, "_by_cells", lambda *a, **b: called.append(1) or by_cells(*a, **b)
+        lib.neighbors, "search_cells", lambda *a, **b: called.append(1) or by_cells(*a, **b)
     )
     monkeypatch.setattr(lib.neighbors, "EXACT_BELOW", {"cpu": 200})
     nearest_neighbors(features, 5, include_self=False)
