@@ -12,15 +12,21 @@ from lib.seeding import generator
 from lib.spectral import Spectrum
 
 SAMPLE = 1000  # images in a matrix picture: more are not seen on a screen
+SAMPLE_CLASSES = 20  # with a thousand classes, no two of those images would be of the same one
 
 
 def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Indexes of at most SAMPLE images sorted by class, and the rows where a class begins.
 
-    Images without a known target are left out, unless no image has one.
+    Of more than SAMPLE_CLASSES classes some are drawn. Images without a known target are left out,
+    unless no image has one.
     """
-    known = (targets != UNKNOWN).nonzero()[:, 0]
-    candidates = known if len(known) else torch.arange(len(targets))
+    known = targets != UNKNOWN
+    present = targets[known].unique()
+    if len(present) > SAMPLE_CLASSES:
+        order = torch.randperm(len(present), generator=generator(0, "sample", 1))
+        known = torch.isin(targets, present[order[:SAMPLE_CLASSES]])
+    candidates = known.nonzero()[:, 0] if known.any() else torch.arange(len(targets))
     drawn = torch.randperm(len(candidates), generator=generator(0, "sample"))[:SAMPLE]
     chosen = candidates[drawn]
     chosen = chosen[targets[chosen].argsort(stable=True)]
@@ -110,4 +116,23 @@ def accuracy_by_labels(
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    return figure
+
+
+def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Seconds and memory of every variant over the number of images, on logarithmic scales.
+
+    Args:
+        runs: number of images -> variant -> `total_s` and `added_mib`.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    names = list(dict.fromkeys(name for found in runs.values() for name in found))
+    keys = ("total_s", "added_mib"), ("seconds", "memory beyond the features' (MiB)")
+    for axes, key, label in zip(figure.subplots(1, 2), *keys, strict=True):
+        for name in names:
+            sizes = [n for n in runs if name in runs[n]]
+            axes.loglog(sizes, [runs[n][name][key] for n in sizes], marker="o", label=name)
+        axes.set(xlabel="images", ylabel=label)
+        axes.grid(which="both", alpha=0.3)
+    axes.legend()
     return figure

@@ -4,12 +4,21 @@
 
 Every variant runs in a process of its own, so that its peak memory is its own, on the same features and
 the same labelled images. Without --features: a synthetic mixture of --images points. Prints seconds, peak
-memory and the precision of the pseudo-labels at each number of labels; writes the same to --output.
+memory, the precision of the pseudo-labels at each number of labels, and on what share of the images a
+variant agrees with the literal one; writes the same to --output. With several --images: how time and
+memory grow, as exponents of N and, with --picture, as a picture.
+
+ImageNet's size, which the literal steps (4 N^2 bytes) cannot reach: one graph, 200 eigenvectors
+
+    python scripts/benchmark_propagation.py --images 1280000 --classes 1000 --num-neighbors 51 \\
+        --num-labeled 13000 51000 --variants nc
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -26,15 +35,18 @@ from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lib import devices, features, graph, options, provenance, spectral
-from lib.propagation import Metric, propagate_knn, propagate_normalized_cut
-from lib.propagation.algorithms import run_algorithm
+from lib import devices, features, options, plots, provenance
+from lib.neighbors import METHODS as SEARCHES
+from lib.neighbors import PRECISIONS
+from lib.propagation import Metric, propagate
+from lib.propagation.algorithms import ALGORITHMS, NUM_EIGENVECTORS, others, run_algorithm
 from lib.propagation.checks import Labeling
 from lib.seeding import generator
-from lib.split import labeled_split
+from lib.split import Split, labeled_split
 from models.layers import l2_normalize
 
 COUNTS = [50, 100, 250, 500, 1000, 2000, 4000, 8000]  # published
+CLUSTERS, NOISE = 5, 1.4  # per class of the mixture; of its points around a cluster
 Answer = tuple[
     dict[str, float], dict[int, Tensor]
 ]  # seconds by step, predicted class of every image
@@ -43,36 +55,68 @@ Answer = tuple[
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
     parser.add_argument("--features", default="", metavar="FILE", help="feature file with labels")
-    parser.add_argument("--images", type=int, default=50000, help="size of the synthetic mixture")
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="sizes: of the synthetic mixture (default 50000), or of random parts of the features (all)",
+    )
     parser.add_argument("--classes", type=int, default=10, help="classes of the synthetic mixture")
     parser.add_argument("--num-labeled", type=int, nargs="+", default=COUNTS, help="label counts")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=DEFAULT, help="what to run"
+    )
+    parser.add_argument(
+        "--num-neighbors", type=int, default=20, help="of the graph (published: 20)"
+    )
+    parser.add_argument(
+        "--search", choices=SEARCHES, default="auto", help="of the neighbours; ivf is approximate"
+    )
+    parser.add_argument(
+        "--search-precision", choices=PRECISIONS, default="fp32", help="of its products"
+    )
     parser.add_argument("--rng-seed", type=int, default=0, help="seed of the split")
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
+    parser.add_argument(
+        "--picture", default="", metavar="FILE", help="PNG of the growth over several --images"
+    )
     return parser
 
 
-def mixture(num_images: int, num_classes: int, dim: int = 128, seed: int = 0) -> tuple:
-    """Unit vectors of overlapping classes, each of a few clusters; and their classes."""
+def mixture(
+    num_images: int, num_classes: int, dim: int = 128, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Unit vectors of overlapping classes of five clusters each; and their classes.
+
+    All directions are drawn with variances that fall as exp(-k / 15), which gives the cloud about the
+    spread of a trained metric: on CIFAR-10 features of phase 1 the participation ratio of the covariance
+    is 20, here 31 with a thousand classes. There, half of all nearest neighbours are of another class at
+    N = 320,000, as published for ImageNet (nearest-neighbour accuracy 47%).
+    """
     rng = generator(seed, "sample")
-    modes = 5 * num_classes
-    centres = l2_normalize(torch.randn(modes, dim, generator=rng))
-    mode = torch.randint(modes, (num_images,), generator=rng)
-    # noise within a low-dimensional subspace, as the spectrum of a trained metric has it
-    directions = torch.linspace(1, 0, dim) ** 2
-    noise = torch.randn(num_images, dim, generator=rng) * directions
-    return l2_normalize(centres[mode] + 0.42 * noise), mode % num_classes
+    scale = torch.exp(-torch.arange(dim) / 30)
+    scale /= scale.norm()
+    centres = torch.randn(num_classes, dim, generator=rng).repeat_interleave(CLUSTERS, 0)
+    centres = scale * (centres + 0.6 * torch.randn(len(centres), dim, generator=rng))
+    cluster = torch.randint(len(centres), (num_images,), generator=rng)
+    rows = torch.empty(num_images, dim)
+    for part, of in zip(rows.split(65536), cluster.split(65536), strict=True):
+        noise = torch.randn(part.shape, generator=rng)
+        part[:] = l2_normalize(centres[of] + NOISE * scale * noise)
+    return rows, cluster // CLUSTERS
 
 
-def literal(rows: Tensor, splits: dict[int, tuple[Tensor, Tensor]], num_classes: int) -> Answer:
+def literal(rows, splits, num_classes, num_neighbors, search) -> Answer:
     """The normalised cut step by step as published: a dense N x N matrix, smallest eigenvalues."""
     seconds, start = {}, time.perf_counter()
     n = len(rows)
     similarities = rows @ rows.T
-    top, places = similarities.topk(20, dim=1)
+    top, places = similarities.topk(num_neighbors, dim=1)
     del similarities
     distances = (1 - top.double().numpy()) / 2
-    pairs = (np.repeat(np.arange(n), 20), places.numpy().ravel())
+    pairs = (np.repeat(np.arange(n), num_neighbors), places.numpy().ravel())
     w = sp.csr_matrix((np.exp(-2 * distances / 0.2).ravel(), pairs), (n, n))
     w = (w + w.T) / 2
     seconds["graph"] = time.perf_counter() - start
@@ -98,71 +142,78 @@ def literal(rows: Tensor, splits: dict[int, tuple[Tensor, Tensor]], num_classes:
     return seconds, answers
 
 
-def nc(rows: Tensor, splits: dict[int, tuple[Tensor, Tensor]], num_classes: int) -> Answer:
-    """The normalised cut of lib/."""
-    seconds, start = {}, time.perf_counter()
-    affinity = graph.build_graph(rows, "cifar")
-    seconds["graph"] = time.perf_counter() - start
-    start = time.perf_counter()
-    spectrum = spectral.laplacian_spectrum(affinity, 199)
-    seconds["spectrum"] = time.perf_counter() - start
-    start = time.perf_counter()
-    answers = {
-        count: propagate_normalized_cut(spectrum, *split, num_classes).argmax(dim=1)
-        for count, split in splits.items()
-    }
-    seconds["labels"] = time.perf_counter() - start
-    return seconds, answers
+def own(method: str, **parameters: float) -> Callable[..., Answer]:
+    """An algorithm of lib/, its graph and spectrum made anew."""
+
+    def run(rows, splits, num_classes, num_neighbors, search):
+        seconds, start = {}, time.perf_counter()
+        metric = Metric(rows, num_neighbors=num_neighbors, search=search)
+        algorithm = ALGORITHMS.get(method)
+        if algorithm is None or algorithm.needs_graph:
+            metric.affinity  # noqa: B018 - made here, so that it has a time of its own
+            seconds["graph"] = time.perf_counter() - start
+            start = time.perf_counter()
+        if method == "nc":
+            metric.spectrum(parameters.get("num_eigenvectors", NUM_EIGENVECTORS) - 1)
+            seconds["spectrum"] = time.perf_counter() - start
+            start = time.perf_counter()
+        answers = {}
+        if algorithm:
+            labelings = [Labeling(*split) for split in splits.values()]
+            scores = run_algorithm(metric, method, labelings, num_classes, **parameters)
+            answers = {n: one.argmax(dim=1) for n, one in zip(splits, scores, strict=True)}
+        else:
+            for n, (labeled, labels) in splits.items():
+                split = Split(labeled, others(len(rows), labeled))
+                answers[n] = propagate(metric, method, split, labels, num_classes).scores.argmax(1)
+        seconds["labels"] = time.perf_counter() - start
+        return seconds, answers
+
+    return run
 
 
-def graph_filter(
-    rows: Tensor, splits: dict[int, tuple[Tensor, Tensor]], num_classes: int
-) -> Answer:
-    """The same seeds through a smoothed step and conjugate gradients: no eigenvectors."""
-    seconds, start = {}, time.perf_counter()
-    metric = Metric(rows, given=graph.build_graph(rows, "cifar"))
-    seconds["graph"] = time.perf_counter() - start
-    start = time.perf_counter()
-    labelings = [Labeling(*split) for split in splits.values()]
-    scores = run_algorithm(metric, "filter", labelings, num_classes)
-    answers = {n: one.argmax(dim=1) for n, one in zip(splits, scores, strict=True)}
-    seconds["labels"] = time.perf_counter() - start
-    return seconds, answers
+def scikit_learn(rows, splits, num_classes, num_neighbors, search) -> Answer:
+    """LabelSpreading of scikit-learn with its kernel of nearest neighbours, once per number of labels."""
+    from sklearn.semi_supervised import LabelSpreading
 
-
-def knn(rows: Tensor, splits: dict[int, tuple[Tensor, Tensor]], num_classes: int) -> Answer:
-    """Weighted nearest neighbours of lib/."""
-    start = time.perf_counter()
-    answers = {
-        count: propagate_knn(rows, *split, num_classes).argmax(dim=1)
-        for count, split in splits.items()
-    }
+    start, answers = time.perf_counter(), {}
+    for count, (labeled, labels) in splits.items():
+        known = torch.full((len(rows),), -1)
+        known[labeled] = labels
+        model = LabelSpreading(kernel="knn", n_neighbors=num_neighbors, n_jobs=-1)
+        answers[count] = torch.from_numpy(model.fit(rows.numpy(), known.numpy()).transduction_)
     return {"labels": time.perf_counter() - start}, answers
 
 
 VARIANTS: dict[str, Callable[..., Answer]] = {
     "literal": literal,
-    "nc": nc,
-    "filter": graph_filter,
-    "knn": knn,
+    "nc": own("nc"),
+    "filter": own("filter"),
+    "knn": own("knn"),
+    "auto": own("auto"),
+    "poisson": own("poisson"),
+    "spreading": own("spreading", alpha=0.99),
+    "spreading-0.9": own("spreading", alpha=0.9),
+    "scikit-learn": scikit_learn,
 }
+DEFAULT = ["literal", "nc", "filter", "knn"]
 
 
-def _measured(connection, name: str, rows: Tensor, splits: dict, num_classes: int) -> None:
+def _measured(connection, name: str, *problem: object) -> None:
     """Run one variant in this process and send its seconds, answers and memory."""
     warnings.simplefilter("ignore", UserWarning)  # components are reported once, by the parent
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, answers = VARIANTS[name](rows, splits, num_classes)
+    seconds, answers = VARIANTS[name](*problem)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     connection.send((seconds, {k: v.numpy() for k, v in answers.items()}, before, peak))
     connection.close()
 
 
-def run_variant(name: str, rows: Tensor, splits: dict, num_classes: int) -> dict:
+def run_variant(name: str, *problem: object) -> dict:
     """Seconds by step, memory in MiB (of the whole process, and above its start), answers."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measured, args=(sender, name, rows, splits, num_classes))
+    child = context.Process(target=_measured, args=(sender, name, *problem))
     child.start()
     sender.close()
     try:
@@ -174,7 +225,8 @@ def run_variant(name: str, rows: Tensor, splits: dict, num_classes: int) -> dict
     answers = {count: torch.from_numpy(a) for count, a in answers.items()}
     # Linux counts KiB, macOS bytes
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    memory = {"peak_mib": peak / unit, "added_mib": (peak - before) / unit}
+    # nothing added would be the start's own garbage used again
+    memory = {"peak_mib": peak / unit, "added_mib": max(1.0, (peak - before) / unit)}
     return {"seconds": seconds, "total_s": sum(seconds.values()), **memory, "answers": answers}
 
 
@@ -193,53 +245,118 @@ def precision(answers: Tensor, targets: Tensor, unlabeled: Tensor) -> float:
     return 100 * (answers[unlabeled] == targets[unlabeled]).double().mean().item()
 
 
-def main(args: argparse.Namespace) -> dict:
-    if args.features:
-        rows, targets, meta = features.read(args.features)
-        if targets is None:
-            raise ValueError(f"{args.features} holds no labels to measure precision with")
-        num_classes = meta.get("num_classes", int(targets.max()) + 1)
-    else:
-        rows, targets = mixture(args.images, args.classes)
-        num_classes = args.classes
-    compute = devices.select("cpu")
-    print(f"{len(rows)} x {rows.shape[1]} features, {num_classes} classes; {compute}")
+def problems(args: argparse.Namespace) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Features and targets of every size, and the number of classes."""
+    if not args.features:
+        sizes = args.images or [50000]
+        return [mixture(n, args.classes) for n in sizes], args.classes
+    rows, targets, meta = features.read(args.features)
+    if targets is None:
+        raise ValueError(f"{args.features} holds no labels to measure precision with")
+    order = torch.randperm(len(rows), generator=generator(0, "sample"))
+    wrong = [n for n in args.images if n > len(rows)]
+    if wrong:
+        raise ValueError(f"--images {wrong[0]}: {args.features} holds only {len(rows)}")
+    parts = [order[:n].sort().values for n in args.images or [len(rows)]]
+    num_classes = meta.get("num_classes", int(targets.max()) + 1)
+    return [(rows[part], targets[part]) for part in parts], num_classes
+
+
+def fits(name: str, num_images: int) -> bool:
+    """Whether a variant's matrix fits the memory; says so where it does not."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if name == "scikit-learn" and importlib.util.find_spec("sklearn") is None:
+        print("scikit-learn  is not installed: pip install scikit-learn")
+        return False
+    if name == "literal" and 4 * num_images**2 > available:
+        print(f"literal   needs {4 * num_images**2 / 2**30:.0f} GiB for its matrix: left out")
+        return False
+    return True
+
+
+def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes: int) -> dict:
+    """Every variant on one set of features, as a table."""
     drawn = {n: labeled_split(targets, n, num_classes, args.rng_seed) for n in args.num_labeled}
     splits = {n: (s.labeled, targets[s.labeled]) for n, s in drawn.items()}
-    found = {}
-    print(
-        "variant   seconds (by step)" + " " * 40 + "peak MiB  precision at " + str(args.num_labeled)
-    )
+    search = {"method": args.search, "precision": args.search_precision}
+    counts = " ".join(f"{n:>6d}" for n in args.num_labeled)
+    print("variant        seconds (by step)" + " " * 37 + f"peak MiB  precision at {counts}")
+    found, literal_answers = {}, None
     for name in args.variants:
-        run = found[name] = run_variant(name, rows, splits, num_classes)
+        if not fits(name, len(rows)):
+            continue
+        run = run_variant(name, rows, splits, num_classes, args.num_neighbors, search)
+        answers = run.pop("answers")
+        literal_answers = answers if name == "literal" else literal_answers
         run["precision"] = {
-            n: precision(a, targets, drawn[n].unlabeled) for n, a in run.pop("answers").items()
+            n: precision(a, targets, drawn[n].unlabeled) for n, a in answers.items()
         }
+        if literal_answers is not None:
+            run["agreement"] = {
+                n: precision(a, literal_answers[n], drawn[n].unlabeled) for n, a in answers.items()
+            }
+        found[name] = run
         steps = ", ".join(f"{step} {s:.1f}" for step, s in run["seconds"].items())
-        shown = "  ".join(f"{p:5.2f}" for p in run["precision"].values())
         print(
-            f"{name:8s}  {run['total_s']:7.1f} ({steps})".ljust(66)
-            + f"{run['peak_mib']:9.0f}  {shown}"
+            f"{name:13s}  {run['total_s']:7.1f} ({steps})".ljust(69)
+            + f"{run['peak_mib']:9.0f}               "
+            + " ".join(f"{p:6.2f}" for p in run["precision"].values()),
+            flush=True,
         )
+    for name, run in found.items():
+        if "agreement" in run and name != "literal":
+            shares = " ".join(f"{p:6.2f}" for p in run["agreement"].values())
+            print(f"{name:13s}  agrees with literal on".ljust(69) + " " * 24 + shares)
+    return found
+
+
+def compare(found: dict, rows: Tensor) -> dict[str, float]:
+    """Ratios to the literal steps, and the floor of an exact graph on this machine."""
     rate = matrix_rate()
     floor = 2 * len(rows) ** 2 * rows.shape[1] / rate
     print(f"floor of an exact graph: 2 N^2 D at {rate / 1e9:.0f} GFLOP/s = {floor:.1f} s")
-    if "literal" in found:
-        for name in [name for name in found if name != "literal"]:
-            speed = found["literal"]["total_s"] / found[name]["total_s"]
-            memory = found["literal"]["added_mib"] / found[name]["added_mib"]
+    literal_run = found.get("literal")
+    for name in found if literal_run else ():
+        if name != "literal":
+            speed = literal_run["total_s"] / found[name]["total_s"]
+            memory = literal_run["added_mib"] / found[name]["added_mib"]
             print(
                 f"{name}: {speed:.1f} times as fast as literal, {memory:.1f} times less added memory"
             )
-    if args.output:
-        record = {
-            "variants": found,
-            "matrix_rate": rate,
-            "floor_s": floor,
-            "meta": provenance.record(vars(args)),
+    return {"matrix_rate": rate, "floor_s": floor}
+
+
+def growth(runs: dict[int, dict]) -> dict[str, dict[str, float]]:
+    """Exponents of N that time and memory grow with, least squares on logarithms, by variant."""
+    exponents: dict[str, dict[str, float]] = {}
+    names = [name for name in VARIANTS if sum(name in found for found in runs.values()) > 1]
+    for name in names:
+        sizes = [n for n in runs if name in runs[n]]
+        exponents[name] = {
+            key: float(np.polyfit(np.log(sizes), np.log([runs[n][name][key] for n in sizes]), 1)[0])
+            for key in ("total_s", "added_mib")
         }
+        time_exponent, memory_exponent = exponents[name].values()
+        print(f"{name}: time grows as N^{time_exponent:.2f}, memory as N^{memory_exponent:.2f}")
+    return exponents
+
+
+def main(args: argparse.Namespace) -> dict:
+    sets, num_classes = problems(args)
+    runs, floors = {}, {}
+    for rows, targets in sets:
+        print(
+            f"{len(rows)} x {rows.shape[1]} features, {num_classes} classes; {devices.select('cpu')}"
+        )
+        runs[len(rows)] = measure(args, rows, targets, num_classes)
+        floors[len(rows)] = compare(runs[len(rows)], rows)
+    record = {"variants": runs[len(sets[-1][0])], "sizes": runs, "floors": floors}
+    record |= {"growth": growth(runs), "meta": provenance.record(vars(args))}
+    if args.picture:
+        plots.growth(runs).savefig(args.picture, dpi=120)
+    if args.output:
         Path(args.output).write_text(json.dumps(record, indent=1))
-    return found
+    return record
 
 
 if __name__ == "__main__":
