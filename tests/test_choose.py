@@ -219,3 +219,21 @@ def test_one_fold_at_a_time_gives_the_same_verdict(monkeypatch):
     monkeypatch.setattr(lib.propagation.choose, "FOLD_BYTES", 1)
     alone = cross_validate(metric, labeling, 3, candidates=(POISSON,))[0]
     torch.testing.assert_close(alone.losses, together.losses, atol=1e-2, rtol=0)
+
+
+def test_auto_compares_nothing_where_too_few_images_can_be_held_out(monkeypatch):
+    features, targets = blobs(3, 40)
+    asked = []
+    held_out = lib.propagation.choose._held_out_logits
+
+    def watched(metric, candidate, *arguments, **options):
+        asked.append(candidate)
+        return held_out(metric, candidate, *arguments, **options)
+
+    monkeypatch.setattr(lib.propagation.choose, "_held_out_logits", watched)
+    few, many = labeled_split(targets, 9, 3), labeled_split(targets, 60, 3)
+    propagate(Metric(features), "auto", few, targets[few.labeled], 3)
+    assert asked == [CANDIDATES[0]]
+    asked.clear()
+    propagate(Metric(features), "auto", many, targets[many.labeled], 3)
+    assert asked == list(CANDIDATES)

@@ -157,6 +157,7 @@ def cross_validate(
     *,
     candidates: Sequence[Candidate] = CANDIDATES,
     class_prior: Tensor | Sequence[float] | None = None,
+    least_held_out: int = 0,
     seed: int = 0,
 ) -> list[Verdict]:
     """Losses of every candidate on labelled images that it was not told of.
@@ -167,6 +168,7 @@ def cross_validate(
         num_classes: C.
         candidates: what to try.
         class_prior: as in `run_algorithm`.
+        least_held_out: where fewer images can be held out, only the first candidate is looked at.
         seed: of the folds.
 
     Returns:
@@ -178,6 +180,8 @@ def cross_validate(
         return []
     positions = torch.cat(held)
     count = torch.bincount(positions, minlength=len(labels)).clamp_min(1)
+    if len(positions.unique()) < least_held_out:
+        candidates = candidates[:1]
     _prepare(metric, candidates)
     verdicts = []
     for candidate in candidates:
