@@ -1,0 +1,60 @@
+"""Files that are there whole or not at all, and their digests."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+READ_BYTES = 1 << 20
+
+
+def write_whole(data: bytes | memoryview, path: Path) -> None:
+    """Write `data` so that `path` holds either the old bytes or the new ones, never a part.
+
+    Written beside the target under one fixed name, flushed to the disk, then renamed.
+
+    Raises:
+        OSError: if it cannot be written; the old file stays and nothing else is left.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # half a file on a full disk helps nobody
+            temporary.unlink()
+        raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename a file that is flushed already, and flush the rename too."""
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in `folder` survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def sha256_of(path: Path, num_bytes: int = -1) -> "hashlib._Hash":
+    """The running digest of the file's first `num_bytes` bytes (negative: all of them)."""
+    running = hashlib.sha256()
+    left = num_bytes if num_bytes >= 0 else path.stat().st_size
+    with open(path, "rb") as file:
+        while left and (piece := file.read(min(left, READ_BYTES))):
+            running.update(piece)
+            left -= len(piece)
+    return running
