@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from lib.search import FIRST, in_parallel, product, progress_bar, search, top_k
 from lib.seeding import generator
@@ -76,8 +75,10 @@ def _k_means(features: Tensor, num_cells: int, seed: int) -> Tensor:
     rows = torch.randperm(len(features), generator=rng)[: ROWS_PER_CELL * num_cells]
     sample = features[rows.to(features.device)]
     centroids = sample[:num_cells].clone()
-    for _ in tqdm(range(KMEANS_ROUNDS), desc="k-means", leave=False, disable=None):
-        nearest = search(sample, centroids, 1)[1][:, 0].long().to(features.device)
+    for _ in range(KMEANS_ROUNDS):
+        nearest = (
+            search(sample, centroids, 1, progress="k-means")[1][:, 0].long().to(features.device)
+        )
         sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
         full = sums.norm(dim=1) > 0  # a cell that lost all its members stays where it was
         centroids[full] = normalize(sums[full])

@@ -4,6 +4,7 @@ Without a process group every function answers for a single process, so that cal
 their own. Ranks are in the order of the processes; rank 0 alone writes files and prints.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -20,13 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, start_processes
+from torch import Tensor, nn
+from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=30)  # of one collective: rank 0 may be writing a large file meanwhile
-MAIN_FIRST_S = (
-    2.0  # what every rank finds wrong is said by rank 0; its launcher ends the others first
-)
+MAIN_FIRST_S = 10.0  # what every rank finds wrong is said by rank 0, whose end ends the others
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,6 @@ def is_main() -> bool:
     return share().rank == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if _active():
-        dist.barrier()
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over the processes, in place."""
     if share().size > 1:
@@ -68,35 +62,69 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
-def all_gather_rows(x: Tensor) -> Tensor:
+def all_gather_rows(x: Tensor, total: int | None = None) -> Tensor:
     """The rows of every process one behind the other, in the order of the ranks; their number may differ.
 
     Args:
         x: n_rank x ..., the other sizes equal on all processes.
+        total: rows of all together, where each process holds its `Share.rows` of them. Without it the
+            processes tell each other their numbers, and a GPU is waited for.
     """
     size = share().size
     if size == 1:
         return x
-    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    lengths = [int(count) for count in counts]
-    if len(set(lengths)) == 1:
-        whole = x.new_empty(sum(lengths), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous())
-        return whole
+    if total is None:
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
+        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+        lengths = [int(count) for count in counts]
+    else:
+        parts = [Share(rank, size).rows(total) for rank in range(size)]
+        lengths = [part.stop - part.start for part in parts]
     padded = x.new_zeros(max(lengths), *x.shape[1:])  # gloo and NCCL gather equal sizes only
     padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    blocks = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(blocks, padded)
+    return torch.cat([block[:length] for block, length in zip(blocks, lengths, strict=True)])
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The model as each process trains it: backward averages its gradients over the processes."""
+    if share().size == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of rank 0 (running statistics of BatchNorm), in place."""
+    if share().size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def say(text: str) -> None:
+    """Print a line, on rank 0 alone."""
+    if is_main():
+        print(text, flush=True)
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values, on all of them; a GPU is not waited for."""
+    if share().size == 1:
+        return value
+    held = torch.tensor(value)  # on the CPU: every group of ours has a backend for it
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return int(held)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    largest(0)
 
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; the same answer on all of them."""
-    if share().size == 1:
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
+    return bool(largest(int(flag)))
 
 
 def from_main(value: Any) -> Any:
@@ -158,7 +186,7 @@ def device_names(gpus: str) -> list[str]:
 @contextmanager
 def group(backend: str, **where: Any) -> Iterator[None]:
     """A process group around a block. `where` goes to torch.distributed.init_process_group."""
-    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ and not _resolves():
+    if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ and not _resolves():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a host without a name in any directory
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
     try:
@@ -176,26 +204,74 @@ def _resolves() -> bool:
 
 
 def _backend(names: list[str]) -> str:
-    return "gloo" if names[0] == "cpu" else "nccl"
+    # gloo on GPUs too, for the few numbers that steer a run: they need not wait for the device
+    return "gloo" if names[0] == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def _child(rank: int, work: Callable[[], int], names: list[str], store: str, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(threads)
+    if names[0] != "cpu":
+        torch.cuda.set_device(int(names[rank]))  # NCCL would take the device numbered as the rank
     where = {"init_method": f"file://{store}", "rank": rank, "world_size": len(names)}
     try:
         with group(_backend(names), **where):
             code = work()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # torch's launcher would count it as a success
     except Exception:
-        time.sleep(
-            MAIN_FIRST_S
-        )  # the launcher shall meet the process that died before those it left
+        time.sleep(MAIN_FIRST_S)  # the launcher shall meet the one that died before those it left
         raise
     sys.exit(code)
 
 
-def _stop(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)
+class _Launched:
+    """The processes of a run, and the signal by which this one was asked to end them."""
+
+    def __init__(self, context: ProcessContext) -> None:
+        self._context, self._signal = context, 0
+
+    def pass_on(self, number: int, _: FrameType | None) -> None:
+        """The signal handler: they are asked to end, and know what there is to save."""
+        self._signal = self._signal or number
+        for process in self._context.processes:
+            if process.is_alive():
+                process.terminate()
+
+    def join(self) -> int:
+        """Wait for them; the first failure's exit code, as a shell gives it (128 + signal)."""
+        before = {n: signal.signal(n, self.pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while not self._context.join():
+                pass
+        except ProcessExitedException as error:
+            return self._exit_code(error)
+        finally:
+            for process in self._context.processes:
+                if process.is_alive():
+                    process.terminate()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return 0
+
+    def _exit_code(self, error: ProcessExitedException) -> int:
+        code = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+        if self._signal and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            return 128 + self._signal
+        if error.exit_code < 0:
+            print(f"process {error.error_index} was killed ({error})", file=sys.stderr)
+        return code
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """A terminal's Ctrl-C reaches started processes too; while they import, it is this one's to handle."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run(work: Callable[[], int], gpus: str) -> int:
@@ -217,27 +293,12 @@ def run(work: Callable[[], int], gpus: str) -> int:
     if len(names) == 1:
         return work()
     threads = max(1, torch.get_num_threads() // len(names)) if names[0] == "cpu" else 4
-    before = signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # we say it ourselves
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "rendezvous")
-        started = start_processes(
-            _child,
-            (work, names, store, threads),
-            nprocs=len(names),
-            join=False,
-            start_method="spawn",
-        )
-        try:
-            while not started.join():
-                pass
-        except ProcessExitedException as error:
-            if error.exit_code > 0:
-                return error.exit_code
-            print(f"process {error.error_index} was killed ({error})", file=sys.stderr)
-            return 1
-        finally:
-            for process in started.processes:
-                if process.is_alive():
-                    process.terminate()
-            signal.signal(signal.SIGTERM, before)
-    return 0
+        arguments = (work, names, str(Path(folder) / "rendezvous"), threads)
+        with _deaf_to_ctrl_c():
+            started = start_processes(
+                *(_child, arguments), nprocs=len(names), join=False, start_method="spawn"
+            )
+        assert started is not None
+        return _Launched(started).join()

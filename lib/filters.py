@@ -15,11 +15,14 @@ a function, so that its rows may be spread over processes.
 The first three have no value at 0 and leave the null space of L out; `components` tells it.
 """
 
+import inspect
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -29,30 +32,44 @@ from torch import Tensor
 
 from lib.seeding import generator
 from lib.spectral import (
+    Spectrum,
     csr_operator,
     normalized_affinity,
+    null_projection,
     null_space,
     positive_degrees,
     self_loop_choice,
 )
 
 TILE = 64  # columns at a time: their rows stay in cache during a product
+POWER, CUTOFF, DEGREE, TIME, ALPHA = 20, 0.20, 40, 20.0, 0.99  # of the filters, where none is given
 TOLERANCE = 1e-4  # of conjugate gradients: residual over right-hand side
 MAX_ITERATIONS = 2000
+SOLVER_STEPS = 20  # of conjugate gradients, as a rule
+ROWS = 8192  # worked on at a time where a copy of all answers would not fit
+GRID = 2000  # points at which the gain beyond the known eigenvalues is looked up
 
 Product = Callable[[Tensor], Tensor]
 
 
+class Seeds(NamedTuple):
+    """Columns that are zero outside of a few nodes: L node numbers, and L x m values there."""
+
+    nodes: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True)
 class GraphOperator:
-    """What a filter needs of a graph.
+    """What a filter needs of a graph; its vectors on the CPU.
 
     Attributes:
-        product: N x m -> S x, N x m, for m up to `TILE` contiguous columns, float32.
+        product: N x m -> S x, N x m, for m up to `TILE` contiguous columns, float32, on `device`.
         components: N, number of the connected component of each node.
         null: N, float32; inside a component its unit null vector, proportional to `root_degrees`.
         root_degrees: N, float32, square roots of the degrees in the Laplacian, 1 at an isolated node.
         seed_degrees: N, float64, all positive, the degrees that constraints are weighed with.
+        device: of the products.
     """
 
     product: Product
@@ -60,6 +77,7 @@ class GraphOperator:
     null: Tensor
     root_degrees: Tensor
     seed_degrees: np.ndarray
+    device: torch.device | str = "cpu"
 
     @property
     def num_components(self) -> int:
@@ -70,23 +88,21 @@ class GraphOperator:
         """The smallest positive eigenvalue of L, from above, by inverse iteration; 2 where there is none."""
         if self.num_components == len(self.null):
             return 2.0
-        columns = torch.randn(len(self.null), 4, generator=generator(0, "sample"))
+        columns = torch.randn(len(self.null), 4, generator=generator(0, "sample")).to(self.device)
         for _ in range(8):
             columns = _pseudo_inverse(self, columns)
             columns = columns / columns.norm(dim=0)
         quotient = (columns * (columns - self.product(columns))).sum(dim=0)
         return float(quotient.min())
 
-    def along_null(self, columns: Tensor) -> Tensor:
-        """Coefficients of the columns along the null vectors, components x m."""
-        if self.num_components == 1:
-            return (self.null @ columns)[None]
-        sums = columns.new_zeros(self.num_components, columns.shape[1])
-        return sums.index_add_(0, self.components, self.null[:, None] * columns)
+    @cached_property
+    def project_out(self) -> Product:
+        """Takes the null space of L out of columns on `device`, in place."""
+        return null_projection(self.null.numpy(), self.components.numpy(), self.device)
 
     def without_null(self, columns: Tensor) -> Tensor:
         """The columns, their part in the null space of L taken out."""
-        return columns - self.null[:, None] * self.along_null(columns)[self.components]
+        return self.project_out(columns.clone())
 
     def reached(self, labeled: Tensor) -> Tensor:
         """N, bool: whether the component of each node holds one of the nodes `labeled`."""
@@ -95,12 +111,20 @@ class GraphOperator:
         return holds[self.components]
 
 
-def graph_operator(affinity: sp.csr_matrix, *, self_loops: str = "published") -> GraphOperator:
+def graph_operator(
+    affinity: sp.csr_matrix,
+    *,
+    self_loops: str = "published",
+    product: Product | None = None,
+    device: torch.device | str = "cpu",
+) -> GraphOperator:
     """The operator of a symmetric affinity matrix W.
 
     Args:
         affinity: N x N.
         self_loops: a key of `lib.spectral.SELF_LOOPS`.
+        product: products with S, where they exist already.
+        device: of the products.
 
     Raises:
         ValueError: for an unknown choice of self-loops.
@@ -108,12 +132,15 @@ def graph_operator(affinity: sp.csr_matrix, *, self_loops: str = "published") ->
     in_laplacian, in_seeds = self_loop_choice(self_loops)
     components, null = null_space(affinity, self_loops=in_laplacian)
     degree = positive_degrees(affinity, self_loops=in_laplacian)
+    if product is None:
+        product = csr_operator(normalized_affinity(affinity, self_loops=in_laplacian), device)
     return GraphOperator(
-        csr_operator(normalized_affinity(affinity, self_loops=in_laplacian)),
+        product,
         torch.from_numpy(components).long(),
         torch.from_numpy(null).float(),
         torch.from_numpy(np.sqrt(degree)).float(),
         positive_degrees(affinity, self_loops=in_seeds),
+        device,
     )
 
 
@@ -137,12 +164,15 @@ def conjugate_gradients(
     Warns:
         UserWarning: where the tolerance is not reached.
     """
-    solution, residual, direction = torch.zeros_like(columns), columns.clone(), columns.clone()
+    size = columns.norm(dim=0)
+    # of unit norm: squares of small columns would be lost in float32
+    residual = torch.where(size > 0, columns / size, torch.zeros_like(columns))
+    solution, direction = torch.zeros_like(columns), residual.clone()
     square = residual.square().sum(dim=0)
     target = square * tolerance**2
     for _ in range(max_iterations):
         if (square <= target).all():
-            return solution
+            return solution * size
         image = apply(direction)
         curvature = (direction * image).sum(dim=0)
         # a column that is done stands still: 0 / 0 there
@@ -160,7 +190,7 @@ def conjugate_gradients(
         "graph is close to falling apart: take more neighbours per image, or another filter",
         stacklevel=2,
     )
-    return solution
+    return solution * size
 
 
 def chebyshev_filter(product: Product, coefficients: np.ndarray, columns: Tensor) -> Tensor:
@@ -193,57 +223,115 @@ def step_coefficients(cutoff: float, degree: int) -> np.ndarray:
     return step * damping
 
 
+def _check(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(message)
+
+
 def _pseudo_inverse(operator: GraphOperator, columns: Tensor) -> Tensor:
     def laplacian(x: Tensor) -> Tensor:
-        return operator.without_null(x - operator.product(x))
+        return operator.project_out(x - operator.product(x))
 
     return conjugate_gradients(laplacian, operator.without_null(columns))
 
 
-def _powers(operator: GraphOperator, columns: Tensor, *, power: int = 20) -> Tensor:
-    if power < 0:
-        raise ValueError(f"power {power} of a filter: must not be negative")
-    for _ in range(power):
-        columns = operator.product(columns)
+def _powers(operator: GraphOperator, columns: Tensor, *, power: int = POWER) -> Tensor:
+    columns = operator.without_null(columns)
+    for _ in range(power):  # what is left of the null space would soon outweigh all others
+        columns = operator.project_out(operator.product(columns))
     return _pseudo_inverse(operator, columns)
 
 
+def _powers_gain(values: np.ndarray, *, power: int = POWER) -> np.ndarray:
+    _check(power >= 0, f"power {power} of a filter: must not be negative")
+    return (1 - values) ** power / values
+
+
 def _smoothed_step(
-    operator: GraphOperator, columns: Tensor, *, cutoff: float = 0.20, degree: int = 40
+    operator: GraphOperator, columns: Tensor, *, cutoff: float = CUTOFF, degree: int = DEGREE
 ) -> Tensor:
-    if not 0 < cutoff < 2 or degree < 1:
-        raise ValueError(f"cut-off {cutoff} and degree {degree}: give 0 < cut-off < 2, degree >= 1")
     columns = operator.without_null(columns)
     low = chebyshev_filter(operator.product, step_coefficients(cutoff, degree), columns)
     return _pseudo_inverse(operator, low)
 
 
-def _heat(operator: GraphOperator, columns: Tensor, *, time: float = 20.0) -> Tensor:
-    if not 0 < time < math.inf:
-        raise ValueError(f"time {time} of the heat kernel: must be positive")
-    degree = 10 + math.ceil(6 * math.sqrt(time))  # what is left out is below 1e-6
-    coefficients = chebyshev.chebinterpolate(lambda s: np.exp(time * (s - 1)), degree)
+def _smoothed_step_gain(
+    values: np.ndarray, *, cutoff: float = CUTOFF, degree: int = DEGREE
+) -> np.ndarray:
+    _check(
+        0 < cutoff < 2 and degree >= 1,
+        f"cut-off {cutoff} and degree {degree}: give 0 < cut-off < 2, degree >= 1",
+    )
+    return chebyshev.chebval(1 - values, step_coefficients(cutoff, degree)) / values
+
+
+def _heat_degree(time: float) -> int:
+    return 10 + math.ceil(6 * math.sqrt(time))  # what is left out is below 1e-6
+
+
+def _heat(operator: GraphOperator, columns: Tensor, *, time: float = TIME) -> Tensor:
+    coefficients = chebyshev.chebinterpolate(lambda s: np.exp(time * (s - 1)), _heat_degree(time))
     return chebyshev_filter(operator.product, coefficients, columns)
 
 
-def _ppr(operator: GraphOperator, columns: Tensor, *, alpha: float = 0.99) -> Tensor:
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha {alpha}: must lie between 0 and 1")
+def _heat_gain(values: np.ndarray, *, time: float = TIME) -> np.ndarray:
+    _check(0 < time < math.inf, f"time {time} of the heat kernel: must be positive")
+    return np.exp(-time * values)
 
+
+def _ppr(operator: GraphOperator, columns: Tensor, *, alpha: float = ALPHA) -> Tensor:
     def restart(x: Tensor) -> Tensor:
         return x - alpha * operator.product(x)
 
     return conjugate_gradients(restart, (1 - alpha) * columns)
 
 
-FILTERS: dict[str, Callable[..., Tensor]] = {
-    "pseudo-inverse": _pseudo_inverse,
-    "powers": _powers,
-    "smoothed-step": _smoothed_step,
-    "heat": _heat,
-    "ppr": _ppr,
+def _ppr_gain(values: np.ndarray, *, alpha: float = ALPHA) -> np.ndarray:
+    _check(0 < alpha < 1, f"alpha {alpha}: must lie between 0 and 1")
+    return (1 - alpha) / (1 - alpha + alpha * values)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One member of the family.
+
+    Attributes:
+        apply: (operator, N x m columns, parameters) -> g(L) x.
+        gain: (eigenvalues of L, parameters) -> g of each; ValueError for parameters out of range.
+        products: parameters -> products with S that a column takes, about.
+    """
+
+    apply: Callable[..., Tensor]
+    gain: Callable[..., np.ndarray]
+    products: Callable[..., int]
+
+
+FILTERS = {
+    "pseudo-inverse": Filter(_pseudo_inverse, lambda values: 1 / values, lambda: SOLVER_STEPS),
+    "powers": Filter(_powers, _powers_gain, lambda power=POWER: power + SOLVER_STEPS),
+    "smoothed-step": Filter(
+        _smoothed_step,
+        _smoothed_step_gain,
+        lambda cutoff=CUTOFF, degree=DEGREE: degree + SOLVER_STEPS,
+    ),
+    "heat": Filter(_heat, _heat_gain, lambda time=TIME: _heat_degree(time)),
+    "ppr": Filter(_ppr, _ppr_gain, lambda alpha=ALPHA: SOLVER_STEPS),
 }
 WITHOUT_NULL = ("pseudo-inverse", "powers", "smoothed-step")
+
+
+def check_filter(name: str, **parameters: float) -> Filter:
+    """The filter of that name, if it takes these parameters.
+
+    Raises:
+        ValueError: for an unknown filter or a parameter out of range.
+    """
+    _check(name in FILTERS, f"unknown filter {name!r}: take one of {', '.join(FILTERS)}")
+    found = FILTERS[name]
+    strange = sorted(set(parameters) - set(inspect.signature(found.gain).parameters))
+    _check(not strange, f"the filter {name} has no parameter {', '.join(strange)}")
+    found.gain(np.ones(1), **parameters)
+    return found
 
 
 def filter_columns(
@@ -251,33 +339,103 @@ def filter_columns(
 ) -> Tensor:
     """g(L) x for every column x, in tiles of `TILE` columns.
 
-    The seeds of many label counts, stacked side by side, share their products.
-
     Args:
         columns: N x m, float32.
         name: a key of `FILTERS`.
         parameters: of that filter: power, cutoff and degree, time, or alpha.
 
     Returns:
-        N x m, float32.
+        N x m, float32, on the CPU.
 
     Raises:
         ValueError: for an unknown filter or a parameter out of range.
     """
-    if name not in FILTERS:
-        raise ValueError(f"unknown filter {name!r}: take one of {', '.join(FILTERS)}")
-    answers = [
-        FILTERS[name](operator, tile.contiguous(), **parameters)
-        for tile in columns.float().split(TILE, dim=1)
-    ]
-    return torch.cat(answers, dim=1)
+    everywhere = torch.arange(len(columns))
+    return filter_each(operator, [Seeds(everywhere, columns.float())], name, **parameters)[0]
 
 
 def filter_each(
-    operator: GraphOperator, columns: list[Tensor], name: str, **parameters: float
+    operator: GraphOperator, seeds: Sequence[Seeds], name: str, **parameters: float
 ) -> list[Tensor]:
-    """`filter_columns` of several N x m matrices, stacked so that they share their products."""
-    widths = [c.shape[1] for c in columns]
-    return list(
-        filter_columns(operator, torch.cat(columns, 1), name, **parameters).split(widths, 1)
-    )
+    """g(L) applied to several sets of columns, side by side, so that they share their products.
+
+    Beside the answers only a few N x `TILE` blocks are held.
+
+    Args:
+        seeds: for each set its values at a few nodes.
+        name, parameters: as in `filter_columns`.
+
+    Returns:
+        N x m float32 for each set, on the CPU.
+
+    Raises:
+        ValueError: for an unknown filter or a parameter out of range.
+    """
+    apply = check_filter(name, **parameters).apply
+    n = len(operator.null)
+    answers = [torch.empty(n, one.values.shape[1]) for one in seeds]
+    starts = [
+        0,
+        *itertools.accumulate(a.shape[1] for a in answers),
+    ]  # of each set among all columns
+    for first in range(0, starts[-1], TILE):
+        columns = torch.zeros(n, min(TILE, starts[-1] - first))
+        shared = []  # (set, its columns, their place in the tile)
+        for one, (start, stop) in enumerate(itertools.pairwise(starts)):
+            low, high = max(start, first), min(stop, first + TILE)
+            if low < high:
+                own, place = slice(low - start, high - start), slice(low - first, high - first)
+                columns[seeds[one].nodes, place] = seeds[one].values[:, own].float()
+                shared.append((one, own, place))
+        solved = apply(operator, columns.to(operator.device), **parameters).cpu()
+        for one, own, place in shared:
+            answers[one][:, own] = solved[:, place]
+    return answers
+
+
+def filter_by_eigenvectors(
+    spectrum: Spectrum, seeds: Sequence[Seeds], name: str, **parameters: float
+) -> tuple[list[Tensor], float]:
+    """The part of g(L) x that the known eigenvectors hold, and a bound of the part that they do not.
+
+    V g(Lambda) V^T x, and g(0) x along the null vectors: other mathematics than `filter_each` unless g is
+    small beyond the last eigenvalue known. What is left out of a column is at most the largest |g| there
+    times the norm of the column's part outside of all known vectors.
+
+    Args:
+        spectrum: the smallest eigenvalues and their vectors, taken as exact.
+        seeds, name, parameters: as in `filter_each`.
+
+    Returns:
+        N x m float32 for each set, and the largest bound of a column, relative to its answer's norm.
+
+    Raises:
+        ValueError: for an unknown filter or a parameter out of range.
+    """
+    gain = check_filter(name, **parameters).gain
+    gains = gain(spectrum.values, **parameters)
+    beyond = 0.0
+    if len(gains) + spectrum.num_components < len(spectrum.null):
+        last = spectrum.values[-1] if len(gains) else np.finfo(np.float32).eps
+        beyond = np.abs(gain(np.linspace(last, 2, GRID), **parameters)).max()
+    answers, worst = [], 0.0
+    for nodes, values in seeds:
+        at, columns = nodes.numpy(), values.double().numpy()
+        along = spectrum.vectors[at].T.astype(np.float64) @ columns
+        of = spectrum.components[at]
+        inside = np.zeros((spectrum.num_components, columns.shape[1]))
+        np.add.at(inside, of, spectrum.null[at, None] * columns)
+        kept = (gains[:, None] * along).astype(np.float32)
+        answer = torch.from_numpy(spectrum.vectors @ kept)
+        known = np.square(along).sum(axis=0) + np.square(inside).sum(axis=0)
+        outside = np.sqrt(np.maximum(np.square(columns).sum(axis=0) - known, 0))
+        size = np.square(kept).sum(axis=0, dtype=np.float64)
+        if name not in WITHOUT_NULL:
+            for start in range(0, len(answer), ROWS):
+                rows = slice(start, start + ROWS)
+                whole = spectrum.null[rows, None] * inside[spectrum.components[rows]]
+                answer[rows] += torch.from_numpy(whole)
+            size += np.square(inside).sum(axis=0)
+        answers.append(answer)
+        worst = max(worst, float((beyond * outside / np.sqrt(size).clip(1e-30)).max()))
+    return answers, worst

@@ -5,7 +5,8 @@ Nothing here is larger than 2 N K entries.
 """
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ PRESETS = {
 }
 
 
-def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
-    """Symmetric N x N affinity matrix in CSR format, float32, int32 indexes, at most 2 N K entries.
+def _say_nothing(_: str) -> None:
+    pass
 
-    At its peak it takes 32 bytes for each of the N K neighbours, beside the neighbours themselves.
-    """
-    n, k = neighbors.indexes.shape
+
+def _weights(neighbors: Neighbors, preset: GraphPreset) -> np.ndarray:
+    """exp(-factor d / scale) of every neighbour: N x K, float32."""
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities.numpy()[:, None]) / 2
     else:
@@ -63,7 +64,16 @@ def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
     weights *= np.float32(-preset.factor / 2)
     # where even the scale's own neighbour is a duplicate, all distances are about 0 and all weights 1
     weights /= np.maximum(scale, LEAST_SCALE)
-    np.exp(weights, out=weights)
+    return np.exp(weights, out=weights)
+
+
+def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
+    """Symmetric N x N affinity matrix in CSR format, float32, int32 indexes, at most 2 N K entries.
+
+    At its peak it takes 32 bytes for each of the N K neighbours, beside the neighbours themselves.
+    """
+    n, k = neighbors.indexes.shape
+    weights = _weights(neighbors, preset)
     pointers = np.arange(0, n * k + 1, k, dtype=np.int32 if n * k < 2**31 else np.int64)
     columns = neighbors.indexes.numpy().ravel().copy()  # sorted in place below
     directed = sp.csr_matrix((weights.ravel(), columns, pointers), (n, n))
@@ -110,6 +120,9 @@ def build_graph(
     precision: str = "fp32",
     block_bytes: int = BLOCK_BYTES,
     path: str | Path = "",
+    reuse: bool = True,
+    say: Callable[[str], None] = _say_nothing,
+    search: Callable[..., Neighbors] = nearest_neighbors,
 ) -> sp.csr_matrix:
     """Features (N x D unit vectors) -> symmetric sparse affinity matrix.
 
@@ -119,20 +132,22 @@ def build_graph(
         method, precision, block_bytes: of the search, as in `nearest_neighbors`.
         path: a graph file: read instead of building, while it is of these features and choices;
             written otherwise.
+        reuse: False builds it anew whatever lies at `path`.
+        say: is told in one line what was built or read.
+        search: `nearest_neighbors`, or what does the same in several processes.
 
     Raises:
         ValueError: for an unknown preset, fewer than two images, no neighbour, or a file at `path` that
             is no graph.
     """
     preset = chosen_preset(preset, num_neighbors=num_neighbors)
-    origin = {}
-    if path:
-        origin = graph_meta(features, preset, method=method, precision=precision)
-        if Path(path).is_file():
-            graph, meta = load_graph(path)
-            if all(meta.get(name) == value for name, value in origin.items()):
-                return graph
-    found = nearest_neighbors(
+    origin = graph_meta(features, preset, method=method, precision=precision) if path else {}
+    kept = _kept_graph(path, origin) if path and reuse else None
+    if kept is not None:
+        say(f"graph of {kept.shape[0]} images: read from {path}")
+        return kept
+    start = time.perf_counter()
+    found = search(
         features,
         preset.num_neighbors,
         include_self=preset.include_self,
@@ -142,18 +157,35 @@ def build_graph(
         block_bytes=block_bytes,
     )
     graph = affinity(found, preset)
+    seconds = time.perf_counter() - start
     if path:
         save_graph(graph, path, origin | {"recall": found.recall})
+    say(
+        f"graph of {graph.shape[0]} images: built in {seconds:.1f} s, {graph.nnz} entries, recall "
+        f"{found.recall:.4f}" + (f", kept in {path}" if path else "")
+    )
     return graph
+
+
+def _kept_graph(path: str | Path, origin: Mapping[str, Any]) -> sp.csr_matrix | None:
+    """The graph in a file, if there is one and it was made from the same."""
+    if not Path(path).is_file():
+        return None
+    graph, meta = load_graph(path)
+    return graph if all(meta.get(name) == value for name, value in origin.items()) else None
 
 
 def graph_meta(
     features: Tensor, preset: GraphPreset, *, method: str = "auto", precision: str = "fp32"
 ) -> dict[str, Any]:
     """What a graph is made from: the digest of the features and every choice."""
-    digest = hashlib.sha256(features.detach().cpu().contiguous().numpy()).hexdigest()[:16]
     search = {"method": method, "precision": precision}
-    return {"features_digest": digest, "preset": asdict(preset)} | search
+    return {"features_digest": features_digest(features), "preset": asdict(preset)} | search
+
+
+def features_digest(features: Tensor) -> str:
+    """16 hexadecimal digits of the SHA-256 of N x D features."""
+    return hashlib.sha256(features.detach().cpu().contiguous().numpy()).hexdigest()[:16]
 
 
 def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:

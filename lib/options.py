@@ -5,21 +5,27 @@ import importlib.util
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 from datasets import DATASETS
 from lib import distributed
 from lib.devices import PRECISIONS
+from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
 from lib.split import parse_num_labeled
 from models import SMALL_ARCHITECTURES
 
+Values = TypeVar("Values", bound=Any)
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +44,10 @@ def parser(manual: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=manual, formatter_class=_Help, allow_abbrev=False)
 
 
-def add_data(group_of: argparse.ArgumentParser, *aliases: str) -> None:
+def add_data(
+    group_of: argparse.ArgumentParser, *aliases: str, workers: tuple[str, ...] = ()
+) -> None:
+    """The data set; `aliases` are other names of --data-dir, `workers` of --num-workers."""
     group = group_of.add_argument_group("data")
     group.add_argument(
         "--dataset",
@@ -52,28 +61,45 @@ def add_data(group_of: argparse.ArgumentParser, *aliases: str) -> None:
     )
     group.add_argument("--image-size", type=int, default=32, help="side of the images in pixels")
     group.add_argument(
-        "-j",
-        "--num-workers",
+        *("-j", "--num-workers", *workers),
+        dest="num_workers",
         type=int,
         default=2,
         help="processes that decode image files (folder)",
     )
 
 
-def add_model(group_of: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model(
+    group_of: argparse.ArgumentParser, *aliases: str, known: str = SMALL_ARCHITECTURES
+) -> argparse._ArgumentGroup:
+    """The network; `aliases` are other names of --architecture, `known` says what it takes."""
     group = group_of.add_argument_group("network")
     group.add_argument(
-        "--architecture", "--arch", default="wrn-28-2", metavar="NAME", help=SMALL_ARCHITECTURES
+        *("--architecture", "--arch", *aliases),
+        default="wrn-28-2",
+        metavar="NAME",
+        help=known,
     )
     return group
 
 
-def add_optimization(group_of: argparse.ArgumentParser, *, lr: float) -> argparse._ArgumentGroup:
+def add_optimization(
+    group_of: argparse.ArgumentParser, *aliases: str, lr: float
+) -> argparse._ArgumentGroup:
+    """The optimizer; `aliases` are other names of --lr."""
     group = group_of.add_argument_group("optimization")
-    group.add_argument("--lr", type=float, default=lr, help="highest learning rate")
+    group.add_argument("--lr", *aliases, type=float, default=lr, help="highest learning rate")
     group.add_argument("--lr-scheduler", choices=SCHEDULES, default="cosine", help="schedule")
     group.add_argument("-b", "--batch-size", type=int, default=128, help="total batch size")
     group.add_argument("--weight-decay", "--wd", type=float, default=5e-4, help="L2 penalty of SGD")
+    group.add_argument(
+        "--iter-size",
+        type=int,
+        default=1,
+        metavar="BATCHES",
+        help="batches whose gradients are averaged for one step: steps as of a batch so many times as "
+        "large, in the memory of one",
+    )
     return group
 
 
@@ -92,6 +118,206 @@ def add_compute(group_of: argparse.ArgumentParser) -> None:
         help="auto: bf16 autocast where the hardware has it, else fp32",
     )
     group.add_argument("--rng-seed", type=int, default=0, help="seed of all that is random")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too, the same command gives the same bits, at some loss of speed; on the CPU it "
+        "does anyway",
+    )
+
+
+def _add_memory_bank(group_of: argparse.ArgumentParser) -> None:
+    group = group_of.add_argument_group("memory bank")
+    group.add_argument(
+        "--nce-k", type=int, default=0, help="negatives per image; 0: softmax over all images"
+    )
+    group.add_argument("--nce-t", type=float, default=0.1, help="temperature")
+    group.add_argument("--nce-m", type=float, default=0.5, help="momentum of the bank's rows")
+    group.add_argument(
+        "--nce-loss",
+        choices=LOSSES,
+        default="nce",
+        help="loss over --nce-k negatives: the published NCE, or softmax cross-entropy",
+    )
+    group.add_argument(
+        "--nce-z",
+        choices=("moving-average", "first-batch"),
+        default="moving-average",
+        help="normaliser of NCE: momentum 0.99, or estimated once as published",
+    )
+
+
+def add_stopping(group_of: argparse.ArgumentParser) -> None:
+    group = group_of.add_argument_group("stopping")
+    group.add_argument(
+        "--stop-after",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="save and stop after so many steps of this start, to be continued by --resume auto; 0: run "
+        "to the end. SIGTERM and Ctrl-C stop in the same way, after the step at hand",
+    )
+
+
+def pretraining_parser(
+    manual: str | None, *, architectures: str = SMALL_ARCHITECTURES
+) -> argparse.ArgumentParser:
+    """The options of phase 1, with the defaults of `unsupervised/cifar.py`."""
+    options = parser(manual)
+    add_data(options, "--dataDir", workers=("--workers",))
+    network = add_model(options, "-a", known=architectures)
+    network.add_argument("--low-dim", type=int, default=128, help="dimensions of the embedding")
+    optimization = add_optimization(options, "--learning-rate", lr=0.03)
+    optimization.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    optimization.add_argument("--epochs", type=int, default=600, help="passes over the images")
+    _add_memory_bank(options)
+    add_compute(options)
+    add_stopping(options)
+    files = options.add_argument_group("files")
+    files.add_argument(
+        "--model-dir", "--modelDir", default="./checkpoint/instance_cifar10", help="checkpoints"
+    )
+    files.add_argument(
+        "--log-dir",
+        "--logDir",
+        default="./tensorboard/instance_cifar10",
+        help="TensorBoard and log.jsonl",
+    )
+    files.add_argument(
+        *("--resume", "-r"),
+        default="",
+        metavar="FILE",
+        help="continue this checkpoint; auto: the newest of --model-dir, or a new run",
+    )
+    files.add_argument(
+        "--test-only",
+        action="store_true",
+        help="measure the kNN accuracy of --resume on a bank recomputed from all training images",
+    )
+    return options
+
+
+def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse values that no run of phase 1 can work with, and name options that have no effect."""
+    check_common(args)
+    require_positive(args, "epochs", "iter_size", "low_dim", "nce_t")
+    require_not_negative(args, "nce_k", "stop_after")
+    for name in ("nce_m", "momentum"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"{flag(name)} {getattr(args, name)}: must lie in [0, 1)")
+    if args.nce_k == 0:
+        warn_unused(args, parser, "without --nce-k", "nce_loss", "nce_z")
+    elif args.nce_loss != "nce":
+        warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")
+
+
+def finetuning_parser(manual: str | None, *, resumes: str) -> argparse.ArgumentParser:
+    """The options of phase 3, with the defaults of `cifar-semi.py`.
+
+    Args:
+        resumes: what --resume takes, for its help.
+    """
+    options = parser(manual)
+    add_data(options, "--data_dir", "--dataDir")
+    network = add_model(options)
+    network.add_argument("--finetune", action="store_true", help="train the last layer only")
+    network.add_argument(
+        "--input-gray", action="store_true", help="gray input, for a colorization backbone"
+    )
+    network.add_argument(
+        "--pretrained",
+        default="",
+        metavar="FILE",
+        help="weights to start from: of phase 1 (its last layer is left out), or of a classifier (the last "
+        "layer too where it is for these classes)",
+    )
+    network.add_argument(
+        "--resume",
+        "-r",
+        default="",
+        metavar="FILE",
+        help=f"{resumes}; auto: the newest checkpoint of this run that can be read, if there is one",
+    )
+    optimization = add_optimization(options, lr=0.01)
+    optimization.add_argument("--max-iters", type=int, default=500000, help="optimizer steps")
+    optimization.add_argument(
+        "--criterion",
+        choices=("CrossEntropyLoss", "MultiMarginLoss"),
+        default="CrossEntropyLoss",
+        help="loss of torch.nn",
+    )
+    _add_labels(options)
+    add_compute(options)
+    add_stopping(options)
+    files = options.add_argument_group("files")
+    files.add_argument("--model-root", default="./checkpoint/cifar10-semi", help="checkpoints")
+    files.add_argument(
+        "--log-root", default="./tensorboard/cifar10-semi", help="TensorBoard and log.jsonl"
+    )
+    files.add_argument("--exp-name", default="exp", help="folder below both of them")
+    files.add_argument("--eval", action="store_true", help="only measure --resume or --pretrained")
+    files.add_argument("--eval-freq", type=int, default=500, help="steps between tests and saves")
+    files.add_argument("--print-freq", type=int, default=100, help="steps between lines")
+    return options
+
+
+def _add_labels(group_of: argparse.ArgumentParser) -> None:
+    group = group_of.add_argument_group("labels")
+    group.add_argument(
+        "--num-labeled",
+        type=num_labeled,
+        default=500,
+        metavar="N",
+        help="labelled images, equally many of each class; all: every image that has a label",
+    )
+    group.add_argument(
+        "--pseudo-file",
+        default="",
+        metavar="FILE",
+        help="pseudo-labels of phase 2; neither this nor --pseudo-dir: supervised baseline",
+    )
+    group.add_argument(
+        "--pseudo-dir",
+        default="",
+        metavar="DIR",
+        help="pseudo-labels in chunks, DIR/10_0.pth.tar ... DIR/10_9.pth.tar: the whole of one set",
+    )
+    group.add_argument(
+        "--pseudo-ratio", type=float, default=1, help="most confident share of them to use"
+    )
+    group.add_argument(
+        "--pseudo-per-chunk",
+        action="store_true",
+        help="take that share of every chunk, as published, instead of one ranking of them all",
+    )
+    group.add_argument(
+        "--class-balanced",
+        action="store_true",
+        help="take that share of each class instead of one ranking",
+    )
+    group.add_argument(
+        "--confidence-weighted",
+        action="store_true",
+        help="weight the loss of each pseudo-labelled image by its confidence, as in the paper",
+    )
+
+
+def resume_command(file: str | Path) -> str:
+    """The command line that started this process, made to continue the checkpoint `file`."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--resume", "-r", "--stop-after"):
+            next(words, None)
+        elif not word.startswith(("--resume=", "--stop-after=")) and word != "--auto-resume":
+            kept.append(word)
+    start = "torchrun ..." if distributed.under_torchrun() else "python"
+    return f"{start} {shlex.join([sys.argv[0], *kept, '--resume', str(file)])}"
+
+
+def values(args: argparse.Namespace, kind: type[Values]) -> Values:
+    """A dataclass whose fields are named as options, with what the user gave them."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def num_labeled(text: str) -> int | str:
@@ -136,6 +362,39 @@ def check_common(args: argparse.Namespace) -> None:
     require_not_negative(args, "num_workers", "weight_decay", "rng_seed")
     if args.rng_seed >= 2**63:
         raise ValueError(f"--rng-seed {args.rng_seed}: must be below 2**63")
+    size = distributed.share().size
+    if args.batch_size % size:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: cannot be shared equally by {size} processes; take "
+            f"{max(1, args.batch_size // size) * size}"
+        )
+
+
+def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse options of phase 3 that no run can work with; say which have no effect."""
+    check_common(args)
+    require_positive(args, "max_iters", "iter_size", "eval_freq", "print_freq")
+    require_not_negative(args, "stop_after")
+    require_share(args, "pseudo_ratio")
+    if args.eval and not (args.resume or args.pretrained):
+        raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
+    if args.pretrained and not Path(args.pretrained).is_file():
+        raise ValueError(f"--pretrained {args.pretrained}: there is no such file")
+    if args.pseudo_file and args.pseudo_dir:
+        raise ValueError("--pseudo-file and --pseudo-dir both give pseudo-labels: name one of them")
+    if not (args.pseudo_file or args.pseudo_dir):
+        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced")
+        warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *unused)
+    if not args.pseudo_dir:
+        warn_unused(args, parser, "without --pseudo-dir", "pseudo_per_chunk")
+    if args.finetune and not (args.resume or args.pretrained):
+        warn("--finetune without weights to start from trains on features of a random network")
+
+
+def warn(text: str) -> None:
+    """Tell the user of something that will not stop the run."""
+    if distributed.is_main():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def warn_unused(
@@ -144,7 +403,7 @@ def warn_unused(
     """Say which of the options `names` the user set although `reason` leaves them without effect."""
     for name in names:
         if getattr(args, name) != parser.get_default(name):
-            print(f"warning: {flag(name)} has no effect {reason}", file=sys.stderr)
+            warn(f"{flag(name)} has no effect {reason}")
 
 
 def writable_folder(option: str, path: str | Path) -> Path:
@@ -176,6 +435,8 @@ def _guarded(
             time.sleep(distributed.MAIN_FIRST_S)
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE
+    except KeyboardInterrupt:  # before training, or the second one: there is nothing to be saved
+        return 128 + signal.SIGINT
     return 0
 
 

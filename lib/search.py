@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib import distributed
+
 try:  # holds numpy's BLAS to one thread per core; without it torch's own BLAS is used
     from threadpoolctl import threadpool_limits
 except ImportError:
@@ -178,4 +180,5 @@ def search(
 
 
 def progress_bar(total: int, text: str) -> tqdm:
-    return tqdm(total=total, desc=text, unit="img", leave=False, disable=None if text else True)
+    hidden = None if text and distributed.is_main() else True  # None: where there is a terminal
+    return tqdm(total=total, desc=text, unit="img", leave=False, disable=hidden)

@@ -412,6 +412,7 @@ def laplacian_spectrum(
     solver: str = "auto",
     device: torch.device | str = "cpu",
     basis_bytes: int = BASIS_BYTES,
+    product: Operator | None = None,
 ) -> Spectrum:
     """The eigenvectors of smallest positive eigenvalue of the normalised Laplacian.
 
@@ -430,8 +431,10 @@ def laplacian_spectrum(
         seed: of the start vectors; the same seed gives the same vectors.
         solver: "arpack" (Lanczos, CPU, one core), "block" (`largest_eigenvectors`), or "auto": block from
             `BLOCK_FROM` nodes on. Very small problems are dense whatever is chosen.
-        device: of the block solver.
+        device: of the products, and of the block solver.
         basis_bytes: bound of its basis.
+        product: products with S on `device`, where they exist already or its rows are divided among
+            processes; made here if None.
 
     Raises:
         ValueError: for an unknown choice of self-loops or solver, or where ARPACK fails (a graph in
@@ -446,42 +449,47 @@ def laplacian_spectrum(
     seed_degrees = positive_degrees(affinity, self_loops=in_degrees)
     components, null = null_space(affinity, self_loops=in_laplacian)
     n, count = len(null), int(components.max()) + 1
-    if count > 1:
-        warnings.warn(
-            f"the graph has {count} components (the largest holds {np.bincount(components).max()} of {n} "
-            "images); an image whose component holds no label gets confidence 0. More neighbours "
-            "per image join them",
-            stacklevel=2,
-        )
+    _warn_of_components(components, count)
     num_vectors = min(num_vectors, n - count)
     if num_vectors < 1:
         empty = np.empty((n, 0), np.float32)
         return Spectrum(np.empty(0), empty, components, null, seed_degrees)
-    s = normalized_affinity(affinity, self_loops=in_laplacian)
+    if product is None:
+        product = csr_operator(normalized_affinity(affinity, self_loops=in_laplacian), device)
+    space = (product, null, components, num_vectors)
     solver = _solver_for(solver, n, num_vectors)
     if solver == "block":
-        values, vectors, residual = _by_blocks(
-            s,
-            null,
-            components,
-            num_vectors,
-            tolerance or BLOCK_TOLERANCE,
-            seed,
-            device,
-            basis_bytes,
-        )
+        tolerance = tolerance or BLOCK_TOLERANCE
+        values, vectors, residual = _by_blocks(*space, tolerance, seed, device, basis_bytes)
     else:
-        exact = solver == "dense"
+        on_host = _on_host(product, device)
         values, vectors = _deflated_eigh(
-            s, null, components, num_vectors, exact, tolerance or TOLERANCE, seed
+            on_host, *space[1:], solver == "dense", tolerance or TOLERANCE, seed
         )
-        residual = _residual(s, values, vectors)
-    laplacian_values = 1 - values.astype(np.float64)
+        residual = _residual(on_host, values, vectors)
     # rounding can put an almost disconnected part at 0 or below
-    floor = np.finfo(np.float32).eps
-    return Spectrum(
-        np.maximum(laplacian_values, floor), vectors, components, null, seed_degrees, residual
-    )
+    laplacian_values = np.maximum(1 - values.astype(np.float64), np.finfo(np.float32).eps)
+    return Spectrum(laplacian_values, vectors, components, null, seed_degrees, residual)
+
+
+def _warn_of_components(components: np.ndarray, count: int) -> None:
+    if count > 1:
+        warnings.warn(
+            f"the graph has {count} components (the largest holds {np.bincount(components).max()} of "
+            f"{len(components)} images); an image whose component holds no label gets confidence 0. More "
+            "neighbours per image join them",
+            stacklevel=3,
+        )
+
+
+def _on_host(product: Operator, device: torch.device | str) -> Callable[[np.ndarray], np.ndarray]:
+    """The same products for a solver of scipy: N x m (or N) float32 arrays."""
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        columns = torch.from_numpy(np.ascontiguousarray(x.reshape(len(x), -1), dtype=np.float32))
+        return product(columns.to(device)).cpu().numpy().reshape(x.shape)
+
+    return apply
 
 
 def _solver_for(solver: str, n: int, k: int) -> str:
@@ -493,7 +501,7 @@ def _solver_for(solver: str, n: int, k: int) -> str:
 
 
 def _by_blocks(
-    s: sp.csr_matrix,
+    product: Operator,
     null: np.ndarray,
     components: np.ndarray,
     k: int,
@@ -505,7 +513,7 @@ def _by_blocks(
     rng = torch.Generator().manual_seed(seed)
     start = torch.randn(len(null), BLOCK, generator=rng).to(device)
     values, vectors, residual = largest_eigenvectors(
-        csr_operator(s, device),
+        product,
         null_projection(null, components, device),
         start,
         k,
@@ -518,7 +526,7 @@ def _by_blocks(
 
 
 def _deflated_eigh(
-    s: sp.csr_matrix,
+    product: Callable[[np.ndarray], np.ndarray],
     null: np.ndarray,
     components: np.ndarray,
     k: int,
@@ -532,7 +540,7 @@ def _deflated_eigh(
 
     def deflated(x: np.ndarray) -> np.ndarray:
         # eigenvalue 1 of the null vectors becomes -2, below every other one (they are >= -1)
-        return s @ x - 3 * (basis @ (basis.T @ x))
+        return product(x) - 3 * (basis @ (basis.T @ x))
 
     if exact:
         values, vectors = np.linalg.eigh(deflated(np.eye(n)))
@@ -553,11 +561,13 @@ def _deflated_eigh(
     return values[order], vectors[:, order].astype(np.float32)
 
 
-def _residual(s: sp.csr_matrix, values: np.ndarray, vectors: np.ndarray) -> float:
+def _residual(
+    product: Callable[[np.ndarray], np.ndarray], values: np.ndarray, vectors: np.ndarray
+) -> float:
     tiles = range(0, len(values), BLOCK)
     parts = [vectors[:, t : t + BLOCK] for t in tiles]
     errors = [
-        np.linalg.norm(s @ part - part * values[t : t + BLOCK], axis=0)
+        np.linalg.norm(product(part) - part * values[t : t + BLOCK], axis=0)
         for t, part in zip(tiles, parts, strict=True)
     ]
     return float(np.concatenate(errors).max()) if errors else 0.0

@@ -2,6 +2,8 @@
 
     python scripts/propagate.py --checkpoint checkpoint/instance_cifar10/ckpt.cifar.pth.tar \\
         --method nc --num-labeled 50 250 4000 --save-path checkpoint/pseudos/mine --report
+    python scripts/propagate.py ... --gpus 0,1,2,3            one process per GPU
+    torchrun --nnodes 2 --nproc-per-node 8 ... scripts/propagate.py ...      several machines
 
 Methods: `knn` and `nc`, the published ones; `filter`, `spreading`, `poisson`, `poisson-prior` on the same
 graph without eigenvectors; `auto` chooses among all of them by cross-validation on the labelled images
@@ -12,34 +14,54 @@ From a feature file instead of a checkpoint: --features FILE. With --chunks 10 t
 shuffled and cut into ten parts, each with a graph of its own (the published ImageNet layout
 `<number of labels>/10_0.pth.tar` ...). --report adds the confidence-precision curve, contact sheets of the
 most and least confident images of each class, and `report.html` that shows them all.
+
+Several processes give the labels of one: the rows of the graph are divided among them
+(lib/propagation/workers.py says what each one holds). The features lie beside the checkpoint, graph and
+eigenvectors in SAVE_PATH/work: a run that was killed continues with those when the same command is given
+again, and a run with another method or number of labels uses them too.
 """
 
 import argparse
 import json
+import os
+import shutil
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from datasets import build_datasets
-from lib import devices, features, options, plots, provenance, pseudo_labels, report
+from lib import devices, distributed, features, options, plots, provenance, pseudo_labels, report
 from lib.curves import Curve, confidence_precision
+from lib.features import FeatureSet
+from lib.files import write_whole
 from lib.filters import FILTERS
-from lib.graph import PRESETS, build_graph
-from lib.propagation import METHODS, Metric, propagate
-from lib.propagation.algorithms import ALGORITHMS
+from lib.graph import PRESETS
+from lib.neighbors import METHODS as SEARCHES
+from lib.neighbors import PRECISIONS
+from lib.propagation import METHODS, Metric
+from lib.propagation.algorithms import ALGORITHMS, FILTER_BY
+from lib.propagation.chunks import pseudo_label_parts, save_part
+from lib.propagation.kept import Kept
+from lib.propagation.workers import lead, serve
 from lib.pseudo_labels import CONFIDENCES, PseudoLabels
-from lib.spectral import SELF_LOOPS
-from lib.split import Split, cut_into_chunks, labeled_split
+from lib.spectral import SELF_LOOPS, SOLVERS
+from lib.split import labeled_split
 
 # Parameters of single algorithms: given to the method only where the user sets them.
-PARAMETERS = ("k", "knn_temperature", "num_eigenvectors", "clamp", "filter", "alpha")
+PARAMETERS = (
+    *("k", "knn_temperature", "num_eigenvectors", "clamp", "filter", "filter_by", "cutoff"),
+    *("degree", "time", "power", "alpha"),
+)
+MIB = 2**20
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,54 +85,145 @@ def build_parser() -> argparse.ArgumentParser:
     labels.add_argument(
         "--chunks", type=int, default=1, help="parts of the unlabelled images, a graph each"
     )
-    algorithm = parser.add_argument_group("algorithm")
-    algorithm.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
-    algorithm.add_argument("--graph", choices=PRESETS, default="cifar", help="affinity matrix")
-    algorithm.add_argument(
-        "--num-neighbors", type=int, default=None, metavar="K", help="in place of the graph's own"
+    add_algorithm(parser)
+    add_graph(parser)
+    options.add_compute(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument("--save-path", default="./checkpoint/pseudos/propagated", help="folder")
+    files.add_argument("--report", action="store_true", help="curve, contact sheets, report.html")
+    files.add_argument(
+        "--no-probabilities",
+        action="store_true",
+        help="leave pseudo_probs out of the files, as the published ImageNet ones do: 4 bytes for each "
+        "image and class, 5 GB for a million images and 1000 classes. Phase 3 does not read them",
     )
-    algorithm.add_argument(
-        "--graph-file", default="", metavar="FILE", help="keep the graph there and use it again"
+    files.add_argument(
+        "--work-dir",
+        default="",
+        metavar="DIR",
+        help="where graph and eigenvectors are kept for the next run (SAVE_PATH/work); each is used again "
+        "only while it is of the same features and choices, and replaced otherwise. With --chunks it is "
+        "emptied of a number of labels that is done. It may be deleted at any time",
     )
-    algorithm.add_argument(
-        "--self-loops", choices=SELF_LOOPS, default="published", help="edges to itself that count"
+    files.add_argument(
+        "--fresh",
+        action="store_true",
+        help="build graph and eigenvectors anew, whatever lies in the work folder or --graph-file",
     )
-    algorithm.add_argument("--k", type=int, default=None, help="knn: neighbours that vote (200)")
-    algorithm.add_argument(
+    return parser
+
+
+def add_algorithm(parser: argparse.ArgumentParser) -> None:
+    """What spreads the labels, and the parameters of each method."""
+    group = parser.add_argument_group("algorithm")
+    group.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
+    group.add_argument("--k", type=int, default=None, help="knn: neighbours that vote (200)")
+    group.add_argument(
         "--knn-temperature", type=float, default=None, help="knn: of the votes (0.1)"
     )
-    algorithm.add_argument(
-        "--num-eigenvectors", type=int, default=None, help="nc: with the constant one (200)"
+    group.add_argument(
+        "--num-eigenvectors",
+        type=int,
+        default=None,
+        help="nc, and filter by eigenvectors: with the constant one (200)",
     )
-    algorithm.add_argument(
+    group.add_argument(
         "--clamp", action="store_true", default=None, help="nc: labelled images keep their labels"
     )
-    algorithm.add_argument(
+    group.add_argument(
         "--filter", choices=FILTERS, default=None, help="filter: its kind (smoothed-step)"
     )
-    algorithm.add_argument("--alpha", type=float, default=None, help="spreading: share kept (0.99)")
-    algorithm.add_argument(
+    group.add_argument(
+        "--filter-by",
+        choices=FILTER_BY,
+        default=None,
+        help="filter: by products with the graph, one column per class; through --num-eigenvectors, "
+        "which costs the same for any number of classes but leaves out what lies beyond the last one; or "
+        "auto, through eigenvectors where that is much cheaper and leaves out 1%% at most (products)",
+    )
+    group.add_argument(
+        "--cutoff", type=float, default=None, help="filter smoothed-step: eigenvalue kept (0.2)"
+    )
+    group.add_argument(
+        "--degree", type=int, default=None, help="filter smoothed-step: sharpness (40)"
+    )
+    group.add_argument("--time", type=float, default=None, help="filter heat: of diffusion (20)")
+    group.add_argument("--power", type=int, default=None, help="filter powers: exponent (20)")
+    group.add_argument(
+        "--alpha", type=float, default=None, help="spreading, filter ppr: share kept (0.99)"
+    )
+    group.add_argument(
         "--class-prior",
         choices=("none", "uniform"),
         default="none",
         help="uniform: as many predicted images in every class",
     )
-    algorithm.add_argument(
+    group.add_argument(
         "--confidence",
         choices=CONFIDENCES,
         default=None,
         help="measure (default: the method's own)",
     )
-    algorithm.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
-    options.add_compute(parser)
-    files = parser.add_argument_group("files")
-    files.add_argument("--save-path", default="./checkpoint/pseudos/propagated", help="folder")
-    files.add_argument("--report", action="store_true", help="curve, contact sheets, report.html")
-    return parser
+    group.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
+
+
+def add_graph(parser: argparse.ArgumentParser) -> None:
+    """The affinity matrix, the search for its neighbours, the solver for its eigenvectors."""
+    group = parser.add_argument_group("graph")
+    group.add_argument("--graph", choices=PRESETS, default="cifar", help="affinity matrix")
+    group.add_argument(
+        "--num-neighbors", type=int, default=None, metavar="K", help="in place of the graph's own"
+    )
+    group.add_argument(
+        "--graph-file",
+        default="",
+        metavar="FILE",
+        help="keep the graph there, in place of the work folder",
+    )
+    group.add_argument(
+        "--self-loops", choices=SELF_LOOPS, default="published", help="edges to itself that count"
+    )
+    group.add_argument(
+        "--search",
+        choices=SEARCHES,
+        default="auto",
+        help="of the neighbours: exact compares all pairs; ivf compares near cells of k-means, finds 97%% "
+        "or more and pays from about 250,000 images on a CPU, 4 million on a GPU; faiss, where it is "
+        "installed; auto chooses between exact and ivf by the number of images",
+    )
+    group.add_argument(
+        "--search-precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the exact search's products; bf16 ranks half as many candidates again in fp32, and is "
+        "faster where the hardware multiplies bfloat16",
+    )
+    group.add_argument(
+        "--block-mib",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="memory for similarities at a time, of each process; changes speed alone",
+    )
+    group.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="auto",
+        help="of the eigenvectors: arpack, one core, for small graphs; block, any device, for large ones; "
+        "auto chooses by the number of images",
+    )
+    group.add_argument(
+        "--basis-mib",
+        type=int,
+        default=4096,
+        metavar="MIB",
+        help="memory for the basis of the block solver, 16 bytes for each image and eigenvector if it "
+        "may; with less it restarts more often, and it never takes less than it needs",
+    )
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "chunks", "temperature")
+    options.require_positive(args, "chunks", "temperature", "block_mib", "basis_mib")
     if bool(args.features) == bool(args.checkpoint):
         raise ValueError("give --checkpoint FILE (of phase 1) or --features FILE, one of them")
     if args.graph_file and args.chunks > 1:
@@ -125,60 +238,84 @@ def method_parameters(args: argparse.Namespace) -> dict:
     return given
 
 
-def build_metric(args: argparse.Namespace, rows: Tensor) -> Metric:
-    needs_graph = args.method not in ALGORITHMS or ALGORITHMS[args.method].needs_graph
-    given = None
-    if args.graph_file and needs_graph:
-        given = build_graph(
-            rows, args.graph, num_neighbors=args.num_neighbors, path=args.graph_file
-        )
-    return Metric(rows, args.graph, args.num_neighbors, args.self_loops, given)
+def build_metric(
+    args: argparse.Namespace, found: FeatureSet, device, workers, work: Path
+) -> Metric:
+    """The features with all choices; graph and spectrum are made when they are first asked for."""
+    return Metric(
+        found.features.to(device),
+        args.graph,
+        args.num_neighbors,
+        args.self_loops,
+        search={
+            "method": args.search,
+            "precision": args.search_precision,
+            "block_bytes": args.block_mib * MIB,
+        },
+        solver={"solver": args.solver, "basis_bytes": args.basis_mib * MIB},
+        kept=Kept(
+            work, args.graph_file, reuse=not args.fresh, say=lambda line: print(line, flush=True)
+        ),
+        workers=workers,
+    )
 
 
-def label(args: argparse.Namespace, metric: Metric, split: Split, targets: Tensor, found, meta):
-    """Pseudo-labels of one split."""
+@contextmanager
+def ending_at_once(work: Path) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the process on the spot, with 143 or 130: no stage is saved in its midst.
+
+    Files are written whole or not at all, so that nothing has to be put in order.
+    """
+
+    def end(number: int, _: object) -> None:
+        if distributed.is_main():
+            print(
+                f"stopped by {signal.Signals(number).name}; the same command continues with what is in "
+                f"{work}",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def label(args: argparse.Namespace, metric: Metric, n: int | str, found: FeatureSet, meta: dict):
+    """Pseudo-labels of one number of labels, written part by part; all of them, and where they are."""
+    split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
     prior = [1 / found.num_classes] * found.num_classes if args.class_prior == "uniform" else None
-    answer = propagate(
+    own = Path(metric.kept.folder) / str(n)
+    if args.chunks > 1:
+        metric = replace(metric, kept=replace(metric.kept, folder=own))
+    parts = []
+    found_parts = pseudo_label_parts(
         metric,
         args.method,
         split,
-        targets[split.labeled],
+        found.targets[split.labeled],
         found.num_classes,
+        chunks=args.chunks,
+        seed=args.rng_seed,
+        parameters=method_parameters(args),
         class_prior=prior,
-        **method_parameters(args),
-    )
-    confidence = args.confidence or answer.confidence
-    return pseudo_labels.from_scores(
-        answer.scores,
-        split,
-        meta | {"propagation": answer.meta, "confidence": confidence},
         temperature=args.temperature,
-        confidence=confidence,
+        confidence=args.confidence,
+        meta=meta,
     )
-
-
-def in_chunks(args, found, split: Split, meta: dict) -> list[PseudoLabels]:
-    """Each part of the unlabelled images on a graph of its own, with all labelled images."""
-    parts = []
-    for chunk in cut_into_chunks(split, args.chunks, args.rng_seed):
-        members = torch.cat([split.labeled, chunk])
-        metric = build_metric(args, found.features[members])
-        local = Split(
-            torch.arange(len(split.labeled)), torch.arange(len(split.labeled), len(members))
-        )
-        part = label(args, metric, local, found.targets[members], found, meta)
-        parts.append(pseudo_labels.reindexed(part, members))
-    return parts
-
-
-def save_all(parts: list[PseudoLabels], folder: Path, name: str) -> str:
-    """One file, or the published layout of chunks; returns what was written."""
-    if len(parts) == 1:
-        pseudo_labels.save(parts[0], folder / f"{name}.pth.tar")
-        return f"{name}.pth.tar"
-    for number, part in enumerate(parts):
-        pseudo_labels.save(part, folder / name / f"{len(parts)}_{number}.pth.tar")
-    return f"{name}/{len(parts)}_*.pth.tar"
+    for place, part in enumerate(found_parts):
+        if args.no_probabilities:
+            part = replace(part, probabilities=None)
+        file = save_part(part, args.save_path, str(n), place, args.chunks)
+        parts.append(part)
+    if args.chunks > 1:
+        file = file.with_name(f"{args.chunks}_*.pth.tar")
+        shutil.rmtree(own, ignore_errors=True)  # ten graphs of each number would fill a disk
+    return pseudo_labels.merged(parts), file
 
 
 def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta: dict) -> None:
@@ -214,58 +351,70 @@ def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta
     print(f"report: {folder / 'report.html'}")
 
 
-def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    # 1. Features: read, or extracted once and kept beside the checkpoint
-    check_options(args)
-    compute = devices.select(args.gpus, args.precision)
-    found = features.obtain(
-        features=args.features,
-        checkpoint_file=args.checkpoint,
-        architecture=args.architecture,
-        dataset=args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        num_workers=args.num_workers,
-        compute=compute,
-    )
-    folder = options.writable_folder("--save-path", args.save_path)
-    meta = provenance.record(vars(args), found.digest)
-    print(
-        f"{len(found.features)} x {found.features.shape[1]} features, {found.num_classes} classes"
-    )
+def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
+    """A line of the table."""
+    shown = "       ?%      ?%" if curve is None else f"{curve.overall:8.2f}%  {curve.auc:5.2f}%"
+    chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
+    line = f"{len(pseudo.labeled):6d}  {shown}  {seconds:7.1f}  {file}"
+    return line + (f"  {args.method}: {chosen}" if chosen else "")
 
-    # 2. Propagation; the graph and its spectrum serve every number of labels
-    metric = build_metric(args, found.features)
-    results: dict[str, dict[str, float]] = {}
-    curves: dict[int, Curve] = {}
-    done: dict[str, PseudoLabels] = {}
+
+def label_all(args: argparse.Namespace, metric: Metric, found: FeatureSet, meta: dict):
+    """Pseudo-labels of every number of labels, their curves and results; prints the table."""
+    done, curves, results = {}, {}, {}
+    needs_graph = args.method not in ALGORITHMS or ALGORITHMS[args.method].needs_graph
+    if needs_graph and args.chunks == 1:
+        metric.affinity  # noqa: B018 - made here, so that the table has the time of the labels
     print("labels  precision     AUC  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
-        split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
-        if args.chunks > 1:
-            parts = in_chunks(args, found, split, meta)
-        else:
-            parts = [label(args, metric, split, found.targets, found, meta)]
-        written = save_all(parts, folder, str(n))
-        pseudo = done[str(n)] = pseudo_labels.merged(parts)
+        pseudo, file = label(args, metric, n, found, meta)
+        seconds = time.perf_counter() - start
+        done[str(n)], results[str(n)] = pseudo, {"seconds": seconds}
         curve = confidence_precision(pseudo, found.targets)
-        seconds, count = time.perf_counter() - start, len(split.labeled)
-        shown = "       ?%      ?%"
-        results[str(n)] = {"seconds": seconds}
         if curve is not None:
-            curves[count] = curve
+            curves[len(pseudo.labeled)] = curve
             results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
-            shown = f"{curve.overall:8.2f}%  {curve.auc:5.2f}%"
-        chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
-        line = f"{count:6d}  {shown}  {seconds:7.1f}  {folder / written}"
-        print(line + (f"  {args.method}: {chosen}" if chosen else ""), flush=True)
+        print(row(args, n, pseudo, curve, seconds, file), flush=True)
+    return done, curves, results
 
-    # 3. What they look like
-    (folder / "results.json").write_text(json.dumps({"results": results, "meta": meta}, indent=1))
-    if args.report:
-        write_report(args, folder, done, curves, meta)
-    return results
+
+def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    # 1. Features: read, or extracted once and kept beside the checkpoint
+    check_options(args)
+    work = Path(args.work_dir or Path(args.save_path) / "work")
+    with ending_at_once(work):
+        compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+        found = features.obtain(
+            features=args.features,
+            checkpoint_file=args.checkpoint,
+            architecture=args.architecture,
+            dataset=args.dataset,
+            data_dir=args.data_dir,
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+            compute=compute,
+        )
+        if not distributed.is_main():
+            del found  # rank 0 hands out what is needed
+            serve(compute.device)
+            return {}
+
+        # 2. Propagation; the graph and its spectrum serve every number of labels
+        with lead(compute.device) as workers:
+            folder = options.writable_folder("--save-path", args.save_path)
+            meta = provenance.record(vars(args), found.digest)
+            shape = f"{len(found.features)} x {found.features.shape[1]}"
+            print(f"{shape} features, {found.num_classes} classes", flush=True)
+            metric = build_metric(args, found, compute.device, workers, work)
+            done, curves, results = label_all(args, metric, found, meta)
+
+        # 3. What they look like
+        record = {"results": results, "meta": meta}
+        write_whole(json.dumps(record, indent=1).encode(), folder / "results.json")
+        if args.report:
+            write_report(args, folder, done, curves, meta)
+        return results
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 import lib.filters
 from lib.filters import (
     FILTERS,
+    Seeds,
     chebyshev_filter,
     conjugate_gradients,
+    filter_by_eigenvectors,
     filter_columns,
     filter_each,
     graph_operator,
     step_coefficients,
 )
 from lib.graph import build_graph
+from lib.spectral import laplacian_spectrum, project
 
 RESPONSE = {  # g(lambda); without a value at 0 where the null space is left out
     "pseudo-inverse": (lambda x: 1 / x, {}),
@@ -140,7 +143,9 @@ def test_tiles_and_stacking_change_nothing(name, monkeypatch):
     columns = torch.randn(90, 7, generator=torch.Generator().manual_seed(0))
     whole = filter_columns(operator, columns, name)
     monkeypatch.setattr(lib.filters, "TILE", 3)
-    parts = filter_each(operator, [columns[:, :2], columns[:, 2:]], name)
+    everywhere = torch.arange(90)
+    seeds = [Seeds(everywhere, columns[:, :2]), Seeds(everywhere.flip(0), columns[:, 2:].flip(0))]
+    parts = filter_each(operator, seeds, name)
     assert [p.shape[1] for p in parts] == [2, 5]
     scale = float(whole.abs().max())
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3 * scale, rtol=0)
@@ -172,6 +177,17 @@ def test_a_product_by_rows_gives_the_same(name):
     assert set(widths) == {3}
 
 
+def test_columns_are_zero_where_no_seed_is():
+    features, _ = blobs(2, 20)
+    operator = graph_operator(build_graph(features, num_neighbors=8))
+    few = Seeds(torch.tensor([3, 17]), torch.tensor([[1.0, 0.0], [2.0, -1.0]]))
+    columns = torch.zeros(40, 2)
+    columns[few.nodes] = few.values
+    torch.testing.assert_close(
+        filter_each(operator, [few], "heat")[0], filter_columns(operator, columns, "heat")
+    )
+
+
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), seed=st.integers(0, 10**6))
 def test_null_vectors_are_projected_out_exactly(sizes, seed):
@@ -179,7 +195,8 @@ def test_null_vectors_are_projected_out_exactly(sizes, seed):
     operator = graph_operator(sp.csr_matrix(W.astype(np.float32)), self_loops="drop")
     columns = torch.randn(len(W), 4, generator=torch.Generator().manual_seed(seed))
     within = operator.without_null(columns)
-    np.testing.assert_allclose(operator.along_null(within), 0, atol=1e-5)
+    left = project(operator.null.numpy(), operator.components.numpy(), within.numpy())
+    np.testing.assert_allclose(left, 0, atol=1e-5)
     torch.testing.assert_close(operator.without_null(within), within, atol=1e-5, rtol=0)
 
 
@@ -205,6 +222,7 @@ def test_smallest_positive_eigenvalue_equals_the_dense_one(sizes, seed):
         ("smoothed-step", {"degree": 0}, "degree >= 1"),
         ("heat", {"time": math.nan}, "must be positive"),
         ("ppr", {"alpha": 1.0}, "between 0 and 1"),
+        ("heat", {"cutoff": 0.3}, "the filter heat has no parameter cutoff"),
     ],
 )
 def test_impossible_filters_say_why(name, parameters, words):
@@ -217,3 +235,32 @@ def test_impossible_filters_say_why(name, parameters, words):
 def test_unknown_self_loops_are_refused():
     with pytest.raises(ValueError, match="unknown self-loops"):
         graph_operator(sp.csr_matrix(np.eye(3, dtype=np.float32)), self_loops="some")
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_all_eigenvectors_give_what_products_give_and_nothing_is_left_out(name):
+    W = random_graph([30, 8, 1], 2)
+    matrix = sp.csr_matrix(W.astype(np.float32))
+    seeds = [
+        Seeds(torch.tensor([3, 30, 38]), torch.randn(3, 4)),
+        Seeds(torch.tensor([5]), torch.ones(1, 1)),
+    ]
+    operator = graph_operator(matrix, self_loops="drop")
+    with pytest.warns(UserWarning, match="3 components"):
+        spectrum = laplacian_spectrum(matrix, 38, self_loops="drop")
+    exact, bound = filter_by_eigenvectors(spectrum, seeds, name)
+    assert bound < 1e-2
+    for one, two in zip(exact, filter_each(operator, seeds, name), strict=True):
+        torch.testing.assert_close(one, two, atol=3e-3 * float(two.abs().max()), rtol=0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), name=st.sampled_from(sorted(FILTERS)), k=st.integers(1, 25))
+def test_what_few_eigenvectors_leave_out_is_within_the_bound(seed, name, k):
+    matrix = sp.csr_matrix(random_graph([30], seed).astype(np.float32))
+    seeds = [Seeds(torch.tensor([3, 17]), torch.randn(2, 2))]
+    spectrum = laplacian_spectrum(matrix, k, self_loops="drop")
+    part, bound = filter_by_eigenvectors(spectrum, seeds, name)
+    whole = filter_each(graph_operator(matrix, self_loops="drop"), seeds, name)[0]
+    left_out = ((whole - part[0]).norm(dim=0) / part[0].norm(dim=0)).max()
+    assert float(left_out) <= bound + 5e-3

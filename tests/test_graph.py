@@ -10,7 +10,6 @@ from conftest import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lib.graph
 from lib import checkpoint
 from lib.graph import (
     PRESETS,
@@ -181,20 +180,23 @@ def test_graph_file_gives_the_same_graph_back(tmp_path):
     assert meta == {"recall": 1.0}
 
 
-def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path, monkeypatch):
-    built = []
+def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path):
+    built, said = [], []
 
     def counted(*args, **options):
         built.append(1)
         return nearest_neighbors(*args, **options)
 
-    monkeypatch.setattr(lib.graph, "nearest_neighbors", counted)
     features, _ = blobs(3, 20)
-    path = tmp_path / "graph.pth.tar"
-    first = build_graph(features, num_neighbors=6, path=path)
-    again = build_graph(features, num_neighbors=6, path=path)
+    kept = {"path": tmp_path / "graph.pth.tar", "search": counted}
+    first = build_graph(features, num_neighbors=6, **kept, say=said.append)
+    again = build_graph(features, num_neighbors=6, **kept, say=said.append)
     assert len(built) == 1
+    assert ["built" in line for line in said] == [True, False]
+    assert "read from" in said[1]
     assert (first != again).nnz == 0
+    build_graph(features, num_neighbors=6, **kept, reuse=False)
+    assert len(built) == 2
     for changed, options in (
         (features.flip(0), {"num_neighbors": 6}),
         (features, {"num_neighbors": 7}),
@@ -202,7 +204,7 @@ def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path, monk
         (features, {"num_neighbors": 7, "preset": "imagenet", "precision": "bf16"}),
     ):
         before = len(built)
-        other = build_graph(changed, path=path, **options)
+        other = build_graph(changed, **kept, **options)
         assert len(built) == before + 1
         assert (other != build_graph(changed, **options)).nnz == 0
 

@@ -1,12 +1,16 @@
 """Phase 2 from the shell: files, table, chunks, graph file, report."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_ok, assert_refused, run_script
+from conftest import ROOT, assert_ok, assert_refused, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +19,7 @@ from datasets import build_datasets
 from lib import checkpoint, pseudo_labels, report
 from lib.features import FeatureSet
 from lib.options import load_script
+from lib.propagation.chunks import save_part
 from lib.split import Split, cut_into_chunks, labeled_split
 from models.layers import l2_normalize
 
@@ -68,7 +73,8 @@ def test_parameters_reach_the_method(features, tmp_path):
 def test_chunks_are_shuffled_and_hold_every_image_once(features, tmp_path):
     words = ("--features", features, "--num-eigenvectors", 12, "--save-path", tmp_path)
     call(*words, "--num-labeled", 50, "--chunks", 3)
-    parts = [pseudo_labels.load(tmp_path / "50" / f"3_{i}.pth.tar") for i in range(3)]
+    parts = pseudo_labels.load_chunks(tmp_path / "num_labeled_50")
+    assert len(parts) == 3
     targets = build_datasets("patches", "")[0].targets
     split = labeled_split(targets, 50, 10, 0)
     unlabeled = torch.cat([part.unlabeled for part in parts])
@@ -157,6 +163,175 @@ def test_the_graph_file_is_used_again_and_gives_the_same_labels(features, tmp_pa
     assert (tmp_path / "graph.pth.tar").stat().st_mtime_ns != written
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The pseudo-label files of a run, and what they hold."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.pth.tar")}
+
+
+def test_graph_and_eigenvectors_are_kept_and_used_again_for_the_same_bytes(
+    features, tmp_path, capsys
+):
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    nc = (*words, "--num-eigenvectors", 12)
+    call(*nc)
+    first, said = files_of(tmp_path), capsys.readouterr().out
+    assert "built in" in said
+    assert "computed in" in said
+    call(*nc)
+    said = capsys.readouterr().out
+    assert "graph of 3000 images: read from" in said
+    assert "11 eigenvectors: read from" in said
+    assert files_of(tmp_path) == first
+    # the first of more eigenvectors are not these: each number is computed for itself
+    call(*words, "--num-eigenvectors", 14)
+    assert "13 eigenvectors: computed" in capsys.readouterr().out
+    call(*nc)
+    said = capsys.readouterr().out
+    assert "graph of 3000 images: read" in said
+    assert "11 eigenvectors: computed" in said
+    assert files_of(tmp_path) == first
+    call(*nc, "--fresh")
+    assert "read from" not in capsys.readouterr().out
+    for change in (("--self-loops", "keep"), ("--solver", "block"), ("--graph", "local-scale")):
+        call(*nc, *change)
+        assert "11 eigenvectors: computed" in capsys.readouterr().out, change
+
+
+def test_a_damaged_file_in_the_work_folder_is_named(features, tmp_path):
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    words = (*words, "--num-eigenvectors", 12)
+    call(*words)
+    for kind, key in (("spectrum", "vectors"), ("graph", "values")):
+        file = next((tmp_path / "work").glob(f"{kind}-*.pth.tar"))
+        state = checkpoint.load(file)
+        state[key][-1] = float("nan")
+        checkpoint.save(state, file)
+        with pytest.raises(ValueError, match=rf"{file.name} holds no {kind}: .*; delete it"):
+            call(*words)
+
+
+STAGES = """
+import sys, time
+sys.path.insert(0, {root!r})
+from lib import options
+import lib.propagation.algorithms as algorithms
+def endless(*_, **__):
+    print("eigenvectors begin", flush=True)
+    time.sleep(120)
+algorithms.laplacian_spectrum = endless
+script = options.load_script("scripts/propagate.py")
+options.run(script.main, script.build_parser())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_killed_after_the_graph_continues_with_it(
+    features, tmp_path, capsys, number
+):
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    words = [str(w) for w in (*words, "--num-eigenvectors", 12)]
+    command = [sys.executable, "-c", STAGES.format(root=str(ROOT)), *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        for line in process.stdout:
+            if "eigenvectors begin" in line:
+                break
+        process.send_signal(number)
+        _, complaints = process.communicate(timeout=30)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name}; the same command continues" in complaints
+        assert "Traceback" not in complaints
+    assert [path.name.split("-")[0] for path in (tmp_path / "work").iterdir()] == ["graph"]
+    assert files_of(tmp_path) == {}
+    capsys.readouterr()
+    call(*words)
+    assert "graph of 3000 images: read from" in capsys.readouterr().out
+    continued = files_of(tmp_path)
+    shutil.rmtree(tmp_path / "work")
+    call(*words)
+    assert files_of(tmp_path) == continued
+
+
+def test_chunks_that_are_done_leave_nothing_in_the_work_folder(features, tmp_path, capsys):
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    call(*words, "--num-eigenvectors", 12, "--chunks", 2)
+    assert capsys.readouterr().out.count("built in") == 2
+    assert list((tmp_path / "work").iterdir()) == []
+    assert len(list((tmp_path / "num_labeled_20").iterdir())) == 2
+
+
+def test_chunks_that_were_interrupted_continue_with_their_graphs(
+    features, tmp_path, capsys, monkeypatch
+):
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    words = (*words, "--num-eigenvectors", 12, "--chunks", 3)
+
+    def killed(part, folder, n, place, *rest, **more):
+        if place == 1:
+            raise KeyboardInterrupt
+        return save_part(part, folder, n, place, *rest, **more)
+
+    monkeypatch.setattr(propagate, "save_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(*words)
+    monkeypatch.undo()
+    capsys.readouterr()
+    call(*words)
+    said = capsys.readouterr().out
+    assert said.count("images: read from") == said.count("eigenvectors: read from") == 2
+    assert said.count("built in") == said.count("computed in") == 1
+
+
+def test_probabilities_can_be_left_out(features, tmp_path):
+    words = ("--features", features, "--method", "knn", "--save-path", tmp_path)
+    whole = call(*words, "--num-labeled", 20)
+    with_them = pseudo_labels.load(tmp_path / "20.pth.tar")
+    without = call(*words, "--num-labeled", 20, "--no-probabilities")
+    pseudo = pseudo_labels.load(tmp_path / "20.pth.tar")
+    assert "pseudo_probs" not in checkpoint.load(tmp_path / "20.pth.tar")
+    assert torch.equal(pseudo.labels, with_them.labels)
+    assert without["20"]["precision"] == whole["20"]["precision"]
+
+
+def test_choices_of_search_and_solver_reach_the_graph(features, tmp_path, monkeypatch):
+    asked = {}
+
+    def found(*_, **choices):
+        asked.update(choices)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("lib.propagation.algorithms.nearest_neighbors", found)
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
+    with pytest.raises(ValueError, match="enough"):
+        call(*words, "--search", "ivf", "--search-precision", "bf16", "--block-mib", 7)
+    assert (asked["method"], asked["precision"], asked["block_bytes"]) == ("ivf", "bf16", 7 * 2**20)
+    monkeypatch.undo()
+    monkeypatch.setattr("lib.propagation.algorithms.laplacian_spectrum", found)
+    with pytest.raises(ValueError, match="enough"):
+        call(*words, "--solver", "block", "--basis-mib", 9)
+    assert (asked["solver"], asked["basis_bytes"]) == ("block", 9 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("words", "parameters"),
+    [
+        (("--filter", "heat", "--time", 5), {"filter": "heat", "time": 5.0}),
+        (("--cutoff", 0.4, "--degree", 30), {"cutoff": 0.4, "degree": 30}),
+        (("--filter-by", "eigenvectors", "--num-eigenvectors", 9), {"filter_by": "eigenvectors"}),
+    ],
+)
+def test_parameters_of_a_filter_reach_it(features, tmp_path, words, parameters):
+    common = ("--features", features, "--method", "filter", "--num-labeled", 20)
+    call(*common, *words, "--save-path", tmp_path)
+    made = pseudo_labels.load(tmp_path / "20.pth.tar")
+    assert parameters.items() <= made.meta["propagation"].items()
+    call(*common, "--save-path", tmp_path / "default")
+    default = pseudo_labels.load(tmp_path / "default" / "20.pth.tar")
+    assert not torch.equal(made.confidence, default.confidence)
+
+
 def test_the_report_shows_a_sheet_of_every_class(features, tmp_path, capsys):
     words = ("--features", features, "--dataset", "patches", "--method", "knn")
     call(*words, "--num-labeled", 50, "--save-path", tmp_path, "--report")
@@ -201,6 +376,9 @@ def test_the_script_runs_in_a_process_of_its_own_from_any_folder(features, tmp_p
         (("--features", "a", "--checkpoint", "b"), "one of them"),
         (("--features", "missing.pth.tar"), "does not exist"),
         (("--features", "F", "--method", "knn", "--alpha", "0.5"), "no parameter alpha"),
+        (("--features", "F", "--method", "auto", "--alpha", "0.5"), "auto has no parameter alpha"),
+        (("--features", "F", "--method", "filter", "--power", "2"), "has no parameter power"),
+        (("--features", "F", "--basis-mib", "0"), "--basis-mib 0"),
         (("--features", "F", "--chunks", "0"), "--chunks 0"),
         (("--features", "F", "--chunks", "2", "--graph-file", "g"), "--graph-file"),
     ],

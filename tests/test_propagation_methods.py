@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from lib.propagation import (
 )
 from lib.propagation.algorithms import ALGORITHMS, log_shares, run_algorithm
 from lib.propagation.checks import Labeling
+from lib.propagation.kept import Kept
 from lib.propagation.priors import match_prior
 from lib.pseudo_labels import entropy_confidence, from_probabilities, from_scores
 from lib.spectral import laplacian_spectrum
@@ -367,6 +369,28 @@ def test_graph_and_spectrum_are_made_once_for_all(monkeypatch):
     assert beginning.vectors.shape == (75, 9)
 
 
+def test_a_filter_through_eigenvectors_is_chosen_only_where_it_is_cheap_and_exact(monkeypatch):
+    metric, split, targets = task(spread=0.2)
+    labels, said = targets[split.labeled], []
+    metric = replace(metric, kept=Kept(say=said.append))
+
+    def scores(way, **more):
+        options = {"filter": "heat", "filter_by": way, **more}
+        return propagate(metric, "filter", split, labels, 3, **options).scores
+
+    products = scores("products")
+    through_few = scores("eigenvectors", time=0.5, num_eigenvectors=4)
+    assert (scores("products", time=0.5) - through_few).abs().max() > 0.1  # it is another answer
+    assert torch.equal(scores("auto", num_eigenvectors=4), products)  # cheap with three classes
+    monkeypatch.setattr(lib.propagation.algorithms, "SPECTRUM_PRODUCTS", 1)
+    assert torch.equal(scores("auto", time=0.5, num_eigenvectors=4), scores("products", time=0.5))
+    assert "by products instead" in said[-1]
+    monkeypatch.setattr(lib.propagation.algorithms, "SPECTRUM_PRODUCTS", 0.1)
+    chosen = scores("auto", num_eigenvectors=75)
+    assert torch.equal(chosen, scores("eigenvectors", num_eigenvectors=75))
+    torch.testing.assert_close(chosen, products, atol=2e-2, rtol=0)
+
+
 def test_the_default_is_the_published_normalized_cut():
     metric, split, targets = task()
     found = propagate(metric, "nc", split, targets[split.labeled], 3)
@@ -381,6 +405,9 @@ def test_the_default_is_the_published_normalized_cut():
     [
         ("magic", {}, "unknown method 'magic': take one of knn, nc"),
         ("poisson", {"alpha": 0.9}, "poisson has no parameter alpha"),
+        ("auto", {"alpha": 0.9}, "auto has no parameter alpha"),
+        ("filter", {"filter_by": "magic"}, "unknown way 'magic' to filter: take one of auto"),
+        ("filter", {"num_eigenvectors": 1}, "give 2 at least"),
         ("nc", {"num_eigenvectors": 1}, "give 2 at least"),
         ("filter", {"filter": "none"}, "unknown filter 'none'"),
         ("spreading", {"alpha": 1.5}, "between 0 and 1"),

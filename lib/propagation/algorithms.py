@@ -1,25 +1,48 @@
 """Every algorithm by its name, on what all of them share: features, their graph and its spectrum."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lib.filters import GraphOperator, graph_operator
+from lib.filters import (
+    GraphOperator,
+    Seeds,
+    check_filter,
+    filter_by_eigenvectors,
+    filter_each,
+    graph_operator,
+)
 from lib.graph import GraphPreset, build_graph
+from lib.knn import classify
+from lib.neighbors import nearest_neighbors
 from lib.propagation.checks import Labeling
 from lib.propagation.diffusion import propagate_poissons, propagate_spreadings
+from lib.propagation.kept import Kept, obtain_spectrum
 from lib.propagation.knn import MAX_NEIGHBORS, propagate_knn
 from lib.propagation.normalized_cut import propagate_filters, propagate_normalized_cut
 from lib.propagation.priors import match_prior
-from lib.spectral import Spectrum, laplacian_spectrum
+from lib.propagation.workers import Workers
+from lib.spectral import (
+    Operator,
+    Spectrum,
+    csr_operator,
+    laplacian_spectrum,
+    normalized_affinity,
+    self_loop_choice,
+)
 
 NUM_EIGENVECTORS = 200  # published, the constant one included
+FILTER_BY = ("auto", "products", "eigenvectors")
+SPECTRUM_PRODUCTS = 50  # products with one column that an eigenvector costs, about; measured
+MUCH_CHEAPER = 4  # times, so that trying is cheap where the eigenvectors do not do
+EXACT_ENOUGH = 0.01  # share of a column that may be left out
+ROWS = 8192  # worked on at a time where a copy of all scores would not fit
 LEAST_PROBABILITY = 1e-6  # of a class whose score is 0, so that its logarithm is finite
 
 
@@ -28,11 +51,15 @@ class Metric:
     """Features, and what is built from them: each once, however many algorithms and label counts ask.
 
     Attributes:
-        features: N x D unit vectors.
+        features: N x D unit vectors, on the device of the work.
         graph: preset of the affinity matrix, see `lib.graph.build_graph`.
         num_neighbors: replaces the preset's.
         self_loops: a key of `lib.spectral.SELF_LOOPS`.
         given: an affinity matrix made before, in place of a new one.
+        search: of the neighbours: `method`, `precision`, `block_bytes` of `lib.neighbors.nearest_neighbors`.
+        solver: of the eigenvectors: `solver`, `basis_bytes` of `lib.spectral.laplacian_spectrum`.
+        kept: files that graph and spectrum are kept in.
+        workers: processes that share the work; None for this one alone.
     """
 
     features: Tensor
@@ -40,6 +67,10 @@ class Metric:
     num_neighbors: int | None = None
     self_loops: str = "published"
     given: sp.csr_matrix | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    workers: Workers | None = None
     _largest: list[tuple[int, Spectrum]] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
@@ -47,37 +78,66 @@ class Metric:
         """N x N affinity matrix."""
         if self.given is not None:
             return self.given
-        return build_graph(self.features, self.graph, num_neighbors=self.num_neighbors)
+        return build_graph(
+            self.features,
+            self.graph,
+            num_neighbors=self.num_neighbors,
+            **self.search,
+            path=self.kept.file("graph", self.features),
+            reuse=self.kept.reuse,
+            say=self.kept.say,
+            search=self.workers.nearest_neighbors if self.workers else nearest_neighbors,
+        )
+
+    @cached_property
+    def product(self) -> Operator:
+        """Products with S = D^-1/2 W D^-1/2, for the filters and the eigenvectors."""
+        in_laplacian, _ = self_loop_choice(self.self_loops)
+        s = normalized_affinity(self.affinity, self_loops=in_laplacian)
+        return self.workers.divide(s) if self.workers else csr_operator(s, self.features.device)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        product, device = self.product, self.features.device
+        return {"self_loops": self.self_loops, "product": product, "device": device}
 
     @cached_property
     def operator(self) -> GraphOperator:
         """What the filters work on."""
-        return graph_operator(self.affinity, self_loops=self.self_loops)
+        return graph_operator(self.affinity, **self._shared)
 
     def spectrum(self, num_vectors: int) -> Spectrum:
         """The first `num_vectors` eigenvectors: cut from those computed before, where they suffice."""
         # compared with what was asked for: the solver may have found fewer, and there are no more
         if not self._largest or self._largest[0][0] < num_vectors:
-            found = laplacian_spectrum(self.affinity, num_vectors, self_loops=self.self_loops)
+            wanted = (laplacian_spectrum, self.affinity, num_vectors)
+            path = self.kept.file("spectrum", self.features)
+            found = obtain_spectrum(self.kept, path, *wanted, **self._shared, **self.solver)
             self._largest[:] = [(num_vectors, found)]
         whole = self._largest[0][1]
         return replace(
             whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
         )
 
+    def votes(self, *labeled: Any, **options: Any) -> Tensor:
+        """`lib.knn.classify` of every image, or what does the same in several processes."""
+        return (self.workers.classify if self.workers else classify)(*labeled, **options)
+
 
 Labelings = Sequence[Labeling]
 
 
 def log_shares(scores: Tensor) -> Tensor:
-    """Logarithms of the rows of non-negative scores, each normalised to sum 1: N x C, finite.
+    """Non-negative scores, N x C, become the logarithms of their shares of the row, finite. In place.
 
     As Iscen et al. 2019 normalise the rows of label spreading. A row of zeros becomes uniform.
     """
     num_classes = scores.shape[1]
-    sums = scores.sum(dim=1, keepdim=True)
-    shares = torch.where(sums > 0, scores / sums.clamp_min(1e-37), 1 / num_classes)
-    return ((1 - num_classes * LEAST_PROBABILITY) * shares + LEAST_PROBABILITY).log()
+    for rows in scores.split(ROWS):
+        sums = rows.sum(dim=1, keepdim=True)
+        shares = torch.where(sums > 0, rows / sums.clamp_min(1e-37), 1 / num_classes)
+        rows.copy_(((1 - num_classes * LEAST_PROBABILITY) * shares + LEAST_PROBABILITY).log())
+    return scores
 
 
 def _knn(
@@ -88,10 +148,9 @@ def _knn(
     k: int = MAX_NEIGHBORS,
     temperature: float = 0.1,
 ) -> list[Tensor]:
+    options = {"k": k, "temperature": temperature, "vote": metric.votes}
     return [
-        log_shares(
-            propagate_knn(metric.features, *one, num_classes, k=k, temperature=temperature).cpu()
-        )
+        log_shares(propagate_knn(metric.features, *one, num_classes, **options).cpu())
         for one in labelings
     ]
 
@@ -104,8 +163,7 @@ def _nc(
     num_eigenvectors: int = NUM_EIGENVECTORS,
     clamp: bool = False,
 ) -> list[Tensor]:
-    if num_eigenvectors < 2:
-        raise ValueError(f"{num_eigenvectors} eigenvectors: the first is constant, give 2 at least")
+    _check_num_eigenvectors(num_eigenvectors)
     spectrum = metric.spectrum(num_eigenvectors - 1)
     return [propagate_normalized_cut(spectrum, *one, num_classes, clamp=clamp) for one in labelings]
 
@@ -116,9 +174,62 @@ def _filter(
     num_classes: int,
     *,
     filter: str = "smoothed-step",
+    filter_by: str = "products",
+    num_eigenvectors: int = NUM_EIGENVECTORS,
     **parameters: float,
 ) -> list[Tensor]:
-    return propagate_filters(metric.operator, labelings, num_classes, filter=filter, **parameters)
+    """A filter of the family, by products with S or through eigenvectors.
+
+    Products cost the same whatever the spectrum, and in proportion to the number of classes; eigenvectors
+    cost the same for any number of classes, but hold the part of the answer before the last of them only.
+    The smoothed step at 0.2 on N = 20,000 of `scripts/benchmark_propagation.py`'s mixture, one busy core,
+    199 eigenvectors (their time in brackets), and the images that get the same label either way:
+
+        classes    products    eigenvectors    same labels    left out, bound
+             10      0.7 s     0.1 s (+ 7.5)        100.0%              0.06%
+            100      1.8 s     0.1 s (+ 3.0)         99.9%              1.5%
+           1000     28.8 s     1.6 s (+ 6.2)         93.6%              9.0%
+
+    Where eigenvectors are cheaper, 199 of them are not the same mathematics. So "auto" takes them only where
+    they are much cheaper *and* the bound of what they leave out is small, and it is not the default.
+    """
+    _check_num_eigenvectors(num_eigenvectors)
+    if filter_by not in FILTER_BY:
+        raise ValueError(f"unknown way {filter_by!r} to filter: take one of {', '.join(FILTER_BY)}")
+    columns, apply = len(labelings) * num_classes, filter_each
+    work = columns * check_filter(filter, **parameters).products(**parameters)
+    if filter_by == "eigenvectors":
+        apply = partial(_by_eigenvectors, metric, num_eigenvectors, torch.inf)
+    elif filter_by == "auto" and work > MUCH_CHEAPER * SPECTRUM_PRODUCTS * num_eigenvectors:
+        apply = partial(_by_eigenvectors, metric, num_eigenvectors, EXACT_ENOUGH)
+    return propagate_filters(
+        metric.operator, labelings, num_classes, filter=filter, apply=apply, **parameters
+    )
+
+
+def _check_num_eigenvectors(num_eigenvectors: int) -> None:
+    if num_eigenvectors < 2:
+        raise ValueError(f"{num_eigenvectors} eigenvectors: the first is constant, give 2 at least")
+
+
+def _by_eigenvectors(
+    metric: Metric,
+    num_eigenvectors: int,
+    tolerance: float,
+    operator: GraphOperator,
+    seeds: Sequence[Seeds],
+    name: str,
+    **parameters: float,
+) -> list[Tensor]:
+    """`filter_each` through eigenvectors, if they leave out no more than `tolerance` of any column."""
+    spectrum = metric.spectrum(num_eigenvectors - 1)
+    answers, bound = filter_by_eigenvectors(spectrum, seeds, name, **parameters)
+    if bound <= tolerance:
+        return answers
+    metric.kept.say(
+        f"{num_eigenvectors} eigenvectors may leave out {bound:.0%} of a column: by products instead"
+    )
+    return filter_each(operator, seeds, name, **parameters)
 
 
 def _spreading(
@@ -186,11 +297,7 @@ def run_algorithm(
     if method not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {method!r}: take one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[method]
-    known = inspect.signature(algorithm.run).parameters
-    accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    strange = [name for name in parameters if name not in known and not accepts_any]
-    if strange:
-        raise ValueError(f"{method} has no parameter {', '.join(strange)}")
+    check_parameters(method, algorithm.run, parameters)
     answers = algorithm.run(metric, labelings, num_classes, **parameters)
     if class_prior is None and not algorithm.class_prior:
         return answers
@@ -198,6 +305,15 @@ def run_algorithm(
         match_prior(logits, class_prior, others(len(logits), labeled))
         for logits, (labeled, _) in zip(answers, labelings, strict=True)
     ]
+
+
+def check_parameters(method: str, run: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the `parameters` that are no keywords of `run`."""
+    known = inspect.signature(run).parameters
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    strange = [name for name in parameters if name not in known and not accepts_any]
+    if strange:
+        raise ValueError(f"{method} has no parameter {', '.join(strange)}")
 
 
 def others(num_images: int, labeled: Tensor) -> Tensor:

@@ -2,26 +2,27 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from lib.filters import GraphOperator, filter_each
+from lib.filters import GraphOperator, Seeds, filter_each
 from lib.propagation.checks import Labeling, check_every_class, check_labels
+
+ROWS = 8192  # worked on at a time where a copy of all scores would not fit
+LEAST_SIZE = 1e-20  # of scores that are divided by their size
 
 
 def propagate_spreadings(
     operator: GraphOperator, labelings: list[Labeling], num_classes: int, *, alpha: float = 0.99
 ) -> list[Tensor]:
     """`propagate_spreading` for many sets of labels, whose columns share their products."""
-    columns = []
+    seeds = []
     for labeled, labels in labelings:
         check_labels(len(operator.null), labeled, labels, num_classes)
-        seeds = torch.zeros(len(operator.null), num_classes)
-        seeds[labeled, labels] = 1
-        columns.append(seeds)
-    solved = filter_each(operator, columns, "ppr", alpha=alpha)
-    answers = []
-    for (labeled, _), scores in zip(labelings, solved, strict=True):
-        scores = scores.clamp_min(0)  # positive but for the solver's residual
-        answers.append(scores * operator.reached(labeled)[:, None])
+        seeds.append(Seeds(labeled, one_hot(labels, num_classes).float()))
+    answers = filter_each(operator, seeds, "ppr", alpha=alpha)
+    for (labeled, _), scores in zip(labelings, answers, strict=True):
+        scores.clamp_min_(0)  # positive but for the solver's residual
+        scores[~operator.reached(labeled)] = 0
     return answers
 
 
@@ -54,44 +55,44 @@ def propagate_spreading(
 
 
 def _poisson_sources(operator: GraphOperator, labeling: Labeling, num_classes: int) -> Tensor:
-    """Right-hand sides y_j - mean(y) at the labelled images, the mean over those of their component."""
+    """Right-hand sides y_j - mean(y), L x C, the mean over the labelled images of the component."""
     labeled, labels = labeling
-    onehot = torch.nn.functional.one_hot(labels, num_classes).float()
+    onehot = one_hot(labels, num_classes).float()
     component = operator.components[labeled]
     sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
     mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
-    sources = torch.zeros(len(operator.null), num_classes)
-    sources[labeled] = onehot - mean[component]
-    return sources
+    return onehot - mean[component]
 
 
-def _only_own_classes(operator: GraphOperator, scores: Tensor, labeling: Labeling) -> Tensor:
-    """Put classes without a label in a component below all others there; 0 where there is no label."""
+def _only_own_classes(operator: GraphOperator, scores: Tensor, labeling: Labeling) -> None:
+    """In place: classes without a label in a component below all others there; 0 where there is no label."""
     labeled, labels = labeling
     present = torch.zeros(operator.num_components, scores.shape[1], dtype=torch.bool)
     present[operator.components[labeled], labels] = True
-    below = -(scores.abs().max() or torch.tensor(1.0)) * 2
-    scores = torch.where(present[operator.components], scores, below)
-    return scores * operator.reached(labeled)[:, None]
+    low, high = torch.aminmax(scores)
+    below = -2 * float(max(-low, high)) or -2.0
+    for rows in torch.arange(len(scores)).split(ROWS):
+        scores[rows] = torch.where(present[operator.components[rows]], scores[rows], below)
+    scores[~operator.reached(labeled)] = 0
 
 
 def propagate_poissons(
     operator: GraphOperator, labelings: list[Labeling], num_classes: int
 ) -> list[Tensor]:
     """`propagate_poisson` for many sets of labels, whose columns share their products."""
-    root, columns = operator.root_degrees[:, None], []
+    root, seeds = operator.root_degrees[:, None], []
     for labeling in labelings:
         check_labels(len(root), *labeling, num_classes)
         check_every_class(labeling.labels, num_classes, "poisson learning")
-        columns.append(_poisson_sources(operator, labeling, num_classes) / root)
-    solved = filter_each(operator, columns, "pseudo-inverse")
-    answers = []
-    for labeling, solution in zip(labelings, solved, strict=True):
-        scores = solution / root / torch.bincount(labeling.labels, minlength=num_classes)
-        scores = scores / scores.square().mean().sqrt().clamp_min(1e-20)
+        sources = _poisson_sources(operator, labeling, num_classes)
+        seeds.append(Seeds(labeling.labeled, sources / root[labeling.labeled]))
+    answers = filter_each(operator, seeds, "pseudo-inverse")
+    for labeling, scores in zip(labelings, answers, strict=True):
+        scores.div_(root).div_(torch.bincount(labeling.labels, minlength=num_classes))
+        squares = sum(float(rows.square().sum()) for rows in scores.split(ROWS))
+        scores.div_(max((squares / scores.numel()) ** 0.5, LEAST_SIZE))
         if operator.num_components > 1:
-            scores = _only_own_classes(operator, scores, labeling)
-        answers.append(scores)
+            _only_own_classes(operator, scores, labeling)
     return answers
 
 

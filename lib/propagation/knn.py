@@ -1,5 +1,7 @@
 """Propagation by weighted nearest neighbours."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def propagate_knn(
     *,
     k: int = MAX_NEIGHBORS,
     temperature: float = 0.1,
+    vote: Callable[..., Tensor] = classify,
 ) -> Tensor:
     """Class probabilities from the K nearest *labelled* images, votes weighted by exp(cos / T).
 
@@ -42,6 +45,7 @@ def propagate_knn(
         labels: their L class numbers.
         num_classes: C.
         k: neighbours that vote, cut down to the number of labels.
+        vote: `lib.knn.classify`, or what does the same in several processes.
 
     Returns:
         N x C probabilities, float32; uniform for a labelled image that is the only one.
@@ -51,7 +55,7 @@ def propagate_knn(
     """
     check_labels(len(features), labeled, labels, num_classes)
     bank = features[labeled]
-    scores = classify(features, bank, labels, num_classes, k=k, temperature=temperature)
+    scores = vote(features, bank, labels, num_classes, k=k, temperature=temperature)
     if len(labeled) == 1:
         scores[labeled] = 1 / num_classes
     else:

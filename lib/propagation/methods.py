@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lib.propagation.algorithms import ALGORITHMS, Metric, run_algorithm
+from lib.propagation.algorithms import ALGORITHMS, Metric, check_parameters, run_algorithm
 from lib.propagation.checks import Labeling
-from lib.propagation.choose import average, choose, committee, cross_validate
+from lib.propagation.choose import LEAST_HELD_OUT, average, choose, committee, cross_validate
 from lib.split import Split
 
 METHODS = (*ALGORITHMS, "auto", "ensemble")
@@ -62,7 +62,10 @@ def propagate(
             metric, method, [labeling], num_classes, class_prior=class_prior, **parameters
         )[0]
         return Propagation(scores, ALGORITHMS[method].confidence, {"method": method, **parameters})
+    check_parameters(method, cross_validate, parameters)
     common = {"class_prior": class_prior, **parameters}
+    if method == "auto":
+        common.setdefault("least_held_out", LEAST_HELD_OUT)
     verdicts = cross_validate(metric, labeling, num_classes, **common)
     chosen = [choose(verdicts)] if method == "auto" else committee(verdicts)
     answers = [

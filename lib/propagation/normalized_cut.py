@@ -1,24 +1,27 @@
 """Constrained normalised cut: each class against the rest, in the spectral embedding or by a filter."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.filters import WITHOUT_NULL, GraphOperator, filter_each
+from lib.filters import WITHOUT_NULL, GraphOperator, Seeds, filter_each
 from lib.propagation.checks import Labeling, check_every_class, check_labels
-from lib.spectral import Spectrum, project
+from lib.spectral import Spectrum
 
+ROWS = 8192  # finished at a time: a float64 copy of all scores would not fit
 CLAMP_STRENGTH = 1000.0  # of smoothness, in labelled images, where seeds are clamped; measured
 
 
 def seed_vectors(
     degree: np.ndarray, labeled: Tensor, labels: Tensor, num_classes: int
 ) -> np.ndarray:
-    """One constraint vector per class, N x C, unit columns, float64.
+    """One constraint vector per class, unit columns, float64: its values at the labelled images, L x C.
 
-    Class c against the other labels: with p the degrees at its labelled images, q those at the other
-    labelled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r). It is orthogonal to
-    sqrt(degree), the solution that separates nothing.
+    Elsewhere it is zero. Class c against the other labels: with p the degrees at its labelled images, q
+    those at the other labelled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r). It is
+    orthogonal to sqrt(degree), the solution that separates nothing.
 
     Raises:
         ValueError: if a class has no labelled image, or all labels are of one class.
@@ -29,15 +32,13 @@ def seed_vectors(
     own = classes[:, None] == np.arange(num_classes)
     r = (mass @ own) / (mass @ ~own)
     values = np.where(own, np.sqrt(mass[:, None] / r), -np.sqrt(mass[:, None] * r))
-    seeds = np.zeros((len(degree), num_classes))
-    seeds[indexes] = values / np.linalg.norm(values, axis=0)
-    return seeds
+    return values / np.linalg.norm(values, axis=0)
 
 
 def between_components(
     graph: Spectrum | GraphOperator, seeds: np.ndarray, indexes: np.ndarray, gain: float
 ) -> np.ndarray:
-    """Scores of whole components of a disconnected graph: N x C, zero where the graph is connected.
+    """Scores of whole components of a disconnected graph: components x C, to be multiplied with `null`.
 
     The null vectors tell the components apart, and their eigenvalue 0 cannot be divided by. They get
     half the smallest positive eigenvalue instead (`gain` is its inverse): belonging to a component counts
@@ -47,24 +48,48 @@ def between_components(
     """
     components, null = np.asarray(graph.components), np.asarray(graph.null)
     weights = graph.degrees if isinstance(graph, Spectrum) else graph.seed_degrees
-    coefficients = project(null, components, seeds)
+    inside = torch.from_numpy(null[indexes, None] * seeds)
+    of = torch.from_numpy(components[indexes]).long()
+    coefficients = inside.new_zeros(graph.num_components, seeds.shape[1])
+    coefficients = coefficients.index_add_(0, of, inside).numpy()
     labelled = np.zeros(graph.num_components)
     labelled[components[indexes]] = 1
     everywhere = np.sqrt(np.bincount(components, weights=weights)) * labelled
     everywhere /= np.linalg.norm(everywhere)
     coefficients *= labelled[:, None]
     coefficients -= everywhere[:, None] * (everywhere @ coefficients)
-    return gain * null[:, None] * coefficients[components]
+    return gain * coefficients
 
 
-def _finish(scores: np.ndarray, reached: np.ndarray) -> Tensor:
-    """Columns of norm sqrt(N), then minus the row's largest; 0 where no label reaches."""
-    scores[~reached] = 0
-    norms = np.linalg.norm(scores, axis=0)
-    scores = scores * np.divide(
-        np.sqrt(len(scores)), norms, out=np.zeros_like(norms), where=norms > 0
-    )
-    return torch.from_numpy((scores - scores.max(axis=1, keepdims=True)).astype(np.float32))
+def _finish(
+    scores: Tensor,
+    graph: Spectrum | GraphOperator,
+    indexes: np.ndarray,
+    between: np.ndarray | None = None,
+) -> Tensor:
+    """Columns of norm sqrt(N), then minus the row's largest; 0 where no label reaches. In place.
+
+    Args:
+        scores: N x C float32.
+        graph: whose components and null vectors count.
+        indexes: of the labelled images.
+        between: of `between_components`, to be added.
+    """
+    components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
+    holds = torch.zeros(graph.num_components, dtype=torch.bool)
+    holds[components[indexes]] = True
+    squares = torch.zeros(scores.shape[1], dtype=torch.float64)
+    for start in range(0, len(scores), ROWS):
+        part, own = scores[start : start + ROWS], components[start : start + ROWS]
+        if between is not None:
+            part += null[start : start + ROWS, None] * torch.from_numpy(between)[own]
+        part[~holds[own]] = 0
+        squares += part.double().square().sum(dim=0)
+    scale = torch.where(squares > 0, (len(scores) / squares).sqrt(), 0.0)
+    for part in scores.split(ROWS):
+        part.copy_(part * scale)
+        part -= part.amax(dim=1, keepdim=True)
+    return scores
 
 
 def _coefficients(
@@ -73,10 +98,10 @@ def _coefficients(
     """Coordinates of the solution along the eigenvectors, k x C."""
     rows = spectrum.vectors[indexes].astype(np.float64)
     if not clamp:
-        return (rows.T @ seeds[indexes]) / spectrum.values[:, None]
+        return (rows.T @ seeds) / spectrum.values[:, None]
     # as functions of the images (D^-1/2 v), fitted to the seeds' values at the labelled ones
     root = np.sqrt(spectrum.degrees[indexes])[:, None]
-    design, wanted = rows / root, seeds[indexes] / root
+    design, wanted = rows / root, seeds / root
     typical = np.square(design).sum() / max(design.size, 1)
     # the floor keeps it solvable where no eigenvector reaches a labelled image
     penalty = np.diag(spectrum.values) * max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
@@ -114,13 +139,12 @@ def propagate_normalized_cut(
     indexes = labeled.numpy()
     # V^T s needs the labelled rows only: s is zero elsewhere
     coefficients = _coefficients(spectrum, seeds, indexes, clamp)
-    scores = spectrum.vectors @ coefficients.astype(np.float32)
-    reached = np.ones(len(scores), dtype=bool)
+    scores = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
+    between = None
     if spectrum.num_components > 1:
         gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
-        scores = scores + between_components(spectrum, seeds, indexes, gain)
-        reached = np.isin(spectrum.components, spectrum.components[indexes])
-    answer = _finish(scores, reached)
+        between = between_components(spectrum, seeds, indexes, gain)
+    answer = _finish(scores, spectrum, indexes, between)
     if clamp:
         answer[labeled] = answer.min()
         answer[labeled, labels] = 0
@@ -129,25 +153,34 @@ def propagate_normalized_cut(
 
 def propagate_filters(
     operator: GraphOperator,
-    labelings: list[Labeling],
+    labelings: Sequence[Labeling],
     num_classes: int,
     *,
     filter: str = "smoothed-step",
+    apply: Callable[..., list[Tensor]] = filter_each,
     **parameters: float,
 ) -> list[Tensor]:
-    """`propagate_filter` for many sets of labels, whose columns share their products."""
+    """`propagate_filter` for many sets of labels, whose columns share their products.
+
+    Args:
+        operator, num_classes, filter, parameters: as there.
+        labelings: labelled images and their classes, for each answer.
+        apply: `lib.filters.filter_each`, or what gives the same answers.
+    """
     for labeled, labels in labelings:
         check_labels(len(operator.null), labeled, labels, num_classes)
     seeds = [seed_vectors(operator.seed_degrees, *one, num_classes) for one in labelings]
-    columns = [torch.from_numpy(s).float() for s in seeds]
-    solved = filter_each(operator, columns, filter, **parameters)
-    answers = []
-    for (labeled, _), seed, answer in zip(labelings, seeds, solved, strict=True):
-        scores = answer.numpy()
+    columns = [
+        Seeds(labeled, torch.from_numpy(values))
+        for (labeled, _), values in zip(labelings, seeds, strict=True)
+    ]
+    answers = apply(operator, columns, filter, **parameters)
+    for (labeled, _), values, scores in zip(labelings, seeds, answers, strict=True):
+        between = None
         if operator.num_components > 1 and filter in WITHOUT_NULL:
             gain = 2 / operator.smallest_eigenvalue
-            scores = scores + between_components(operator, seed, labeled.numpy(), gain)
-        answers.append(_finish(scores, operator.reached(labeled).numpy()))
+            between = between_components(operator, values, labeled.numpy(), gain)
+        _finish(scores, operator, labeled.numpy(), between)
     return answers
 
 
