@@ -1,45 +1,29 @@
-"""The user's own images: one folder per class, and optionally a folder without labels.
-
-DIR/train/<class>/*          labelled training images
-DIR/unlabeled/**             training images without a label, at any depth (optional)
-DIR/test/<class>/*           or DIR/val/<class>/*: images to measure on (optional)
-"""
+"""The user's own images (see datasets/listing.py for the layout), decoded into memory or left in files."""
 
 import hashlib
 import io
 import os
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from datasets.images import IMAGENET_STATS, UNKNOWN, ImageSet
+from datasets.files import FileSet, as_rgb
+from datasets.images import IMAGENET_STATS, ImageSet
+from datasets.listing import Files, list_folder
 
 MEMORY_LIMIT = 8 * 2**30  # bytes of decoded images; more belongs to the ImageNet scripts
-NO_IMAGES = ("Thumbs.db", "desktop.ini")  # what operating systems leave in folders of images
 FEW_FILES = 2000  # below this, starting worker processes costs more than it saves
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. Pillow's own conversion cuts deeper pixels off at 255: the picture would be white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return image.convert("RGB")
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
     """One image file as 3 x S x S bytes: upright, RGB, shorter side resized to S, centre cropped."""
     with Image.open(io.BytesIO(data)) as file:
-        image = _as_rgb(ImageOps.exif_transpose(file))
+        image = as_rgb(ImageOps.exif_transpose(file))
     if image.size != (image_size, image_size):
         image = functional.center_crop(functional.resize(image, image_size), image_size)
     return np.asarray(image).transpose(2, 0, 1).copy()
@@ -80,7 +64,8 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
     if needed > MEMORY_LIMIT:
         raise ValueError(
             f"{len(paths)} images at {image_size}x{image_size} need {needed / 2**30:.1f} GiB of memory;"
-            " take a smaller --image-size"
+            " take a smaller --image-size, or unsupervised/imagenet.py and imagenet-semi.py, which leave the"
+            " images in their files"
         )
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     loader = DataLoader(
@@ -108,89 +93,29 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
     return images, hashlib.sha256(b"".join(contents)).hexdigest()
 
 
-def _image_files(folder: Path) -> list[str]:
-    """Every image below `folder`, in an order that does not depend on the file system.
+def load_folder(
+    root: Path, image_size: int, num_workers: int, in_memory: bool = True
+) -> tuple[ImageSet | FileSet, ImageSet | FileSet | None]:
+    """The training images (labelled ones first) and the test images.
 
-    Warns:
-        UserWarning: about files that are passed over, because they have another extension.
-    """
-    found, others = [], []
-    for parent, _, files in os.walk(folder, followlinks=True):
-        for name in files:
-            if name.lower().endswith(IMG_EXTENSIONS):
-                found.append(os.path.join(parent, name))
-            elif not name.startswith(".") and name not in NO_IMAGES:
-                others.append(os.path.join(parent, name))
-    if others:
-        warnings.warn(
-            f"{len(others)} files in {folder} are no images by their extension and are not used, "
-            f"such as {min(others)}; known are {', '.join(IMG_EXTENSIONS)}",
-            stacklevel=2,
-        )
-    return sorted(found)
-
-
-def class_names(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in `folder`, sorted: their place is the class number.
-
-    Raises:
-        ValueError: if the folder is missing or holds no class folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} does not exist: --dataset folder needs --data-dir DIR with DIR/train/<class>/*"
-        )
-    names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    if not names:
-        raise ValueError(f"{folder} holds no class folder: it needs one folder of images per class")
-    return tuple(names)
-
-
-def _labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    paths: list[str] = []
-    targets: list[int] = []
-    for name in class_names(folder):
-        if name not in classes:
-            raise ValueError(f"class {name!r} is in {folder} but not in the training folder")
-        files = _image_files(folder / name)
-        if not files:
-            raise ValueError(
-                f"class folder {folder / name} holds no image ({', '.join(IMG_EXTENSIONS)}); "
-                "put images in or remove it"
-            )
-        paths += files
-        targets += [classes.index(name)] * len(files)
-    return paths, targets
-
-
-def _image_set(root: Path, paths: list[str], targets: list[int], **keywords: Any) -> ImageSet:
-    images, contents = read_images(paths, keywords["image_size"], keywords["num_workers"])
-    relative = tuple(Path(p).relative_to(root).as_posix() for p in paths)
-    labels = torch.tensor(targets, dtype=torch.int64)
-    return ImageSet(
-        "folder", images, labels, keywords["classes"], IMAGENET_STATS, relative, contents
-    )
-
-
-def load_folder(root: Path, image_size: int, num_workers: int) -> tuple[ImageSet, ImageSet | None]:
-    """The training images (labelled ones first, then those of `unlabeled/`) and the test images.
+    Args:
+        in_memory: decode them all now; otherwise they are read when they are needed.
 
     Returns:
-        The training set and the test set; None where there is neither `test/` nor `val/`.
+        The training set and the test set; None where there are no test images.
 
     Raises:
-        ValueError: for a missing or empty folder, a class without images, a class that only the
-            test folder has, or an unreadable image.
+        ValueError: for a folder that `list_folder` refuses, or an unreadable image.
     """
-    classes = class_names(root / "train")
-    common = {"classes": classes, "image_size": image_size, "num_workers": num_workers}
-    paths, targets = _labelled_files(root / "train", classes)
-    unlabeled = _image_files(root / "unlabeled")
-    if (root / "unlabeled").is_dir() and not unlabeled:
-        raise ValueError(
-            f"{root / 'unlabeled'} holds no image ({', '.join(IMG_EXTENSIONS)}); put images in or remove it"
-        )
-    tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
-    test_files = _labelled_files(tests[0], classes) if tests else None  # checked before decoding
-    train = _image_set(root, paths + unlabeled, targets + [UNKNOWN] * len(unlabeled), **common)
-    return train, None if test_files is None else _image_set(root, *test_files, **common)
+    listing = list_folder(root)
+
+    def build(files: Files) -> ImageSet | FileSet:
+        targets = torch.tensor(files.targets, dtype=torch.int64)
+        facts = (targets, listing.classes, IMAGENET_STATS)
+        relative = tuple(path.removeprefix(f"{root}{os.sep}") for path in files.paths)
+        if not in_memory:
+            return FileSet("folder", root, relative, *facts, image_size)
+        images, contents = read_images(files.paths, image_size, num_workers)
+        return ImageSet("folder", images, *facts, relative, contents)
+
+    return build(listing.train), None if listing.test is None else build(listing.test)

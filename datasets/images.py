@@ -1,4 +1,4 @@
-"""The contract of every data set: images in memory, targets, class names, and where they came from."""
+"""The contract of every data set: targets, class names, where it came from; and images held in memory."""
 
 import hashlib
 from dataclasses import dataclass
@@ -18,8 +18,26 @@ CIFAR100_STATS: Stats = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+class Labelled:
+    """What follows from the targets and classes of a data set, however its images are held."""
+
+    targets: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def has_all_targets(self) -> bool:
+        return bool((self.targets != UNKNOWN).all())
+
+
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(Labelled):
     """A set of equally sized images held as bytes, so that a batch is one indexing operation.
 
     Attributes:
@@ -46,23 +64,12 @@ class ImageSet:
         assert self.targets.dtype == torch.int64
         assert len(self.targets) == len(self.images)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         return self.images[index], int(self.targets[index]), index
 
     @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
     def image_size(self) -> int:
         return self.images.shape[-1]
-
-    @property
-    def has_all_targets(self) -> bool:
-        return bool((self.targets != UNKNOWN).all())
 
     @cached_property
     def digest(self) -> str:

@@ -3,14 +3,17 @@
 Every operation is split in two: `draw(n, generator)` gives one row of random numbers per image, and
 calling the operation applies given rows to given images. What an image becomes is thus a function of
 its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
-B x C x H x W. The parameters are distributed as in torchvision's transforms of the same name, and the
-same parameters give the same pixels (tests/test_transforms.py), up to torchvision's rounding to bytes.
+B x C x H x W, rows are on the CPU. The parameters are distributed as in torchvision's transforms of the
+same name, and the same parameters give the same pixels (tests/test_transforms.py), up to torchvision's
+rounding to bytes.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -18,6 +21,8 @@ from torch import Generator, Tensor
 from datasets.images import Stats
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's "L" mode
+CACHED = 2**18  # values that a CPU core keeps at hand: ops on larger batches wait for the memory
+RATIO = 4 / 3  # crops are at most so much wider than high, or higher than wide
 
 
 class Op(Protocol):
@@ -28,19 +33,36 @@ class Op(Protocol):
 
 def to_gray(images: Tensor) -> Tensor:
     """B x 3 x H x W -> B x 1 x H x W luminance."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype)
-    return torch.einsum("bchw,c->bhw", images, weights)[:, None]
+    r, g, b = images.split(1, dim=1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
 def _column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+def _replaced(
+    images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor
+) -> Tensor:
+    """The images with `change(images, *values)` in place of the chosen ones; `chosen` is on the CPU.
+
+    Where that is all or none of them, as in a batch of one, nothing is moved.
+    """
+    members = chosen.nonzero()[:, 0]
+    if len(members) == len(images):
+        return change(images, *values)
+    if not len(members):
+        return images
+    members = members.to(images.device, non_blocking=True)
+    changed = change(images[members], *(value[members] for value in values))
+    return images.index_copy(0, members, changed)
+
+
 class RandomResizedCrop:
     """A crop of `scale` times the area and 3/4 to 4/3 aspect ratio, resized (bilinear) to full size.
 
-    A candidate that does not fit is redrawn up to ten times, then the whole image is taken, as
-    torchvision does; here all ten candidates are drawn at once and the first that fits wins.
+    A candidate that does not fit is redrawn up to ten times, then the largest central crop of an allowed
+    ratio is taken, as torchvision does; here all ten are drawn at once and the first that fits wins.
     """
 
     tries = 10
@@ -51,33 +73,39 @@ class RandomResizedCrop:
         self.min_scale, self.max_scale = min_scale, max_scale
 
     def draw(self, n: int, generator: Generator) -> Tensor:
-        """n x 4: top, left, height, width as fractions of the image (square images)."""
+        """n x 22: place from the top and the left as fractions of the room, then the heights and the
+        widths of ten candidates as fractions of the square root of the image's area."""
         area = torch.rand(n, self.tries, generator=generator)
         area = self.min_scale + area * (self.max_scale - self.min_scale)
-        log_ratio = (2 * torch.rand(n, self.tries, generator=generator) - 1) * math.log(4 / 3)
+        log_ratio = (2 * torch.rand(n, self.tries, generator=generator) - 1) * math.log(RATIO)
         place = torch.rand(n, 2, generator=generator)
         width = (area * torch.exp(log_ratio)).sqrt()
         height = (area * torch.exp(-log_ratio)).sqrt()
-        fits = (width <= 1) & (height <= 1)
-        first = fits.int().argmax(dim=1, keepdim=True)
-        missing = ~fits.any(dim=1)
-        height, width = height.gather(1, first)[:, 0], width.gather(1, first)[:, 0]
-        height[missing], width[missing] = 1.0, 1.0
-        return torch.stack([place[:, 0], place[:, 1], height, width], dim=1)
+        return torch.cat([place, height, width], dim=1)
 
-    @staticmethod
-    def boxes(rows: Tensor, size: tuple[int, int]) -> Tensor:
-        """Rows -> whole pixels, B x 4: top, left, height, width."""
+    @classmethod
+    def box(cls, row: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """A row -> whole pixels of an image of that height and width: top, left, height, width."""
         h, w = size
-        height = (rows[:, 2] * h).round().clamp(1, h)
-        width = (rows[:, 3] * w).round().clamp(1, w)
-        top = (rows[:, 0] * (h - height + 1)).floor().minimum(h - height)
-        left = (rows[:, 1] * (w - width + 1)).floor().minimum(w - width)
-        return torch.stack([top, left, height, width], dim=1)
+        side = math.sqrt(h * w)
+        heights, widths = row[2 : 2 + cls.tries], row[2 + cls.tries :]
+        for height, width in zip(heights, widths, strict=True):
+            if height * side <= h and width * side <= w:
+                height, width = max(1, round(height * side)), max(1, round(width * side))
+                top, left = int(row[0] * (h - height + 1)), int(row[1] * (w - width + 1))
+                return min(top, h - height), min(left, w - width), height, width
+        height, width = min(h, round(w * RATIO)), min(w, round(h * RATIO))
+        return (h - height) // 2, (w - width) // 2, height, width
+
+    @classmethod
+    def boxes(cls, rows: Tensor, size: tuple[int, int]) -> Tensor:
+        """The boxes of B rows in images of one size, B x 4 float32."""
+        return torch.tensor([cls.box(row, size) for row in rows.tolist()]).float().view(-1, 4)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         h, w = images.shape[-2:]
-        top, left, height, width = self.boxes(rows, (h, w))[:, :, None].unbind(1)
+        boxes = self.boxes(rows, (h, w)).to(images.device, non_blocking=True)
+        top, left, height, width = boxes[:, :, None].unbind(1)
         steps_y = torch.arange(h, device=images.device) + 0.5
         steps_x = torch.arange(w, device=images.device) + 0.5
         # clamped at the border of the crop, not of the image: crop first, resize second
@@ -100,7 +128,7 @@ class PadCrop:
         h, w = images.shape[-2:]
         pad = max(1, h // 8)
         padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
-        offsets = (rows * (2 * pad + 1)).long()
+        offsets = (rows * (2 * pad + 1)).long().to(images.device, non_blocking=True)
         y = offsets[:, 0, None] + torch.arange(h, device=images.device)
         x = offsets[:, 1, None] + torch.arange(w, device=images.device)
         batch = torch.arange(len(images), device=images.device)[:, None, None]
@@ -112,7 +140,7 @@ class RandomHorizontalFlip:
         return torch.rand(n, 1, generator=generator)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        return torch.where(_column(rows[:, 0] < 0.5), images.flip(3), images)
+        return _replaced(images, rows[:, 0] < 0.5, lambda chosen: chosen.flip(3))
 
 
 class RandomGrayscale:
@@ -123,37 +151,49 @@ class RandomGrayscale:
         return torch.rand(n, 1, generator=generator)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        return torch.where(_column(rows[:, 0] < self.probability), to_gray(images), images)
+        chosen = rows[:, 0] < self.probability
+        return _replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * _column(factor)).clamp(0, 1)
+    return (images * _column(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = to_gray(images).mean(dim=(1, 2, 3), keepdim=True)
-    return torch.lerp(mean.expand_as(images), images, _column(factor)).clamp(0, 1)
+    channels = images.mean(
+        dim=(2, 3), keepdim=True
+    )  # the mean of the luminance is that of the means
+    return (images * _column(factor)).add_(to_gray(channels) * _column(1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(to_gray(images).expand_as(images), images, _column(factor)).clamp(0, 1)
+    return (images * _column(factor)).add_(to_gray(images).mul_(_column(1 - factor))).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by `turn` (B, in revolutions), keeping HSV saturation and value.
 
-    In closed form, without a case per sextant: channel n of (5, 3, 1) is
-    v - (v - min) * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 * hue) mod 6.
+    Without going through HSV: a third of a revolution swaps the channels in turn, and up to a sixth more
+    is piecewise linear. It raises the middle channel by d = share * (max - min), towards the channel that
+    follows, or lowers it; what goes beyond max or min moves the channel that was max or min instead.
+    With y the channel after x (before x, for a negative turn) that is, for every channel x,
+    clamp(x - y + min + d, x, max) + clamp(x - y + max - d, min, x) - x.
     """
-    value, arg = images.max(dim=1)
-    chroma = value - images.amin(dim=1)
-    r, g, b = images.unbind(1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    by_red, by_green, by_blue = (g - b) / safe, 2 + (b - r) / safe, 4 + (r - g) / safe
-    hue = torch.where(arg == 0, by_red, torch.where(arg == 1, by_green, by_blue))
-    offset = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
-    k = (offset + (hue + 6 * turn[:, None, None])[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    sixths = (6 * turn + 3) % 6 - 3
+    thirds = (sixths / 2).round()
+    rest = sixths - 2 * thirds
+    channels = torch.arange(3, device=images.device)
+    own = (channels - thirds[:, None].long()) % 3
+    other = (own + torch.where(rest > 0, 1, -1)[:, None]) % 3
+    first = 3 * torch.arange(len(images), device=images.device)[:, None]
+    planes = images.flatten(0, 1)
+    x, y = (planes[(first + order).flatten()].view_as(images) for order in (own, other))
+    low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
+    d = (high - low) * _column(rest.abs())
+    difference = x - y
+    raised = torch.clamp(difference + (low + d), x, high)
+    lowered = torch.clamp(difference.add_(high - d), low, x)
+    return raised.add_(lowered).sub_(x)
 
 
 class ColorJitter:
@@ -177,13 +217,20 @@ class ColorJitter:
         return torch.cat([factors, order], dim=1)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        images = images.clone()
-        for place in range(4):
-            chosen = rows[:, 4 + place].long()
-            for k, adjust in enumerate(self.adjustments):
-                members = (chosen == k).nonzero()[:, 0]
-                images[members] = adjust(images[members], rows[members, k])
+        factors = rows[:, :4].to(images.device, non_blocking=True)
+        for chosen in rows[:, 4:].long().unbind(1):
+            for k in set(chosen.tolist()):
+                images = _replaced(images, chosen == k, self.adjustments[k], factors[:, k])
         return images
+
+
+def _empty_channels_last(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, device=device, memory_format=torch.channels_last)
+    n, channels, height, width = shape
+    # numpy asks for huge pages: to touch new pages of 4 KB costs as much as to jitter the colours
+    pixels = np.empty((n, height, width, channels), np.float32)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class Augmentation:
@@ -201,18 +248,38 @@ class Augmentation:
         self.mean = mean.mean(dim=1, keepdim=True) if gray else mean
         self.std = std.mean(dim=1, keepdim=True) if gray else std
 
+    @property
+    def starts_with_crop(self) -> bool:
+        """Whether the first operation is one that readers of files apply while they decode."""
+        return bool(self.ops) and isinstance(self.ops[0], RandomResizedCrop)
+
+    def without_crop(self) -> "Augmentation":
+        """What remains to be done with images that come from such a reader."""
+        rest = copy(self)
+        rest.ops = self.ops[self.starts_with_crop :]
+        return rest
+
     def draw(self, n: int, generator: Generator) -> list[Tensor]:
         """One n x k tensor of random numbers per operation, on the CPU on every device."""
         return [op.draw(n, generator) for op in self.ops]
 
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
         """B x 3 x H x W bytes -> normalised float32 in channels-last memory order."""
-        x = images.float() / 255
+        n, channels, *size = images.shape
+        shape = (n, 1 if self.gray else channels, *size)
+        out = _empty_channels_last(shape, images.device)
+        step = max(1, n if images.is_cuda else CACHED // (channels * math.prod(size)))
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            out[part] = self._normalized(images[part], [values[part] for values in rows])
+        return out
+
+    def _normalized(self, images: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        x = images.float().div_(255)
         for op, values in zip(self.ops, rows, strict=True):
-            x = op(x, values.to(x.device, non_blocking=True))
+            x = op(x, values)
         x = to_gray(x) if self.gray else x
-        x = (x - self.mean.to(x.device)) / self.std.to(x.device)
-        return x.contiguous(memory_format=torch.channels_last)
+        return (x - self.mean.to(x.device)).div_(self.std.to(x.device))
 
 
 def instance_ops(crop: str = "RandomResizedCrop", scale: float = 0.2) -> list[Op]:

@@ -1,82 +1,273 @@
-"""Batches of an in-memory data set, augmented on the device."""
+"""Batches of a data set, augmented on the device; each process gets its own rows of every batch."""
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import tee
+from multiprocessing.synchronize import Event
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from datasets.images import ImageSet
+from datasets import DataSet
+from datasets.files import FileSet, Reader
 from datasets.transforms import Augmentation
 from lib.devices import Compute
+from lib.distributed import share
 from lib.sampler import Stream, num_batches, permutation
 from lib.seeding import generator
+
+GRACE_S = 10  # between the SIGTERM that a worker gets and its end
+FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 15 MB at 224 pixels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: B x C x S x S float32 on the device; indexes: B, into the data set, same device."""
+    """This process's rows of a batch.
+
+    Attributes:
+        images: B x C x S x S float32 on the device; B may be 0 in a short batch shared by many.
+        indexes: B, into the data set, same device.
+        first: place of the first of these rows in the whole batch.
+        total: rows of the whole batch, over all processes; where not given, these are all.
+    """
 
     images: Tensor
     indexes: Tensor
+    first: int = 0
+    total: int = -1
+
+    def __post_init__(self) -> None:
+        if self.total < 0:
+            object.__setattr__(self, "total", len(self.indexes))
+
+
+class _Job(NamedTuple):
+    """A batch before its images are there: whose, the random numbers of each operation, its place."""
+
+    indexes: Tensor
+    rows: list[Tensor]
+    first: int
+    total: int
+
+
+Source = Callable[[Iterator[_Job]], Iterator[tuple[_Job, Tensor]]]
+
+
+def _in_memory(images: Tensor, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
+    for job in jobs:
+        yield job, images[job.indexes.to(images.device) % len(images)]
+
+
+class _Requests:
+    """What the workers shall read next; a DataLoader that lives on asks for it anew in every epoch."""
+
+    def __init__(self) -> None:
+        self.coming: Iterator[tuple[Tensor, Tensor | None]] = iter(())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return self.coming
+
+
+class _FromFiles:
+    """A source that reads files, in `num_workers` processes that live as long as it does."""
+
+    def __init__(self, data: FileSet, crop: bool, compute: Compute, num_workers: int) -> None:
+        """`crop`: the first operation of the augmentation is the reader's."""
+        self.crop, self.requests = crop, _Requests()
+        self.loader = DataLoader(
+            Reader(data),
+            batch_size=None,
+            sampler=self.requests,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=compute.device.type == "cuda",
+            collate_fn=_unchanged,
+            worker_init_fn=partial(_outlast_signals, _ending()),
+            generator=torch.Generator(),  # or it would draw from the global one
+        )
+
+    def __call__(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
+        ahead, jobs = tee(jobs)
+        self.requests.coming = ((job.indexes, job.rows[0] if self.crop else None) for job in ahead)
+        for job, (images, problems) in zip(jobs, _surviving(self.loader), strict=True):
+            if problems:
+                listed = "\n  ".join(problems[:10])
+                raise ValueError(
+                    f"{len(problems)} images of a batch cannot be read; repair or remove them:\n  {listed}"
+                )
+            yield job._replace(rows=job.rows[self.crop :]), images
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+@cache
+def _ending() -> Event:
+    """An event that is set when this process ends."""
+    event = multiprocessing.Event()
+    Finalize(None, event.set, exitpriority=0)
+    return event
+
+
+def _outlast_signals(ending: Event, _: int) -> None:
+    """For workers: Ctrl-C and SIGTERM may reach every process, and the run needs them to end its step.
+
+    Only a program that ends means it: it sends its workers SIGTERM and waits for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else signal.alarm(GRACE_S)
+    )
+
+
+def _surviving(loader: DataLoader) -> Iterator[Any]:
+    """The items of `loader`.
+
+    Raises:
+        ValueError: where the item of a dead worker is missed. By itself torch raises wherever the program
+            is at that moment.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
+    while True:
+        try:
+            item = next(items, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                f"a process that reads images has ended, killed perhaps for want of memory ({error}); "
+                "fewer of them (-j) need less"
+            ) from error
+        if item is None:
+            return
+        yield item
+
+
+def _finished(job: _Job, images: Tensor, augmentation: Augmentation, compute: Compute) -> Batch:
+    images = augmentation(images.to(compute.device, non_blocking=True), job.rows)
+    return Batch(images, job.indexes.to(compute.device), job.first, job.total)
 
 
 class Batches:
     """The images of a set as augmented batches; all that is random is a function of (seed, step).
 
-    Row r of batch `step` gets row r of the random numbers drawn for `step`, so that augmentation
-    depends neither on the device nor on when the run was interrupted.
+    Row r of batch `step` gets row r of the random numbers drawn for `step`, of which each process takes
+    its part. So a batch depends neither on the device, nor on the number of processes or workers, nor on
+    when the run was interrupted.
+
+    Attributes:
+        waited_s: seconds that the loop over these batches has waited for them so far.
     """
 
     def __init__(
         self,
-        data: ImageSet,
+        data: DataSet,
         augmentation: Augmentation,
         compute: Compute,
         *,
         batch_size: int,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
+        """`batch_size` is the total over all processes; `num_workers` of this one read files, if any."""
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be positive")
         self.augmentation, self.compute = augmentation, compute
-        self.batch_size, self.seed = batch_size, seed
-        self.images = data.images.to(compute.device)
-
-    def at(self, indexes: Tensor, step: int) -> Batch:
-        """The images `indexes` as batch number `step`."""
-        rows = self.augmentation.draw(len(indexes), generator(self.seed, "augmentation", step))
-        indexes = indexes.to(self.images.device)
-        return Batch(self.augmentation(self.images[indexes], rows), indexes)
+        self.batch_size, self.seed, self.length = batch_size, seed, len(data)
+        self.waited_s = 0.0
+        self._remaining = augmentation
+        self._source: Source
+        if isinstance(data, FileSet):
+            crop = augmentation.starts_with_crop
+            self._remaining = augmentation.without_crop()
+            self._source = _FromFiles(data, crop, compute, num_workers)
+        else:
+            self._source = partial(_in_memory, data.images.to(compute.device))
 
     @property
     def per_epoch(self) -> int:
-        return num_batches(len(self.images), self.batch_size)
+        return num_batches(self.length, self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Every image once, in an order drawn for the epoch; the last batch may be short."""
-        order = permutation(len(self.images), self.seed, epoch)
-        for place, indexes in enumerate(order.split(self.batch_size)):
-            yield self.at(indexes, epoch * self.per_epoch + place)
+    def _job(self, indexes: Tensor, step: int) -> _Job:
+        """This process's part of the images `indexes` as batch number `step`."""
+        total, mine = len(indexes), share().rows(len(indexes))
+        drawn = self.augmentation.draw(total, generator(self.seed, "augmentation", step))
+        return _Job(indexes[mine], [rows[mine] for rows in drawn], mine.start, total)
+
+    def _batches(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
+        for job, images in self._source(jobs):
+            yield _finished(job, images, self._remaining, self.compute)
+
+    def _timed(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
+        batches = self._batches(jobs)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Every image once, in an order drawn for the epoch; the last batch may be short.
+
+        Args:
+            first: batches to leave out at the start, for a run that continues within an epoch.
+        """
+        order = permutation(self.length, self.seed, epoch).split(self.batch_size)
+        start = epoch * self.per_epoch
+        return self._timed(
+            self._job(order[place], start + place) for place in range(first, len(order))
+        )
 
     def stream(self, indexes: Tensor, first: int, stop: int) -> Iterator[tuple[Batch, Tensor]]:
         """Full batches number first ... stop - 1 of the given images, repeated without end.
 
         Yields:
-            The batch, and each row's position in `indexes` (for labels and weights kept beside it).
+            The batch, and the position in `indexes` of each of this process's rows (for labels and
+            weights kept beside it).
         """
-        stream = Stream(len(indexes), self.batch_size, self.seed)
-        for step in range(first, stop):
-            positions = stream.batch(step)
-            yield self.at(indexes[positions], step), positions
+        ahead, behind = (Stream(len(indexes), self.batch_size, self.seed) for _ in range(2))
+        steps = range(first, stop)
+        batches = self._timed(self._job(indexes[ahead.batch(step)], step) for step in steps)
+        for step, batch in zip(steps, batches, strict=True):
+            rows = slice(batch.first, batch.first + len(batch.indexes))
+            yield batch, behind.batch(step)[rows]
 
 
 @torch.no_grad()
 def in_order(
-    data: ImageSet, augmentation: Augmentation, compute: Compute, batch_size: int = 500
+    data: DataSet,
+    augmentation: Augmentation,
+    compute: Compute,
+    batch_size: int = 500,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Every image once, unaugmented, in the order of the set."""
+    """This process's part of the set, unaugmented: rows `share().rows(len(data))`, each once, in order.
+
+    `batch_size` is that of this process; `first` and `total` of a batch are its place in the whole set.
+    """
     assert not augmentation.ops, "evaluation must not augment"
-    for indexes in torch.arange(len(data)).split(batch_size):
-        images = data.images[indexes].to(compute.device)
-        yield Batch(augmentation(images), indexes.to(compute.device))
+    source: Source
+    if isinstance(data, FileSet):
+        source = _FromFiles(data, False, compute, num_workers)
+        batch_size = min(batch_size, FILES_AT_ONCE)
+    else:
+        source = partial(_in_memory, data.images)
+    mine = torch.arange(len(data))[share().rows(len(data))]
+    jobs = (_Job(i, [], int(i[0]), len(data)) for i in mine.split(batch_size) if len(i))
+    for job, images in source(jobs):
+        yield _finished(job, images, augmentation, compute)

@@ -256,7 +256,7 @@ def test_whatever_a_decoder_raises_becomes_a_message_with_the_path(tmp_path, mon
 
 
 def test_more_images_than_memory_holds_are_refused_before_reading():
-    with pytest.raises(ValueError, match="--image-size"):
+    with pytest.raises(ValueError, match=r"--image-size.*imagenet-semi\.py"):
         read_images(["nowhere.png"] * 100, 8192, 0)
 
 
@@ -346,3 +346,107 @@ def test_an_unlabeled_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "unlabeled").mkdir()
     with pytest.raises(ValueError, match="unlabeled holds no image"):
         load_folder(tmp_path, 16, 0)
+
+
+def table(root, *lines):
+    (root / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def flat(root, count=6):
+    """Pictures at two depths beside which a table can lie."""
+    for i in range(count):
+        write(root / ("deep/er" if i % 2 else "") / f"{i}.png", picture(i, (16, 16)))
+    return root
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_table_beside_the_images_labels_them(tmp_path, in_memory):
+    rows = ("4.png,dog,", "deep/er/5.png,,train", "0.png,cat,train", "./deep/er/1.png,cat,")
+    table(flat(tmp_path), "path,label,split", *rows, "2.png,dog,val", "deep/er/3.png,cat,val")
+    train, test = build_datasets("folder", tmp_path, image_size=16, in_memory=in_memory)
+    assert train.classes == test.classes == ("cat", "dog")
+    assert train.paths == ("0.png", "deep/er/1.png", "4.png", "deep/er/5.png")
+    assert train.targets.tolist() == [0, 0, 1, UNKNOWN]
+    assert test.paths == ("deep/er/3.png", "2.png")
+    assert test.targets.tolist() == [0, 1]
+    if in_memory:
+        expected = decode((tmp_path / "deep/er/1.png").read_bytes(), 16)
+        assert np.array_equal(train.images[1], expected)
+
+
+def test_a_table_takes_test_before_val_and_needs_neither(tmp_path):
+    table(flat(tmp_path), "path,label,split", *(f"{i}.png,a," for i in (0, 2)), "4.png,a,test")
+    with pytest.warns(UserWarning, match="3 images"):
+        assert load_folder(tmp_path, 16, 0)[1].paths == ("4.png",)
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.write("deep/er/1.png,a,val\n")
+    with pytest.warns(UserWarning, match="2 images"):
+        assert load_folder(tmp_path, 16, 0)[1].paths == ("4.png",)
+    table(tmp_path, "path,label", "0.png,a")
+    with pytest.warns(UserWarning, match="5 images"):
+        assert load_folder(tmp_path, 16, 0)[1] is None
+
+
+def test_images_that_a_table_leaves_out_have_no_label_and_that_is_said(tmp_path):
+    table(flat(tmp_path), "path,label", "2.png,x", "0.png,y")
+    with pytest.warns(UserWarning, match=r"4 images below .* such as 4\.png"):
+        train, _ = load_folder(tmp_path, 16, 0)
+    assert train.paths[:2] == ("2.png", "0.png")
+    assert train.targets.tolist() == [0, 1, *[UNKNOWN] * 4]
+
+
+def test_a_table_may_come_from_a_spreadsheet_and_names_may_hold_commas(tmp_path):
+    write(tmp_path / "a, b.png", picture(1, (16, 16)))
+    content = '\ufeffpath, label\r\n"a, b.png", "big, red"\r\n'
+    (tmp_path / "labels.csv").write_bytes(content.replace(', "big', ',"big').encode("utf-8"))
+    train, _ = load_folder(tmp_path, 16, 0)
+    assert (train.paths, train.classes) == (("a, b.png",), ("big, red",))
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["file,class", "0.png,a"], ["path,label"]),
+        ([""], ["path,label"]),
+        (["path,label", "0.png,a", "9.png,a"], ["1 of 2", "9.png"]),
+        (["path,label", "0.png,a", "2.png,b", "./0.png,b"], ["0.png", "more than once"]),
+        (["path,label", "0.png,a,extra"], ["line 2"]),
+        (["path,label,split", "0.png,a,", "2.png,a,tset"], ["line 3"]),
+        (["path,label,split", "0.png,a,", "2.png,,test"], ["line 3", "2.png", "no label"]),
+        (["path,label,split", "0.png,a,", "2.png,b,val"], ["'b'", "no training image"]),
+        (["path,label", "0.png,", "2.png,"], ["labels no training image"]),
+        (["path,label", ",a"], ["line 2"]),
+    ],
+)
+def test_a_table_that_contradicts_itself_or_the_files_is_refused(tmp_path, lines, words):
+    table(flat(tmp_path), *lines)
+    with pytest.raises(ValueError, match=r"labels\.csv") as caught:
+        load_folder(tmp_path, 16, 0)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_without_class_folders_both_layouts_are_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "train"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=r"labels\.csv"):
+            load_folder(tmp_path, 16, 0, False)
+
+
+def test_files_are_listed_alike_in_memory_and_not(tmp_path):
+    in_memory = load_folder(tree(tmp_path), 16, 0)
+    left = load_folder(tmp_path, 16, 0, False)
+    for one, other in zip(in_memory, left, strict=True):
+        assert (one.paths, one.classes, one.stats) == (other.paths, other.classes, other.stats)
+        assert torch.equal(one.targets, other.targets)
+
+
+@pytest.mark.parametrize("fault", ["class", "empty"])
+def test_a_set_of_files_is_checked_before_anything_is_read(tmp_path, fault):
+    root = tree(tmp_path)
+    if fault == "class":
+        write(root / "test/bird/q.png")
+    else:
+        (root / "train/emu").mkdir()
+    with pytest.raises(ValueError, match=r"bird|emu"):
+        build_datasets("folder", root, image_size=16, in_memory=False)

@@ -45,12 +45,17 @@ def in_a_batch(op, images, rows):
     return torch.cat([op(images[i : i + 1], rows[i : i + 1]) for i in range(len(images))])
 
 
+def crop_row(top, left, height, width):
+    """A row of RandomResizedCrop whose first candidate is this, in fractions of a square image."""
+    return torch.tensor([top, left, *[height] * 10, *[width] * 10])
+
+
 @pytest.mark.parametrize("size", [32, 21])
 def test_resized_crop_gives_the_pixels_of_torchvision_for_the_same_box(size):
     images, op = pictures(24, size=32)[:, :, :size, :size], RandomResizedCrop(0.05)
     rows = op.draw(len(images), generator())
-    rows[0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    rows[1] = torch.tensor([0.9999, 0.9999, 0.1, 0.1])  # the last place, an edge of the picture
+    rows[0] = crop_row(0.0, 0.0, 1.0, 1.0)
+    rows[1] = crop_row(0.9999, 0.9999, 0.1, 0.1)  # the last place, an edge of the picture
     ours = op(images, rows)
     assert torch.equal(ours[0].round(decimals=5), images[0].round(decimals=5))
     for image, got, box in zip(images, ours, op.boxes(rows, (size, size)).int(), strict=True):
@@ -58,21 +63,22 @@ def test_resized_crop_gives_the_pixels_of_torchvision_for_the_same_box(size):
         assert torch.allclose(got, expected, atol=2e-5)
 
 
-def test_crop_boxes_lie_inside_the_image_and_reach_every_border():
+@pytest.mark.parametrize("size", [(32, 32), (32, 47), (90, 61)])
+def test_crop_boxes_lie_inside_the_image_and_reach_every_border(size):
     op = RandomResizedCrop(0.2)
-    rows = torch.cat(
-        [op.draw(20000, generator()), torch.ones(1, 4), torch.tensor([[1, 1, 0.3, 0.3]])]
-    )
-    top, left, height, width = op.boxes(rows, (32, 32)).unbind(1)
-    for start, length in ((top, height), (left, width)):
+    extremes = torch.stack([crop_row(1, 1, 1, 1), crop_row(1, 1, 0.3, 0.3)])
+    rows = torch.cat([op.draw(20000, generator()), extremes])
+    top, left, height, width = op.boxes(rows, size).unbind(1)
+    for start, length, side in ((top, height, size[0]), (left, width, size[1])):
         assert start.min() == 0
         assert length.min() >= 1
-        assert (start + length).max() == 32
+        assert (start + length).max() == side
         assert torch.equal(start, start.round())
 
 
-def test_crop_boxes_are_distributed_as_in_torchvision():
-    op, image = RandomResizedCrop(0.2), torch.zeros(3, 32, 32)
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (90, 30)])
+def test_crop_boxes_are_distributed_as_in_torchvision(size):
+    op, image = RandomResizedCrop(0.2), torch.zeros(3, *size)
     torch.manual_seed(1)
     theirs = torch.tensor(
         [
@@ -80,26 +86,33 @@ def test_crop_boxes_are_distributed_as_in_torchvision():
             for _ in range(8000)
         ]
     ).float()
-    ours = op.boxes(op.draw(40000, generator()), (32, 32))
+    ours = op.boxes(op.draw(40000, generator()), size)
 
     def moments(boxes):
         _, _, height, width = boxes.unbind(1)
-        area, ratio = height * width / 1024, (width / height).log()
-        whole = ((height == 32) & (width == 32)).float()
+        area, ratio = height * width / math.prod(size), (width / height).log()
+        whole = ((height == size[0]) & (width == size[1])).float()
         columns = [*boxes.unbind(1), area, ratio, whole]
         return torch.stack([torch.stack([c.mean(), c.std()]) for c in columns])
 
-    # the standard error of a mean over 8000 boxes is 0.08 of a pixel at most; torchvision rounds
-    # before it asks whether a box fits, which makes a whole image likelier by 0.2%
+    # the standard error of a mean over 8000 boxes is 0.3% of a side; torchvision rounds before it asks
+    # whether a box fits, which makes a whole image likelier by 0.2%
     difference = (moments(ours) - moments(theirs)).abs()
-    assert difference[:4].max() < 0.3
+    assert difference[:4].max() < 0.009 * max(size)
     assert difference[4:].max() < 0.03
 
 
-def test_a_crop_of_the_whole_area_is_the_whole_image_when_no_candidate_fits():
-    rows = RandomResizedCrop(1.0).draw(2000, generator())
-    # of area 1 only a perfect square fits: all ten candidates fail nearly always
-    assert (rows[:, 2:] == 1).all(dim=1).float().mean() > 0.99
+@pytest.mark.parametrize("size", [(32, 32), (40, 50), (20, 90), (90, 20)])
+def test_where_no_candidate_fits_the_largest_central_crop_of_an_allowed_ratio_is_taken(size):
+    op = RandomResizedCrop(1.0)
+    boxes = op.boxes(op.draw(300, generator()), size)
+    torch.manual_seed(0)  # torchvision draws ten that do not fit, either
+    drawn = [
+        transforms.RandomResizedCrop.get_params(torch.zeros(3, *size), (1, 1), (3 / 4, 4 / 3))
+        for _ in range(9)
+    ]
+    assert boxes.mode(dim=0).values.tolist() == [*max(set(drawn), key=drawn.count)]
+    assert (boxes == boxes.mode(dim=0).values).all(dim=1).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.2, 1.5])
@@ -143,6 +156,14 @@ def test_colour_adjustments_give_the_pixels_of_torchvision(ours, theirs, factors
         got = ours(images, torch.full((len(images),), factor))
         # 0.2989 against 0.299 in the weight of red is all that may differ
         assert torch.allclose(got, theirs(images, factor), atol=5e-4), factor
+
+
+@pytest.mark.parametrize("turn", [-0.9, -0.5, -1 / 3, -1 / 6, 0.0, 1 / 6, 1 / 3, 0.5, 0.77, 1.2])
+def test_hue_turns_by_any_angle(turn):
+    images = pictures()
+    got = adjust_hue(images, torch.full((len(images),), turn))
+    expected = functional.adjust_hue(images, (turn + 0.5) % 1 - 0.5)
+    assert torch.allclose(got, expected, atol=5e-4)
 
 
 def test_contrast_keeps_the_mean_of_each_image_not_of_the_batch():
@@ -253,6 +274,36 @@ def test_normalisation_is_torchvisions():
     assert ours.dtype == torch.float32
     assert torch.allclose(ours, expected, atol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_many_large_images_become_what_each_becomes_alone(gray):
+    augmentation = Augmentation(instance_ops(), STATS, gray=gray)
+    images = (pictures(5, size=224) * 255).byte()  # more than are worked on at once
+    rows = augmentation.draw(5, generator())
+    together = augmentation(images, rows)
+    alone = [augmentation(images[i : i + 1], [r[i : i + 1] for r in rows]) for i in range(5)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_of_no_images_stays_one():
+    augmentation = Augmentation(instance_ops(), STATS)
+    empty = augmentation(
+        torch.empty(0, 3, 16, 16, dtype=torch.uint8), augmentation.draw(0, generator())
+    )
+    assert empty.shape == (0, 3, 16, 16)
+    for op in (*instance_ops(), PadCrop()):
+        assert op(torch.empty(0, 3, 16, 16), op.draw(0, generator())).shape == (0, 3, 16, 16)
+
+
+def test_readers_of_files_take_over_a_first_crop_and_nothing_else():
+    for ops, taken in ((instance_ops(), 1), (finetune_ops(), 0), ((), 0)):
+        whole = Augmentation(ops, STATS, gray=True)
+        rest = whole.without_crop()
+        assert whole.starts_with_crop is bool(taken)
+        assert (rest.ops, rest.gray) == (tuple(ops[taken:]), True)
+        assert len(whole.ops) == len(ops)
 
 
 def test_gray_input_has_one_channel_of_luminance():

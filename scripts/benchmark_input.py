@@ -1,0 +1,259 @@
+"""Images per second and core of our input pipeline against torchvision's, in the same run.
+
+    python scripts/benchmark_input.py                     # photographs that ship inside scikit-image
+    python scripts/benchmark_input.py --data-dir DIR      # DIR/train/<class>/*
+
+The other side is torchvision.datasets.ImageFolder with the published transforms on Pillow images, in a
+DataLoader with as many processes; both work in one thread, in turns. Seconds are those of the processors
+unless there are workers, so that other programs on the machine matter little; ratios are medians over the
+rounds. The pixels of both sides are compared for the same random numbers.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional
+from tqdm import tqdm
+
+from datasets import FileSet, build_datasets
+from datasets.images import IMAGENET_STATS
+from datasets.transforms import Augmentation, RandomResizedCrop, instance_ops
+from lib import devices, options, provenance
+from lib.devices import Compute
+from lib.loader import Batches, in_order
+from lib.seeding import generator
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
+SHAPES = ((500, 375), (375, 500))  # width and height of a typical ImageNet photograph
+QUALITY = 96  # of JPEG: about as many bytes per pixel as ImageNet's files
+
+Pass = Callable[[], Iterable]  # once over the images, as batches
+RESIZED, SHOWN = 256, 224
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    parser.add_argument(
+        "--data-dir", default="", metavar="DIR", help="photographs, DIR/train/<class>/*"
+    )
+    parser.add_argument(
+        "--images", type=int, default=300, help="photographs to make without --data-dir"
+    )
+    parser.add_argument("-b", "--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("-j", "--num-workers", type=int, default=0, help="processes on either side")
+    parser.add_argument("--rounds", type=int, default=5, help="passes of each side, taken in turns")
+    parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
+    return parser
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """`count` JPEG files of 500 x 375 pixels: places of photographs, in landscape and portrait."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS]
+    for i in range(count):
+        name, picture = PHOTOGRAPHS[i % len(pictures)], pictures[i % len(pictures)]
+        width, height = SHAPES[i // len(pictures) % 2]
+        zoom = rng.uniform(0.6, 1) * min(picture.width / width, picture.height / height)
+        left = rng.uniform(0, picture.width - width * zoom)
+        top = rng.uniform(0, picture.height - height * zoom)
+        box = (left, top, left + width * zoom, top + height * zoom)
+        path = folder / "train" / name / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.resize((width, height), Image.Resampling.BICUBIC, box).save(path, quality=QUALITY)
+
+
+def published_training() -> transforms.Compose:
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SHOWN, scale=(0.2, 1.0)),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(*IMAGENET_STATS),
+        ]
+    )
+
+
+def published_evaluation() -> transforms.Compose:
+    return transforms.Compose(
+        [
+            transforms.Resize(RESIZED),
+            transforms.CenterCrop(SHOWN),
+            transforms.ToTensor(),
+            transforms.Normalize(*IMAGENET_STATS),
+        ]
+    )
+
+
+def passes(folder: Path, data: FileSet, args: argparse.Namespace, compute: Compute) -> dict:
+    """Both sides of each comparison, as functions that go once over the images."""
+    common = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    theirs = {
+        name: DataLoader(
+            ImageFolder(folder / "train", transform),
+            shuffle=name == "training",
+            persistent_workers=args.num_workers > 0,
+            **common,
+        )
+        for name, transform in [
+            ("training", published_training()),
+            ("evaluation", published_evaluation()),
+        ]
+    }
+    whole = Augmentation(instance_ops(), data.stats)
+    crop = Augmentation(whole.ops[:1], data.stats)
+    training, cropping = (Batches(data, a, compute, **common) for a in (whole, crop))
+    plain = Augmentation((), data.stats)
+    return {
+        "training": (lambda: theirs["training"], lambda: training.epoch(0)),
+        # where a GPU does the colours, this is what is left to the processors
+        "training, colours on a GPU": (lambda: theirs["training"], lambda: cropping.epoch(0)),
+        "evaluation": (
+            lambda: theirs["evaluation"],
+            lambda: in_order(data, plain, compute, **common),
+        ),
+    }
+
+
+def images_per_second(once: Pass, count: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in once():
+        pass
+    return count / (clock() - start)
+
+
+def measure(pair: tuple[Pass, Pass], count: int, args: argparse.Namespace, name: str) -> dict:
+    """Medians of images per second of both sides, and of their ratio, over rounds in turns."""
+    clock = time.perf_counter if args.num_workers else time.process_time
+    for once in pair:  # the first pass starts workers and fills caches
+        images_per_second(once, count, clock)
+    rates = [
+        [images_per_second(once, count, clock) for once in pair]
+        for _ in tqdm(range(args.rounds), desc=name, leave=False, disable=None)
+    ]
+    theirs, ours = zip(*rates, strict=True)
+    ratios = [b / a for a, b in rates]
+    return {
+        "torchvision": statistics.median(theirs),
+        "ours": statistics.median(ours),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def _crop(path: Path, row: list[float]) -> Image.Image:
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    box = RandomResizedCrop.box(row, image.size[::-1])
+    return functional.resized_crop(image, *box, [SHOWN, SHOWN])
+
+
+def _colours(
+    image: Image.Image | torch.Tensor, rows: list[list[float]]
+) -> Image.Image | torch.Tensor:
+    """What torchvision makes of a crop, with the numbers of our operations."""
+    jitter, gray, flip = rows
+    adjust = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )
+    for k in map(int, jitter[4:]):
+        image = adjust[k](image, jitter[k])
+    image = functional.rgb_to_grayscale(image, 3) if gray[0] < 0.2 else image
+    return functional.hflip(image) if flip[0] < 0.5 else image
+
+
+def compare_pixels(data: FileSet, compute: Compute, count: int = 32) -> dict[str, dict[str, float]]:
+    """Differences for the same random numbers, in steps of 255, over one batch.
+
+    Pillow cuts down to whole bytes after every operation, and to 256 hues; torchvision's operations on
+    float tensors, started from the same crop, do not.
+    """
+    count, ops, ones = min(count, len(data)), instance_ops(), ((0.0,) * 3, (1.0,) * 3)
+    whole, cropping = (Augmentation(chosen, ones) for chosen in (ops, ops[:1]))
+    batch, crops = (
+        next(Batches(data, a, compute, batch_size=count).epoch(0)) for a in (whole, cropping)
+    )
+    drawn = whole.draw(count, generator(0, "augmentation", 0))
+    found: dict[str, list[torch.Tensor]] = {}
+    for k, index in enumerate(batch.indexes.tolist()):
+        crop, *rows = (values[k].tolist() for values in drawn)
+        image, ours = _crop(data.root / data.paths[index], crop), batch.images[k]
+        floats = _colours(crops.images[k], rows)
+        found.setdefault("crop", []).append(crops.images[k] - functional.to_tensor(image))
+        found.setdefault("colours", []).append(ours - functional.to_tensor(_colours(image, rows)))
+        found.setdefault("colours in floats", []).append(ours - floats)
+    shown = next(in_order(data, Augmentation((), ones), compute, batch_size=count))
+    central = transforms.Compose(published_evaluation().transforms[:3])
+    for image, path in zip(shown.images, data.paths, strict=False):
+        with Image.open(data.root / path) as file:
+            found.setdefault("evaluation", []).append(image - central(file.convert("RGB")))
+    return {name: _summary(255 * torch.stack(values)) for name, values in found.items()}
+
+
+def _summary(difference: torch.Tensor) -> dict[str, float]:
+    size = difference.abs()
+    return {"mean": size.mean().item(), "max": size.max().item(), "bias": difference.mean().item()}
+
+
+def benchmark(folder: Path, args: argparse.Namespace) -> dict:
+    compute = devices.select("cpu")
+    data, _ = build_datasets("folder", folder, image_size=SHOWN, in_memory=False)
+    known = len(ImageFolder(folder / "train"))
+    if known != len(data):
+        raise ValueError(f"{folder}: give a folder without unlabeled/ and labels.csv to compare on")
+    unit = "of wall clock" if args.num_workers else "of one core"
+    print(f"{len(data)} photographs, {args.num_workers} workers; images per second {unit}:")
+    found = {}
+    for name, pair in passes(folder, data, args, compute).items():
+        one = found[name] = measure(pair, len(data), args, name)
+        print(
+            f"{name:27s} torchvision {one['torchvision']:7.1f}   ours {one['ours']:7.1f}   ratio "
+            f"{one['ratio']:.2f} ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})"
+        )
+    pixels = compare_pixels(data, compute)
+    for name, one in pixels.items():
+        print(
+            f"pixels, {name:20s} ours - torchvision, in steps of 255: mean {one['bias']:+.3f}, absolute "
+            f"{one['mean']:.3f}, at most {one['max']:.2f}"
+        )
+    return {"photographs": len(data), "speed": found, "pixels": pixels}
+
+
+def main(args: argparse.Namespace) -> dict:
+    options.require_positive(args, "images", "batch_size", "rounds")
+    options.require_not_negative(args, "num_workers")
+    torch.set_num_threads(1)
+    if args.data_dir:
+        found = benchmark(Path(args.data_dir), args)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            make_photographs(Path(folder), args.images)
+            found = benchmark(Path(folder), args)
+    if args.output:
+        record = found | {"meta": provenance.record(vars(args))}
+        Path(args.output).write_text(json.dumps(record, indent=1))
+    return found
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())
