@@ -282,12 +282,20 @@ class Augmentation:
         return (x - self.mean.to(x.device)).div_(self.std.to(x.device))
 
 
-def instance_ops(crop: str = "RandomResizedCrop", scale: float = 0.2) -> list[Op]:
-    """The published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip."""
+def instance_ops(
+    crop: str = "RandomResizedCrop", scale: float = 0.2, *, gray_first: bool = False
+) -> list[Op]:
+    """The published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip.
+
+    Args:
+        gray_first: gray before the jitter, as published for ImageNet: a gray image keeps no jitter of its
+            colours, but that of brightness and contrast.
+    """
     if crop not in ("RandomResizedCrop", "PadCrop"):
         raise ValueError(f"unknown crop {crop!r}: take RandomResizedCrop or PadCrop")
     first = RandomResizedCrop(scale) if crop == "RandomResizedCrop" else PadCrop()
-    return [first, ColorJitter(0.4), RandomGrayscale(0.2), RandomHorizontalFlip()]
+    colours: list[Op] = [ColorJitter(0.4), RandomGrayscale(0.2)]
+    return [first, *(colours[::-1] if gray_first else colours), RandomHorizontalFlip()]
 
 
 def finetune_ops() -> list[Op]:

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections import OrderedDict
@@ -36,6 +37,32 @@ def test_what_is_saved_is_read_back_as_plain_values(tmp_path):
     assert names(path.parent) == ["ckpt.pth.tar"]
 
 
+KINDS = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_every_kind_of_tensor_and_plain_value_survives(tmp_path, legacy):
+    rows = torch.arange(24.0).reshape(4, 6)
+    image = torch.randn(2, 1, 3, 3).to(memory_format=torch.channels_last)
+    wanted = {
+        "kinds": [torch.tensor([0, 1]).to(getattr(torch, kind)) for kind in KINDS.split()],
+        "views": [rows.T, rows[1:3, ::2], rows[0, 0], image, image[:0], torch.empty(0, 5)],
+        "shared": [rows, rows],
+        "plain": (1, -5, 2**40, 0.5, "\N{GREEK SMALL LETTER TAU}", b"\xff", None, True, {3, "x"}),
+        7: {"nested": {"deep": [[], {}, ()]}},
+    }
+    checkpoint.save(wanted, path := tmp_path / "f", legacy=legacy)
+    got = checkpoint.load(path)
+    assert list(got) == list(wanted)
+    assert (got["plain"], got[7]) == (wanted["plain"], wanted[7])
+    for group in ("kinds", "views", "shared"):
+        for a, b in zip(got[group], wanted[group], strict=True):
+            assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+            assert torch.equal(a, b)
+    first, second = got["shared"]
+    assert first.data_ptr() == second.data_ptr()
+
+
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
 def test_a_failing_disk_leaves_the_old_file_and_names_path_and_bytes(tmp_path, monkeypatch, broken):
     path = tmp_path / "ckpt.pth.tar"
@@ -51,6 +78,23 @@ def test_a_failing_disk_leaves_the_old_file_and_names_path_and_bytes(tmp_path, m
     for word in (str(path), "bytes", "free", "intact"):
         assert word in str(caught.value)
     assert path.read_bytes() == old
+    assert names(tmp_path) == ["ckpt.pth.tar"]
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "ckpt.pth.tar"
+    checkpoint.save(state(1), path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(ValueError, match="cannot write") as caught:
+            checkpoint.save(state(2), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    needed = path.stat().st_size
+    assert f"{path} ({needed} bytes, " in str(caught.value)
+    assert " free): " in str(caught.value)
+    assert checkpoint.load(path)["step"] == 1
     assert names(tmp_path) == ["ckpt.pth.tar"]
 
 
@@ -234,6 +278,13 @@ def test_weights_are_found_in_every_published_kind_of_checkpoint(key):
     weights = {"module.w": torch.zeros(2)}
     found = checkpoint.model_weights(weights if key is None else {key: weights, "epoch": 1}, "f")
     assert list(found) == ["w"]
+
+
+def test_names_in_a_file_bring_no_control_characters_into_a_message():
+    state = {"\x1b[2J": 1} | {f"entry {i}": i for i in range(50)}
+    with pytest.raises(ValueError, match=r"entries are: \\x1b\[2J, entry 0, .* \.\.\.$") as caught:
+        checkpoint.model_weights(state, "f")
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("holds", [{"epoch": 3}, {"net": 5}, {"net": {}}, {1: torch.zeros(2)}, {}])
