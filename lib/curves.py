@@ -1,5 +1,6 @@
 """How good pseudo-labels are, where the true labels are known. Nothing here feeds back into them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,33 @@ def confidence_precision(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
     return Curve(count / len(correct), correct.cumsum(0) / count)
 
 
-def summary(curves: dict[int, Curve]) -> str:
-    """A text table of precision and AUC by number of labels."""
-    lines = ["labels  precision     AUC"]
-    lines += [f"{n:6d}  {c.overall:8.2f}%  {c.auc:5.2f}%" for n, c in sorted(curves.items())]
+def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
+    """Whether the true label is among the k most probable classes, for each image where it is known.
+
+    Args:
+        pseudo: with probabilities.
+        targets: as in `confidence_precision`.
+        k: cut down to the number of classes.
+
+    Returns:
+        Booleans, most confident image first; the mean over all parts of a set is top-k precision.
+    """
+    assert pseudo.probabilities is not None
+    true = targets[pseudo.indexes]
+    known = true != UNKNOWN
+    probable = pseudo.probabilities[known].topk(min(k, pseudo.probabilities.shape[1])).indices
+    return probable.eq(true[known][:, None]).any(dim=1)
+
+
+def summary(curves: dict[int, Curve], top5: Mapping[int, Tensor] | None = None) -> str:
+    """A text table of precision and AUC by number of labels.
+
+    Args:
+        curves: by number of labels.
+        top5: for the same numbers what `top_k_hits` says of every image: one more column.
+    """
+    lines = ["labels  precision     AUC" + ("  top-5 precision" if top5 else "")]
+    for n, curve in sorted(curves.items()):
+        more = f"  {100 * float(top5[n].double().mean()):14.2f}%" if top5 else ""
+        lines.append(f"{n:6d}  {curve.overall:8.2f}%  {curve.auc:5.2f}%{more}")
     return "\n".join(lines)

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 from torchvision.utils import make_grid
 
-from datasets.images import UNKNOWN, ImageSet
+from datasets import UNKNOWN, DataSet, FileSet
+from datasets.files import read_image
 from lib.curves import Curve
 from lib.pseudo_labels import PseudoLabels
 
 SHOWN = 20  # images of each end of a class's ranking
-LEAST_SIDE = 48  # pixels; smaller images are enlarged without smoothing
+LEAST_SIDE, MOST_SIDE = 48, 96  # pixels; smaller images are enlarged without smoothing
 RIGHT, WRONG, UNCLEAR = (60, 170, 80), (210, 60, 60), (150, 150, 150)  # frames, RGB
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}"
@@ -23,8 +25,17 @@ STYLE = (
 )
 
 
+def _picture(data: DataSet, index: int) -> Tensor:
+    """An image of the set, 3 x S x S bytes."""
+    if isinstance(data, FileSet):
+        return read_image((data.root / data.paths[index]).read_bytes(), data.image_size)
+    return data[index][0]
+
+
 def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
     """An image with a frame of 3 pixels that tells whether its label is right."""
+    if image.shape[-1] > MOST_SIDE:
+        image = functional.resize(image, [MOST_SIDE, MOST_SIDE], antialias=True)
     scale = max(1, -(-LEAST_SIDE // image.shape[-1]))
     image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     framed = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(
@@ -35,7 +46,7 @@ def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
     return framed
 
 
-def contact_sheet(pseudo: PseudoLabels, data: ImageSet, label: int, shown: int = SHOWN) -> Image:
+def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = SHOWN) -> Image:
     """The most confident images of a pseudo-class in the upper rows, the least confident below.
 
     Frames are green where the true label is the same, red where it is another, gray where unknown.
@@ -59,7 +70,7 @@ def contact_sheet(pseudo: PseudoLabels, data: ImageSet, label: int, shown: int =
         for index in pseudo.indexes[part].tolist():
             true = int(data.targets[index])
             color = UNCLEAR if true == UNKNOWN else RIGHT if true == label else WRONG
-            cells.append(_framed(data.images[index], color))
+            cells.append(_framed(_picture(data, index), color))
         if cells:
             cells += [torch.full_like(cells[0], 255)] * (-len(cells) % 10)
             rows.append(make_grid(cells, nrow=10, padding=2, pad_value=255))
@@ -68,7 +79,7 @@ def contact_sheet(pseudo: PseudoLabels, data: ImageSet, label: int, shown: int =
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
-def write_sheets(pseudo: PseudoLabels, data: ImageSet, folder: Path) -> list[tuple[str, str, int]]:
+def write_sheets(pseudo: PseudoLabels, data: DataSet, folder: Path) -> list[tuple[str, str, int]]:
     """One contact sheet per class into `folder`.
 
     Returns:
@@ -99,7 +110,8 @@ def write_page(
     facts: Mapping[str, object],
     curves: Mapping[int, Curve],
     pictures: Mapping[str, str],
-    sheets: Mapping[int, Sequence[tuple[str, str, int]]],
+    sheets: Mapping[str, Sequence[tuple[str, str, int]]],
+    heading: str = "{} labels: most confident images above, least confident below",
 ) -> None:
     """One HTML page beside the pictures that it shows.
 
@@ -109,6 +121,7 @@ def write_page(
         curves: by number of labels, empty where no true label is known.
         pictures: file (relative to the page) and caption.
         sheets: by number of labels: class, file (relative to the page) and number of images.
+        heading: of each entry of `sheets`, its key in place of {}.
     """
     parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]
@@ -120,7 +133,7 @@ def write_page(
     for file, caption in pictures.items():
         parts.append(f'<p><img src="{escape(file)}" alt="{escape(caption)}"></p>')
     for n, classes in sheets.items():
-        parts.append(f"<h2>{n} labels: most confident images above, least confident below</h2>")
+        parts.append(f"<h2>{escape(heading.format(n))}</h2>")
         parts.append("<p>Frame: green right, red wrong, gray unknown.</p>")
         for name, file, count in classes:
             parts.append(f"<h3>{escape(name)} ({count} images)</h3>")

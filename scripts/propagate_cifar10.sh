@@ -40,15 +40,10 @@ while [ $# -gt 0 ]; do
     fi
 done
 
-bash scripts/setup.sh
 for algorithm in "${algorithms[@]}"; do
     folder=${save_path:-checkpoint/pseudos/instance_${algorithm}_wrn-28-2}
     if [ -n "$save_path" ] && [ ${#algorithms[@]} -gt 1 ]; then
         folder=$save_path/$algorithm
     fi
-    mkdir -p "$folder" || fail "cannot make the folder $folder"
-    "${VENV:-.venv}/bin/python" -m papermill --log-output \
-        "notebooks/$algorithm.ipynb" "$folder/$algorithm.ipynb" \
-        ${words[@]+"${words[@]}"} -r save_path "$folder"
-    echo "$algorithm: pseudo-labels, pictures and the executed notebook are in $folder"
+    bash scripts/notebook.sh "$algorithm" "$folder" ${words[@]+"${words[@]}"}
 done

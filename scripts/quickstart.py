@@ -38,9 +38,8 @@ from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
 from lib import options, plots, provenance, pseudo_labels
 from lib.curves import confidence_precision
 from lib.features import FeatureSet, obtain
-from lib.graph import build_graph
-from lib.propagation import propagate_knn, propagate_normalized_cut
-from lib.spectral import laplacian_spectrum
+from lib.propagation import Metric
+from lib.propagation.chunks import pseudo_label, save_part
 from lib.split import labeled_split
 
 ARCHITECTURE = "wrn-10-1"
@@ -94,20 +93,15 @@ def run_script(name: str, words: list[object]) -> dict[str, float]:
 
 def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
     """Pseudo-label files of the splits `seeds`, by the calls that the notebooks make."""
-    spectrum = laplacian_spectrum(build_graph(metric.features, num_neighbors=NUM_NEIGHBORS))
+    space = Metric(metric.features, num_neighbors=NUM_NEIGHBORS)
     meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
     for seed in seeds:
         for n in num_labeled:
             split = labeled_split(metric.targets, n, metric.num_classes, seed)
-            given = split.labeled, metric.targets[split.labeled], metric.num_classes
-            votes = propagate_knn(metric.features, *given)
-            scores = propagate_normalized_cut(spectrum, *given)
-            found = {
-                "knn": pseudo_labels.from_probabilities(votes, split, meta),
-                "nc": pseudo_labels.from_scores(scores, split, meta),
-            }
-            for algorithm, pseudo in found.items():
-                pseudo_labels.save(pseudo, pseudo_file(output, algorithm, n, seed))
+            given = split, metric.targets[split.labeled], metric.num_classes
+            for algorithm in ("knn", "nc"):
+                pseudo = pseudo_label(space, algorithm, *given, meta=meta)
+                save_part(pseudo, pseudo_file(output, algorithm, n, seed).parent, n)
 
 
 def pseudo_file(output: Path, algorithm: str, num_labeled: int, seed: int) -> Path:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.curves import Curve, confidence_precision, summary
-from lib.pseudo_labels import PseudoLabels
+from lib.curves import Curve, confidence_precision, summary, top_k_hits
+from lib.pseudo_labels import PseudoLabels, from_probabilities
+from lib.split import Split
 
 
 def pseudo_of(labels, num_labeled=2):
@@ -65,6 +66,28 @@ def test_images_with_unknown_targets_count_neither_way():
 def test_no_known_target_gives_no_curve():
     assert confidence_precision(pseudo_of([0, 1]), torch.tensor([0, 1, -1, -1])) is None
     assert confidence_precision(pseudo_of([]), torch.tensor([0, 1])) is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_top_k_hits_equal_the_naive_ranking(k):
+    probabilities = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    true = torch.randint(-1, 6, (40,), generator=torch.Generator().manual_seed(1))
+    order = probabilities.amax(dim=1).argsort(descending=True)
+    split = Split(torch.empty(0).long(), torch.arange(40))
+    pseudo = from_probabilities(probabilities, split)
+    expected = []
+    for i in order.tolist():
+        ranking = sorted(range(6), key=lambda c: -probabilities[i, c])
+        if true[i] != -1:
+            expected.append(int(true[i]) in ranking[:k])
+    assert top_k_hits(pseudo, true, k).tolist() == expected
+
+
+def test_summary_shows_top_5_where_it_is_known():
+    half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]))
+    heads, row = summary({50: half}, {50: torch.tensor([True, True, False])}).splitlines()
+    assert heads.endswith("top-5 precision")
+    assert row.split() == ["50", "50.00%", "75.00%", "66.67%"]
 
 
 def test_summary_has_one_line_per_number_of_labels_in_rising_order():

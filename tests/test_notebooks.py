@@ -22,6 +22,20 @@ from lib.propagation import Metric, propagate
 from lib.split import labeled_split
 
 NOTEBOOKS = ("knn", "nc")
+COMMON = {"dataset", "data_dir", "checkpoint", "architecture", "features", "save_path"}
+COMMON |= {"num_labeled", "seed", "method"}
+
+
+def code_cells(name: str) -> list[dict[str, Any]]:
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The values of the parameters cell: assignments of plain values, nothing imported."""
+    given: dict[str, Any] = {}
+    exec("".join(code_cells(name)[0]["source"]), {"__builtins__": {}}, given)
+    return given
 
 
 def run_notebook(name: str, output: Path, **parameters: object) -> dict[str, Any]:
@@ -82,38 +96,25 @@ def executed(metric, tmp_path_factory) -> dict[str, tuple[Path, dict[str, Any]]]
     return done
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [p.stem for p in (ROOT / "notebooks").glob("*.ipynb")])
 def test_notebooks_hold_calls_and_plots_only(name):
-    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = code_cells(name)
     lines = [line for cell in code for line in "".join(cell["source"]).splitlines()]
     assert not [line for line in lines if line.lstrip().startswith(("def ", "class ", "async "))]
     assert "lambda" not in "".join(lines)
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
     assert tagged == code[:1]
-    given: dict[str, Any] = {}
-    exec("".join(tagged[0]["source"]), given)  # assignments of plain values, nothing imported
-    assert {"dataset", "data_dir", "checkpoint", "architecture", "features", "save_path"} <= set(
-        given
-    )
-    assert {"num_labeled", "seed"} <= set(given)
-    assert given["num_labeled"] == [50, 100, 250, 500, 1000, 2000, 4000, 8000]
-    assert given["seed"] == 0
+    assert set(defaults(name)) >= COMMON
+    assert defaults(name)["seed"] == 0
 
 
 def test_the_defaults_are_the_published_settings():
-    def parameters(name: str) -> dict[str, Any]:
-        notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
-        given: dict[str, Any] = {}
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        exec("".join(code[0]["source"]), given)
-        return given
-
-    knn, nc = parameters("knn"), parameters("nc")
-    assert (knn["k"], knn["temperature"]) == (200, 0.1)
+    knn, nc = defaults("knn"), defaults("nc")
+    assert (knn["method"], knn["k"], knn["temperature"]) == ("knn", 200, 0.1)
     assert (nc["graph"], nc["num_neighbors"], nc["num_eigenvectors"]) == ("cifar", None, 200)
-    assert nc["temperature"] == 1
+    assert (nc["method"], nc["temperature"]) == ("nc", 1)
+    assert knn["num_labeled"] == nc["num_labeled"] == [50, 100, 250, 500, 1000, 2000, 4000, 8000]
     model_dir = pretraining.build_parser().get_default("model_dir")
     assert knn["checkpoint"] == nc["checkpoint"] == f"{model_dir}/{pretraining.LAST}"
 
@@ -167,12 +168,13 @@ def test_pictures_are_written_and_shown(executed, name):
     assert len(shown) == len(expected)
 
 
-def test_another_method_spreads_the_labels_over_the_same_graph(executed, metric, tmp_path):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_another_method_spreads_the_labels_of_the_same_images(executed, metric, tmp_path, name):
     words = {"dataset": "patches", "checkpoint": str(metric), "num_labeled": [50]}
     words |= {"method": "poisson", "save_path": str(tmp_path)}
-    notebook = run_notebook("nc", tmp_path / "nc.ipynb", **words)
+    notebook = run_notebook(name, tmp_path / "out.ipynb", **words)
     pseudo = pseudo_labels.load(tmp_path / "50.pth.tar")
-    published = pseudo_labels.load(executed["nc"][0] / "50.pth.tar")
+    published = pseudo_labels.load(executed[name][0] / "50.pth.tar")
     assert pseudo.meta["propagation"]["method"] == "poisson"
     assert torch.equal(pseudo.labeled, published.labeled)
     assert not torch.equal(pseudo.labels, published.labels)
@@ -183,6 +185,18 @@ def test_another_method_spreads_the_labels_over_the_same_graph(executed, metric,
     assert torch.equal(pseudo.labels, answer.scores.argmax(dim=1)[pseudo.indexes])
     curve = confidence_precision(pseudo, found.targets)
     assert f"{curve.overall:.2f}%" in printed(notebook)
+
+
+def test_the_votes_of_the_knn_notebook_are_those_of_its_parameters(metric, executed):
+    pseudo = pseudo_labels.load(executed["knn"][0] / "50.pth.tar")
+    found = obtain(checkpoint_file=metric, dataset="patches")
+    similarities = (
+        found.features[pseudo.indexes].double() @ found.features[pseudo.labeled].double().T
+    )
+    votes = (similarities / 0.1).exp() @ torch.eye(10).double()[found.targets[pseudo.labeled]]
+    expected = votes / votes.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(pseudo.probabilities.double(), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(pseudo.confidence.double(), expected.amax(1), rtol=0, atol=2e-5)
 
 
 def test_features_are_extracted_in_evaluation_mode_and_kept(executed, metric):

@@ -1,0 +1,222 @@
+"""A trained classifier on new pictures: read from its checkpoint, applied, written as a table."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets.cifar import CIFAR
+from datasets.files import FileSet
+from datasets.folder import read_images
+from datasets.images import IMAGENET_STATS, UNKNOWN, Stats
+from datasets.listing import IMG_EXTENSIONS, image_files
+from datasets.patches import STATS as PATCHES_STATS
+from datasets.transforms import Augmentation
+from lib import checkpoint
+from lib.devices import Compute
+from lib.distributed import all_gather_rows, is_main, share
+from lib.loader import in_order
+from lib.pseudo_labels import PseudoLabels
+from models import build_model
+
+STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHES_STATS}
+IMAGENET_STEM = 7  # side of its first filters; networks for small images begin with 3x3
+SMALL_SIZE, IMAGENET_SIZE = 32, 224  # of a checkpoint that does not record its own
+BLOCK_BYTES = 256 * 2**20  # of decoded pictures at a time
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network and what it expects and answers.
+
+    Attributes:
+        model: on the CPU.
+        classes: a name for each of its outputs.
+        image_size: side of its images in pixels.
+        stats: mean and standard deviation that its images were normalised with.
+        gray: whether it reads gray images.
+        from_files: whether its test images were read as a `FileSet`, which cuts a margin off; those held
+            in memory are shown whole.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    image_size: int
+    stats: Stats
+    gray: bool
+    from_files: bool
+
+
+def _network(state: Mapping[str, Any], path: str | Path, architecture: str) -> nn.Module:
+    """The network whose weights a checkpoint holds, its sizes read off them."""
+    weights = checkpoint.model_weights(state, path)
+    head = next((k for k in ("fc", "linear") if f"{k}.weight" in weights), None)
+    if head is None or "conv1.weight" not in weights:
+        raise ValueError(f"{path} holds no classifier that this project builds")
+    name = architecture or state.get("architecture") or state.get("arch")
+    if not name:
+        raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
+    stem = weights["conv1.weight"]
+    model = build_model(
+        name,
+        len(weights[f"{head}.weight"]),
+        in_channels=stem.shape[1],
+        imagenet=stem.shape[-1] == IMAGENET_STEM,
+    )
+    checkpoint.load_weights(model, weights, source=path)
+    return model
+
+
+def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
+    """The classifier in a checkpoint of phase 3.
+
+    Args:
+        path: what `cifar-semi.py` or `imagenet-semi.py` wrote.
+        architecture: needed where the checkpoint does not name it (the published ones do not).
+
+    Raises:
+        ValueError: if it holds no classifier, does not name its network, or does not fit it.
+    """
+    state = checkpoint.load_dict(path)
+    if "lemniscate" in state:
+        raise ValueError(
+            f"{path} is a metric of phase 1, no classifier; train one from it with cifar-semi.py or "
+            "imagenet-semi.py"
+        )
+    model = _network(state, path, architecture)
+    num_classes = getattr(model, model.head_name).out_features
+    classes = tuple(state.get("classes") or map(str, range(num_classes)))
+    if len(classes) != num_classes:
+        raise ValueError(f"{path}: {len(classes)} class names for {num_classes} outputs")
+    imagenet = model.conv1.kernel_size[0] == IMAGENET_STEM
+    options = state.get("meta", {}).get("options", {})
+    dataset = options.get("dataset", "folder" if imagenet else "cifar10")
+    return Classifier(
+        model,
+        classes,
+        int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE)),
+        STATS.get(dataset, IMAGENET_STATS),
+        gray=model.conv1.in_channels == 1,
+        from_files=imagenet and dataset == "folder",
+    )
+
+
+def pictures(folder: str | Path, classifier: Classifier) -> FileSet:
+    """All pictures below a folder, at any depth, in the order of their paths; no label is known.
+
+    Raises:
+        ValueError: if there is no such folder or no picture in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{root} is no folder; name one with pictures in it")
+    paths = tuple(os.path.relpath(file, root) for file in image_files(root))
+    if not paths:
+        raise ValueError(f"{root} holds no picture ({', '.join(IMG_EXTENSIONS)})")
+    unknown = torch.full((len(paths),), UNKNOWN)
+    facts = (classifier.classes, classifier.stats, classifier.image_size)
+    return FileSet("folder", root, paths, unknown, *facts)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most probable classes of each picture, the best first.
+
+    Attributes:
+        labels: N x K class numbers.
+        confidence: N x K, their probabilities.
+    """
+
+    labels: Tensor
+    confidence: Tensor
+
+    def as_pseudo_labels(self) -> PseudoLabels:
+        """The best class of each picture as pseudo-labels without any labelled image."""
+        order = self.confidence[:, 0].argsort(descending=True, stable=True)
+        return PseudoLabels(
+            order,
+            self.labels[order, 0],
+            self.confidence[order, 0],
+            torch.empty(0, dtype=torch.int64),
+            torch.arange(len(order)),
+        )
+
+
+def _batches(
+    classifier: Classifier, data: FileSet, compute: Compute, batch_size: int, num_workers: int
+) -> Iterator[Tensor]:
+    """This process's pictures as the network saw its test images, in order, read bit by bit."""
+    augmentation = Augmentation((), classifier.stats, gray=classifier.gray)
+    if classifier.from_files:
+        for batch in in_order(data, augmentation, compute, batch_size, num_workers):
+            yield batch.images
+        return
+    files = [str(data.root / path) for path in data.paths[share().rows(len(data))]]
+    at_once = max(batch_size, BLOCK_BYTES // (3 * classifier.image_size**2))
+    for start in range(0, len(files), at_once):
+        block = files[start : start + at_once]
+        images, _ = read_images(block, classifier.image_size, num_workers)
+        for part in images.split(batch_size):
+            yield augmentation(part.to(compute.device))
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier,
+    data: FileSet,
+    compute: Compute,
+    *,
+    top: int = 1,
+    batch_size: int = 500,
+    num_workers: int = 0,
+) -> Predictions:
+    """Classify every picture; of several processes each takes its part, and all get the whole answer.
+
+    Args:
+        top: classes to keep of each picture, cut down to the number there is.
+        batch_size: pictures at a time, of each process.
+        num_workers: processes that decode image files, of each process.
+
+    Raises:
+        ValueError: naming a picture that cannot be read.
+    """
+    model = compute.prepare(classifier.model).eval()
+    top = min(top, len(classifier.classes))
+    labels = [torch.empty(0, top, dtype=torch.int64, device=compute.device)]
+    confidence = [torch.empty(0, top, device=compute.device)]
+    mine = share().rows(len(data))
+    hidden = None if is_main() else True
+    with tqdm(
+        total=mine.stop - mine.start, desc="predicting", unit="img", leave=False, disable=hidden
+    ) as bar:
+        for images in _batches(classifier, data, compute, batch_size, num_workers):
+            with compute.autocast():
+                outputs = model(images)
+            best = outputs.float().softmax(dim=1).topk(top, dim=1)
+            labels.append(best.indices)
+            confidence.append(best.values)
+            bar.update(len(images))
+    parts = (torch.cat(labels), torch.cat(confidence))
+    return Predictions(*(all_gather_rows(part, len(data)).cpu() for part in parts))
+
+
+def table(paths: Sequence[str], predictions: Predictions, classes: Sequence[str]) -> str:
+    """CSV with the columns path, class, confidence, and class_2, confidence_2 ... where there are more."""
+    heads = ["path", "class", "confidence"]
+    for place in range(2, predictions.labels.shape[1] + 1):
+        heads += [f"class_{place}", f"confidence_{place}"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(heads)
+    rows = zip(paths, predictions.labels.tolist(), predictions.confidence.tolist(), strict=True)
+    for path, labels, confidence in rows:
+        answers = zip(labels, confidence, strict=True)
+        writer.writerow([path, *(x for k, c in answers for x in (classes[k], f"{c:.6f}"))])
+    return buffer.getvalue()

@@ -1,0 +1,135 @@
+"""A folder of picture files to try the scripts on: the embedded patches, written out as PNG and JPEG.
+
+    python scripts/make_pictures.py --output DIR
+
+Folders by default, as `--dataset folder` reads them: DIR/train/<class>/ with a few labelled pictures of each
+class, DIR/unlabeled/album-<k>/ with the rest of the training pictures in no order, DIR/test/<class>/ to
+measure on. With --layout csv all of them lie in DIR/pictures/ and DIR/labels.csv says which is what: its
+columns are path, label (empty where there is none) and split (train or test).
+"""
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.images import ImageSet
+from datasets.patches import TEST_PER_CLASS, TRAIN_PER_CLASS, load_patches
+from lib import options
+from lib.split import labeled_split
+
+ALBUM = 100  # pictures in a folder without labels
+JPEG_QUALITY = 95
+
+
+class Picture(NamedTuple):
+    """One file to write: where, what, and its class, empty where nobody shall know it."""
+
+    path: str
+    image: torch.Tensor
+    label: str
+    split: str
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to make; must be new"
+    )
+    parser.add_argument(
+        "--layout", choices=("folders", "csv"), default="folders", help="how labels are told"
+    )
+    parser.add_argument("--labeled", type=int, default=5, help="labelled pictures of each class")
+    parser.add_argument(
+        "--unlabeled", type=int, default=200, help="training pictures of each class without a label"
+    )
+    parser.add_argument("--test", type=int, default=50, help="test pictures of each class")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    options.require_positive(args, "labeled", "unlabeled", "test")
+    if args.labeled + args.unlabeled > TRAIN_PER_CLASS or args.test > TEST_PER_CLASS:
+        raise ValueError(
+            f"there are {TRAIN_PER_CLASS} training pictures of each class, --labeled and --unlabeled "
+            f"together, and {TEST_PER_CLASS} for --test"
+        )
+    if Path(args.output).exists():
+        raise ValueError(f"--output {args.output}: is there already; name a new folder")
+
+
+def drawn(data: ImageSet, per_class: int) -> torch.Tensor:
+    """Indexes of `per_class` pictures of each class, class by class."""
+    return labeled_split(data.targets, per_class * data.num_classes, data.num_classes).labeled
+
+
+def with_class(data: ImageSet, indexes: torch.Tensor, split: str, layout: str) -> list[Picture]:
+    pictures = []
+    for number, index in enumerate(indexes.tolist()):
+        name = data.classes[int(data.targets[index])]
+        folder = f"{split}/{name}" if layout == "folders" else f"pictures/{split}"
+        pictures.append(Picture(f"{folder}/{number:04d}", data.images[index], name, split))
+    return pictures
+
+
+def without_class(data: ImageSet, indexes: torch.Tensor, layout: str) -> list[Picture]:
+    """In no order, several folders deep, the way pictures come."""
+    order = torch.randperm(len(indexes), generator=torch.Generator().manual_seed(0))
+    root = "unlabeled" if layout == "folders" else "pictures"
+    return [
+        Picture(
+            f"{root}/album-{place // ALBUM}/{place % ALBUM:04d}", data.images[index], "", "train"
+        )
+        for place, index in enumerate(indexes[order].tolist())
+    ]
+
+
+def write(picture: Picture, number: int, root: Path) -> str:
+    """Every other picture is a JPEG, the others PNG. Returns the path below `root`."""
+    path = picture.path + (".jpg" if number % 2 else ".png")
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    quality = {"quality": JPEG_QUALITY} if number % 2 else {}
+    Image.fromarray(picture.image.permute(1, 2, 0).numpy()).save(root / path, **quality)
+    return path
+
+
+def write_all(pictures: list[Picture], root: Path, layout: str) -> None:
+    rows = []
+    for number, picture in enumerate(tqdm(pictures, desc="pictures", leave=False, disable=None)):
+        rows.append((write(picture, number, root), picture.label, picture.split))
+    if layout == "csv":
+        with open(root / "labels.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("path", "label", "split"), *rows])
+
+
+def main(args: argparse.Namespace) -> None:
+    check_options(args)
+    root = Path(args.output)
+    train, test = load_patches(train=True), load_patches(train=False)
+    labeled = drawn(train, args.labeled)
+    both = drawn(train, args.labeled + args.unlabeled)
+    pictures = [
+        *with_class(train, labeled, "train", args.layout),
+        *without_class(train, both[~torch.isin(both, labeled)], args.layout),
+        *with_class(test, drawn(test, args.test), "test", args.layout),
+    ]
+    parent = options.writable_folder("--output", root.parent)
+    with tempfile.TemporaryDirectory(dir=parent) as made:  # a folder half full is never there
+        (Path(made) / "pictures").mkdir()
+        write_all(pictures, Path(made) / "pictures", args.layout)
+        (Path(made) / "pictures").rename(root)
+    print(
+        f"{root}: {len(pictures)} pictures of {train.num_classes} classes, {len(labeled)} labelled"
+    )
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())
