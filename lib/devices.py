@@ -1,5 +1,6 @@
 """Where a run computes, and in what precision."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -38,12 +39,21 @@ class Compute:
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else "fp32"
+        size = distributed.share().size
+        precision += f", {size} processes" if size > 1 else ""
         if self.device.type == "cpu":
             return f"CPU, {torch.get_num_threads()} threads, {precision}"
         return f"{torch.cuda.get_device_name(self.device)} ({self.device}), {precision}"
 
 
-def select(gpus: str = "0", precision: str = "auto") -> Compute:
+def _be_deterministic() -> None:
+    """Let CUDA compute the same bits again, at some loss of speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read as CUDA starts
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = False) -> Compute:
     """The device of this process among those that `--gpus` names, as indexes of the visible ones.
 
     `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
@@ -51,6 +61,7 @@ def select(gpus: str = "0", precision: str = "auto") -> Compute:
     Args:
         gpus: as in `lib.distributed.device_names`; with several, the one at this process's local rank.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
+        deterministic: let GPUs too give the same bits every time (`--deterministic`).
 
     Raises:
         ValueError: for devices that do not exist or are no numbers, several of them in a single process,
@@ -58,6 +69,8 @@ def select(gpus: str = "0", precision: str = "auto") -> Compute:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
+    if deterministic:
+        _be_deterministic()
     names = distributed.device_names(gpus)
     if len(names) > 1 and distributed.share().size == 1:
         raise ValueError(f"--gpus {gpus}: name one device here")

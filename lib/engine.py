@@ -1,24 +1,28 @@
 """The loops. They compute and hand back numbers; printing, saving and the order are the scripts'."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from datasets.images import ImageSet
+from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation
 from lib.devices import Compute
+from lib.distributed import all_gather_rows, all_reduce_sum, share, share_buffers
 from lib.features import extract
-from lib.knn import classify, top_k_accuracy
+from lib.knn import accuracy, hits
 from lib.loader import Batch, in_order
 from lib.memory_bank import MemoryBank
 
 Schedule = Callable[[int], float]
+Item = TypeVar("Item")
 CHECK_EVERY = 50  # steps between looks at a GPU's losses: each one waits for the device
 DIVERGED = (
     "training stops here and saves nothing of it: checkpoints already written are intact. Lower --lr, "
@@ -28,7 +32,10 @@ DIVERGED = (
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did: its number, rate, mean loss (on the device) and batch size."""
+    """What one optimizer step did: its number, rate, mean loss (on the device) and batch size.
+
+    Loss and batch size are those of all processes together.
+    """
 
     number: int
     lr: float
@@ -36,10 +43,17 @@ class Step:
     batch_size: int
 
 
-def sgd(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
-    """The published optimizer: SGD with Nesterov momentum 0.9."""
+def sgd(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+) -> Optimizer:
+    """The published optimizer: SGD with momentum 0.9, Nesterov's for small images."""
     return torch.optim.SGD(
-        parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay
+        parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
     )
 
 
@@ -101,12 +115,80 @@ def require_finite(step: int, *modules: nn.Module) -> None:
                 raise FloatingPointError(f"{name} is not finite after step {step}; {DIVERGED}")
 
 
-def _descend(optimizer: Optimizer, loss: Tensor, lr: float) -> None:
+def at_least_float32(outputs: Tensor) -> Tensor:
+    """What a loss is computed on: float32 where the forward pass ran in less."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _apply(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
     optimizer.step()
+
+
+def _groups(items: Iterable[Item], size: int) -> Iterator[Iterator[tuple[Item, bool]]]:
+    """The items by `size`, none read ahead of its group; with each, whether its group ends there."""
+    items = iter(items)
+    for first in items:
+        yield _marked(first, islice(items, size - 1))
+
+
+def _marked(item: Item, following: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    for after in following:
+        yield item, False
+        item = after
+    yield item, True
+
+
+def _forward(model: nn.Module, batch: Batch, compute: Compute) -> Tensor:
+    """Outputs for this process's rows; it may have none, and still takes part in what all must do."""
+    if len(batch.images):
+        with compute.autocast():
+            return model(batch.images)
+    blank = batch.images.new_zeros(1, *batch.images.shape[1:])
+    model.eval()  # no row is to reach the statistics of BatchNorm
+    nothing = model(blank)[:0]
+    model.train()
+    return nothing
+
+
+def _scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+
+
+@dataclass
+class _Seen:
+    """The batches of a step so far: their indexes and embeddings, mean loss of all their images."""
+
+    batches: list[tuple[Batch, Tensor]]
+    rows: int
+    loss: Tensor
+
+
+def _accumulate(
+    model: nn.Module,
+    criterion: nn.Module,
+    memory: Tensor,
+    group: Iterable[tuple[Batch, bool]],
+    first_place: int,
+    compute: Compute,
+) -> _Seen:
+    """Forward and backward of the batches of one step; gradients as if the first batch were all."""
+    seen = _Seen([], 0, torch.zeros((), device=compute.device))
+    for place, (batch, is_last) in enumerate(group, first_place):
+        first = seen.batches[0][0] if seen.batches else batch
+        # processes exchange their gradients once, with the last batch of the step
+        with nullcontext() if is_last or share().size == 1 else model.no_sync():
+            embeddings = _forward(model, batch, compute)
+            where = {"first": batch.first, "total": batch.total}
+            part = criterion(embeddings, batch.indexes, memory, place, **where)
+            part = part * (batch.total / first.total)
+            (part * share().size).backward()  # that exchange divides by the number of processes
+        seen.loss = seen.loss + all_reduce_sum(part.detach().clone())
+        seen.rows += batch.total
+        seen.batches.append((batch, embeddings.detach()))
+    return seen
 
 
 def pretrain(
@@ -119,8 +201,15 @@ def pretrain(
     compute: Compute,
     *,
     first_step: int,
+    iter_size: int = 1,
 ) -> Iterator[Step]:
-    """Instance discrimination over `batches`, one optimizer step and bank update each.
+    """Instance discrimination: one optimizer step and bank update per `iter_size` batches.
+
+    The gradient of a step is that of the mean over all its images, in whatever batches and processes
+    they came. The bank keeps still within a step and then moves batch by batch.
+
+    Args:
+        model: the network, or what `lib.distributed.parallel` made of it.
 
     Yields:
         A `Step` after each of them.
@@ -131,15 +220,20 @@ def pretrain(
     model.train()
     criterion.train()
     watch = _LossWatch(compute)
-    for number, batch in enumerate(batches, first_step):
-        with compute.autocast():
-            embeddings = model(batch.images)
-        loss = criterion(embeddings, batch.indexes, bank.memory, number)
-        watch.see(loss.detach(), number + 1)
+    for number, group in enumerate(_groups(batches, iter_size), first_step):
+        optimizer.zero_grad(set_to_none=True)
+        seen = _accumulate(model, criterion, bank.memory, group, number * iter_size, compute)
+        full = seen.batches[0][0].total
+        loss = seen.loss * (full / seen.rows)
+        watch.see(loss, number + 1)
+        if full != seen.rows:
+            _scale_gradients(optimizer, full / seen.rows)
         lr = schedule(number)
-        _descend(optimizer, loss, lr)
-        bank.update(batch.indexes, embeddings.detach())
-        yield Step(number, lr, loss.detach(), len(batch.indexes))
+        _apply(optimizer, lr)
+        for batch, embeddings in seen.batches:
+            indexes = all_gather_rows(batch.indexes, batch.total)
+            bank.update(indexes, all_gather_rows(embeddings, batch.total))
+        yield Step(number, lr, loss, seen.rows)
     watch.check()
 
 
@@ -154,15 +248,21 @@ def finetune(
     compute: Compute,
     *,
     first_step: int,
+    iter_size: int = 1,
     head_only: bool = False,
 ) -> Iterator[Step]:
     """Supervised training on labels and pseudo-labels.
 
+    The loss of a step is the mean over its examples on all processes; its gradient is the same for any
+    number of processes and, BatchNorm's batch statistics aside, for any way to cut it into batches.
+
     Args:
+        model: the network, or what `lib.distributed.parallel` made of it.
         criterion: loss per example (`reduction="none"`).
-        batches: batches with each row's position in `labels` and `weights`.
+        batches: batches with each row's position in `labels` and `weights`, `iter_size` of them per step.
         labels: class number per training example.
         weights: weight of each example's loss; ones, or the confidence (equation 6 of the paper).
+        iter_size: batches whose gradients are averaged before each optimizer step.
         head_only: keep everything but the last layer as it is, BatchNorm statistics included.
 
     Yields:
@@ -173,57 +273,76 @@ def finetune(
     """
     model.train(not head_only)
     watch = _LossWatch(compute)
-    for number, (batch, positions) in enumerate(batches, first_step):
-        with compute.autocast():
-            outputs = model(batch.images)
-        target = labels[positions].to(compute.device)
-        weight = weights[positions].to(compute.device)
-        loss = (criterion(outputs.float(), target) * weight).mean()
-        watch.see(loss.detach(), number + 1)
+    for number, group in enumerate(_groups(batches, iter_size), first_step):
+        optimizer.zero_grad(set_to_none=True)
+        mean, rows = torch.zeros((), device=compute.device), 0
+        for (batch, positions), is_last in group:
+            with nullcontext() if is_last or share().size == 1 else model.no_sync():
+                with compute.autocast():
+                    outputs = at_least_float32(model(batch.images))
+                losses = criterion(outputs, labels[positions].to(compute.device))
+                losses = losses * weights[positions].to(compute.device)
+                loss = losses.sum() / (batch.total * iter_size)
+                (loss * share().size).backward()  # the exchange of gradients divides by it
+            mean, rows = mean + all_reduce_sum(loss.detach().clone()), rows + batch.total
+        watch.see(mean, number + 1)
         lr = schedule(number)
-        _descend(optimizer, loss, lr)
-        yield Step(number, lr, loss.detach(), len(target))
+        _apply(optimizer, lr)
+        yield Step(number, lr, mean, rows)
     watch.check()
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: ImageSet, compute: Compute, *, gray: bool = False
+    model: nn.Module,
+    data: DataSet,
+    compute: Compute,
+    *,
+    gray: bool = False,
+    num_workers: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of a classifier on every image of `data` once.
+    """Accuracy of a classifier on every labelled image of `data` once, each process its part of them.
+
+    BatchNorm's statistics are rank 0's on all of them, then and afterwards.
 
     Returns:
         `top1` and `top5` in percent, and the mean cross-entropy `loss`.
+
+    Raises:
+        ValueError: if no image has a label.
     """
     was_training = model.training
     model.eval()
+    share_buffers(model)
+    sums = torch.zeros(4, dtype=torch.float64, device=compute.device)
+    targets = data.targets.to(compute.device)
     augmentation = Augmentation((), data.stats, gray=gray)
-    outputs = []
-    for batch in in_order(data, augmentation, compute):
+    for batch in in_order(data, augmentation, compute, num_workers=num_workers):
         with compute.autocast():
-            outputs.append(model(batch.images).float())
+            outputs = at_least_float32(model(batch.images))
+        own = targets[batch.indexes]
+        known = own != UNKNOWN
+        outputs, own = outputs[known], own[known]
+        loss = F.cross_entropy(outputs.double(), own, reduction="sum")
+        sums += torch.stack([*hits(outputs, own), loss, known.sum()])
     model.train(was_training)
-    scores, targets = torch.cat(outputs), data.targets.to(compute.device)
-    top1, top5 = top_k_accuracy(scores, targets)
-    return {"top1": top1, "top5": top5, "loss": F.cross_entropy(scores, targets).item()}
+    top1, top5, loss, count = all_reduce_sum(sums).tolist()
+    if not count:
+        raise ValueError("there is no labelled image to measure the accuracy on")
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
 
 def knn_monitor(
     model: nn.Module,
     bank: Tensor,
     bank_labels: Tensor,
-    test: ImageSet,
+    test: DataSet,
     compute: Compute,
     *,
-    k: int = 200,
-    temperature: float = 0.1,
+    batch_size: int = 500,
+    num_workers: int = 0,
 ) -> dict[str, float]:
-    """kNN accuracy in percent of test images among the rows of `bank`, which is only read.
-
-    Returns:
-        `top1` and `top5`.
-    """
-    features = extract(model, test, compute).to(compute.device)
-    votes = classify(features, bank, bank_labels, test.num_classes, k=k, temperature=temperature)
-    top1, top5 = top_k_accuracy(votes, test.targets)
-    return {"top1": top1, "top5": top5}
+    """Accuracy of test images among the rows of `bank`, which is only read: `lib.knn.accuracy`."""
+    features = extract(model, test, compute, batch_size=batch_size, num_workers=num_workers)
+    queries = features.to(compute.device)
+    return accuracy(queries, test.targets, bank, bank_labels, test.num_classes)

@@ -4,16 +4,22 @@ The bank M (N x D) holds one unit vector per training image. A loss compares the
 unit norm) of a batch with the bank; the gradient flows into v alone. After the optimizer step,
 `MemoryBank.update` moves the rows of the batch towards their new embeddings. Doing that outside of
 backward keeps mixed precision, gradient accumulation and several processes correct.
+
+Every process holds the whole bank and computes the loss of its rows of a batch: with `total` rows in the
+whole batch, its own being number `first` and following, a loss gives their part of the batch's mean. The
+parts add up to the mean, and what is random is drawn for the whole batch.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.distributed import all_reduce_sum
 from lib.seeding import generator
-from models.layers import l2_normalize
+from models.layers import NORM_EPS, l2_normalize
 
 LOSSES = ("nce", "infonce")
 GATHER_COST = 32  # copying one row costs about as much as multiplying by this many
@@ -43,51 +49,57 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def update(self, indexes: Tensor, embeddings: Tensor) -> None:
         """m <- normalise(momentum m + (1 - momentum) v) for the rows `indexes` (B), v: B x D."""
-        mixed = self.memory[indexes].lerp(embeddings.float(), 1 - self.momentum)
-        self.memory[indexes] = l2_normalize(mixed)
+        mixed = self.memory[indexes].lerp(embeddings.to(self.memory.dtype), 1 - self.momentum)
+        self.memory[indexes] = F.normalize(mixed, dim=1, eps=NORM_EPS)
 
     def __len__(self) -> int:
         return len(self.memory)
 
 
 class _BankSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of softmax(v M^T / T), one pass over the bank, never B x N in memory.
+    """Cross-entropy of softmax(v M^T / T), summed and divided by `num_rows`: one pass, never B x N in memory.
 
     The bank takes no gradient, so that loss and d loss / d v come out of the same pass: a running
     maximum and sum (online softmax) and the running sum of p m. Products run in the given format,
-    sums in float32.
+    sums in that of the bank.
     """
 
     block = 8192  # rows of the bank at a time: B x 8192 logits stay inside the cache
 
     @staticmethod
     def forward(
-        ctx: Any, v: Tensor, targets: Tensor, memory: Tensor, temperature: float, bf16: bool
+        ctx: Any,
+        v: Tensor,
+        targets: Tensor,
+        memory: Tensor,
+        temperature: float,
+        bf16: bool,
+        num_rows: int,
     ) -> Tensor:
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        v = v.float()
+        dtype = torch.bfloat16 if bf16 else memory.dtype
+        v = v.to(memory.dtype)
         query = (v / temperature).to(dtype)
-        top = torch.full((len(v), 1), -torch.inf, device=v.device)
+        top = v.new_full((len(v), 1), -torch.inf)
         total = torch.zeros_like(top)
         weighted = torch.zeros_like(v)
         for rows in memory.split(_BankSoftmax.block):
             rows = rows.to(dtype)
-            logits = (query @ rows.T).float()
+            logits = (query @ rows.T).to(v.dtype)
             new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
             shrink = (top - new_top).exp()
             logits.sub_(new_top).exp_()
             total = total * shrink + logits.sum(dim=1, keepdim=True)
-            weighted = weighted * shrink + (logits.to(dtype) @ rows).float()
+            weighted = weighted * shrink + (logits.to(dtype) @ rows).to(v.dtype)
             top = new_top
         positive = memory[targets]
         own = (v * positive).sum(dim=1) / temperature
-        ctx.save_for_backward((weighted / total - positive) / (temperature * len(v)))
-        return (top[:, 0] + total[:, 0].log() - own).mean()
+        ctx.save_for_backward((weighted / total - positive) / (temperature * num_rows))
+        return (top[:, 0] + total[:, 0].log() - own).sum() / num_rows
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_output, None, None, None, None
+        return grad * grad_output, None, None, None, None, None
 
 
 class FullSoftmax(nn.Module):
@@ -103,14 +115,35 @@ class FullSoftmax(nn.Module):
     def chance(self, num_images: int) -> float:
         return math.log(num_images)
 
-    def forward(self, v: Tensor, indexes: Tensor, memory: Tensor, step: int) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> mean loss."""
-        return _BankSoftmax.apply(v, indexes, memory, self.temperature, self.bf16)
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        return _BankSoftmax.apply(
+            v, indexes, memory, self.temperature, self.bf16, total or len(indexes)
+        )
 
 
-def draw_negatives(indexes: Tensor, k: int, num_images: int, seed: int, step: int) -> Tensor:
+def draw_negatives(
+    indexes: Tensor,
+    k: int,
+    num_images: int,
+    seed: int,
+    step: int,
+    *,
+    first: int = 0,
+    total: int = 0,
+) -> Tensor:
     """B x K image indexes, uniform over all images except each row's own.
 
+    Drawn for the `total` rows of the whole batch, of which these are number `first` and following.
     Uniform sampling needs no alias table: a draw from N - 1 numbers, moved up by one from the own
     index on, is uniform over the others exactly, and never the positive.
 
@@ -120,8 +153,9 @@ def draw_negatives(indexes: Tensor, k: int, num_images: int, seed: int, step: in
     if num_images < 2:
         raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
     drawn = torch.randint(
-        num_images - 1, (len(indexes), k), generator=generator(seed, "negatives", step)
-    ).to(indexes.device)
+        num_images - 1, (total or len(indexes), k), generator=generator(seed, "negatives", step)
+    )
+    drawn = drawn[first : first + len(indexes)].to(indexes.device)
     return drawn + (drawn >= indexes[:, None])
 
 
@@ -134,14 +168,18 @@ class _Sampled(nn.Module):
             raise ValueError(f"{k} negatives: at least 1 is needed")
         self.k, self.temperature, self.seed = k, temperature, seed
 
-    def similarities(self, v: Tensor, indexes: Tensor, memory: Tensor, step: int) -> Tensor:
+    def similarities(
+        self, v: Tensor, indexes: Tensor, memory: Tensor, step: int, first: int, total: int
+    ) -> Tensor:
         """B x (1 + K) values v.m / T, the positive first."""
-        negatives = draw_negatives(indexes, self.k, len(memory), self.seed, step)
+        where = {"first": first, "total": total}
+        negatives = draw_negatives(indexes, self.k, len(memory), self.seed, step, **where)
+        v = v.to(memory.dtype)
         rows = torch.cat([indexes[:, None], negatives], dim=1)
         if len(memory) < GATHER_COST * self.k:  # B x N products are cheaper than B x K x D copies
-            products = (v.float() @ memory.T).gather(1, rows)
+            products = (v @ memory.T).gather(1, rows)
         else:
-            products = torch.einsum("bd,bkd->bk", v.float(), memory[rows])
+            products = torch.einsum("bd,bkd->bk", v, memory[rows])
         return products / self.temperature
 
 
@@ -168,22 +206,33 @@ class NCE(_Sampled):
         return -math.log(share) - self.k * math.log(1 - share)
 
     @torch.no_grad()
-    def _estimate_z(self, exponentials: Tensor, num_images: int) -> None:
-        estimate = exponentials.mean() * num_images
+    def _estimate_z(self, exponentials: Tensor, num_images: int, num_rows: int) -> None:
+        mean = all_reduce_sum(exponentials.sum()) / (num_rows * exponentials.shape[1])
+        estimate = mean.float() * num_images
         moving = self.z_momentum is not None and self.training
         later = self.z.lerp(estimate, 1 - self.z_momentum) if moving else self.z
         # chosen on the device: to ask whether it is the first batch would wait for it at every step
         self.z.copy_(torch.where(self.z < 0, estimate, later))
 
-    def forward(self, v: Tensor, indexes: Tensor, memory: Tensor, step: int) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> mean loss."""
-        exponentials = self.similarities(v, indexes, memory, step).exp()
-        self._estimate_z(exponentials, len(memory))
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        total = total or len(indexes)
+        exponentials = self.similarities(v, indexes, memory, step, first, total).exp()
+        self._estimate_z(exponentials, len(memory), total)
         p = exponentials / self.z
         noise = self.k / len(memory)
         positive = torch.log(p[:, 0] / (p[:, 0] + noise + EPS) + EPS)
         negative = torch.log(noise / (p[:, 1:] + noise + EPS) + EPS)
-        return -(positive + negative.sum(dim=1)).mean()
+        return -(positive + negative.sum(dim=1)).sum() / total
 
 
 class InfoNCE(_Sampled):
@@ -195,10 +244,20 @@ class InfoNCE(_Sampled):
     def chance(self, num_images: int) -> float:
         return math.log(1 + self.k)
 
-    def forward(self, v: Tensor, indexes: Tensor, memory: Tensor, step: int) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> mean loss."""
-        logits = self.similarities(v, indexes, memory, step)
-        return torch.nn.functional.cross_entropy(logits, torch.zeros_like(indexes))
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        total = total or len(indexes)
+        logits = self.similarities(v, indexes, memory, step, first, total)
+        return F.cross_entropy(logits, torch.zeros_like(indexes), reduction="sum") / total
 
 
 def build_loss(

@@ -1,6 +1,5 @@
 """Running means that stay on the device until they are read."""
 
-import torch
 from torch import Tensor
 
 
@@ -16,9 +15,15 @@ class Mean:
         self._total = self._total + value * weight
         self._weight = self._weight + weight
 
+    def state(self) -> tuple[float, float]:
+        """The two sums, to continue from them in another process to the last bit."""
+        return float(self._total), float(self._weight)
+
+    def load_state(self, state: tuple[float, float]) -> None:
+        self._total, self._weight = state
+
     @property
     def value(self) -> float:
         """The mean so far; NaN before the first update."""
-        if float(self._weight) == 0:
-            return float("nan")
-        return float(torch.as_tensor(self._total / self._weight))
+        weight = float(self._weight)
+        return float(self._total) / weight if weight else float("nan")

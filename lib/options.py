@@ -238,27 +238,35 @@ def finetuning_parser(manual: str | None, *, resumes: str) -> argparse.ArgumentP
         metavar="FILE",
         help=f"{resumes}; auto: the newest checkpoint of this run that can be read, if there is one",
     )
-    optimization = add_optimization(options, lr=0.01)
-    optimization.add_argument("--max-iters", type=int, default=500000, help="optimizer steps")
-    optimization.add_argument(
+    _add_steps(options)
+    _add_labels(options)
+    add_compute(options)
+    add_stopping(options)
+    _add_run_files(options)
+    return options
+
+
+def _add_steps(group_of: argparse.ArgumentParser) -> None:
+    group = add_optimization(group_of, lr=0.01)
+    group.add_argument("--max-iters", type=int, default=500000, help="optimizer steps")
+    group.add_argument(
         "--criterion",
         choices=("CrossEntropyLoss", "MultiMarginLoss"),
         default="CrossEntropyLoss",
         help="loss of torch.nn",
     )
-    _add_labels(options)
-    add_compute(options)
-    add_stopping(options)
-    files = options.add_argument_group("files")
-    files.add_argument("--model-root", default="./checkpoint/cifar10-semi", help="checkpoints")
-    files.add_argument(
+
+
+def _add_run_files(group_of: argparse.ArgumentParser) -> None:
+    group = group_of.add_argument_group("files")
+    group.add_argument("--model-root", default="./checkpoint/cifar10-semi", help="checkpoints")
+    group.add_argument(
         "--log-root", default="./tensorboard/cifar10-semi", help="TensorBoard and log.jsonl"
     )
-    files.add_argument("--exp-name", default="exp", help="folder below both of them")
-    files.add_argument("--eval", action="store_true", help="only measure --resume or --pretrained")
-    files.add_argument("--eval-freq", type=int, default=500, help="steps between tests and saves")
-    files.add_argument("--print-freq", type=int, default=100, help="steps between lines")
-    return options
+    group.add_argument("--exp-name", default="exp", help="folder below both of them")
+    group.add_argument("--eval", action="store_true", help="only measure --resume or --pretrained")
+    group.add_argument("--eval-freq", type=int, default=500, help="steps between tests and saves")
+    group.add_argument("--print-freq", type=int, default=100, help="steps between lines")
 
 
 def _add_labels(group_of: argparse.ArgumentParser) -> None:

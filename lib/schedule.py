@@ -5,15 +5,26 @@ Each schedule maps (step, total steps, base rate) to a rate; `step` counts optim
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 ETA_MIN = 1e-5
 SCHEDULES = ("multi-step", "cosine", "cosine-with-restart", "one-cycle")
 
-# Milestones as fractions of the whole: 60/120/160 of 200 epochs is published, and what other lengths
-# get; 600 epochs have milestones of their own.
-DEFAULT_MILESTONES = (0.3, 0.6, 0.8)
-MILESTONES_600 = (180 / 600, 360 / 600, 480 / 600, 560 / 600)
+
+@dataclass(frozen=True)
+class Drops:
+    """Where `multi-step` lowers the rate, as fractions of the whole run, and by what factor each time."""
+
+    milestones: tuple[float, ...]
+    gamma: float
+
+
+# 60/120/160 of 200 epochs is published, and what other lengths get; 600 epochs have their own.
+CIFAR_DROPS = Drops((0.3, 0.6, 0.8), 0.2)
+CIFAR_600_DROPS = Drops((180 / 600, 360 / 600, 480 / 600, 560 / 600), 0.2)
+IMAGENET_INSTANCE_DROPS = Drops((120 / 200, 160 / 200), 0.1)
+IMAGENET_FINETUNE_DROPS = Drops((3 / 7, 6 / 7), 0.1)
 
 
 def cosine(step: int, total: int, base: float, eta_min: float = ETA_MIN) -> float:
@@ -25,8 +36,8 @@ def multi_step(
     step: int,
     total: int,
     base: float,
-    milestones: Sequence[float] = DEFAULT_MILESTONES,
-    gamma: float = 0.2,
+    milestones: Sequence[float] = CIFAR_DROPS.milestones,
+    gamma: float = CIFAR_DROPS.gamma,
 ) -> float:
     """`base`, times `gamma` from each milestone (a fraction of `total`) on."""
     # rounded, because 0.6 * 200 is 120.00000000000001 or 119.99999999999999 as it happens
@@ -59,7 +70,12 @@ def one_cycle(
 
 
 def learning_rate(
-    name: str, *, base: float, total: int, steps_per_epoch: int = 1
+    name: str,
+    *,
+    base: float,
+    total: int,
+    steps_per_epoch: int = 1,
+    drops: Drops | None = None,
 ) -> Callable[[int], float]:
     """The schedule `name` over `total` steps as a function of the step.
 
@@ -70,15 +86,18 @@ def learning_rate(
         steps_per_epoch: steps of one epoch, for the schedules whose length is told in epochs: the
             first cycle of `cosine-with-restart` lasts 10 epochs, `multi-step` has its own milestones
             at 600 epochs.
+        drops: of `multi-step`; the published ones of CIFAR where none are given.
 
     Raises:
         ValueError: for an unknown name.
     """
-    epochs = total / steps_per_epoch
-    milestones = MILESTONES_600 if epochs == 600 else DEFAULT_MILESTONES
+    if drops is None:
+        drops = CIFAR_600_DROPS if total / steps_per_epoch == 600 else CIFAR_DROPS
     choices: dict[str, Callable[[int], float]] = {
         "cosine": partial(cosine, total=total, base=base),
-        "multi-step": partial(multi_step, total=total, base=base, milestones=milestones),
+        "multi-step": partial(
+            multi_step, total=total, base=base, milestones=drops.milestones, gamma=drops.gamma
+        ),
         "cosine-with-restart": partial(
             cosine_with_restart, first_cycle=10 * steps_per_epoch, base=base
         ),

@@ -11,6 +11,7 @@ from models.wideresnet import WideResNet
 SMALL_ARCHITECTURES = "wrn-D-K (wrn-28-2, wrn-28-10, wrn-16-2 ...), " + ", ".join(
     f"resnet{depth}" for depth in LAYOUTS
 )
+IMAGENET_ARCHITECTURES = tuple(f"resnet{depth}" for depth in LAYOUTS)
 
 
 def build_model(

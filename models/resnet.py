@@ -7,6 +7,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from models.layers import l2_normalize
 from models.resnet_cifar import LAYOUTS
 
+STEM = 7  # side of the first convolution, which tells these networks from those for small images
+
 
 class ImageNetResNet(ResNet):
     """torchvision's ResNet-`depth` whose `fc` has `out_features` outputs.
@@ -24,7 +26,7 @@ class ImageNetResNet(ResNet):
         super().__init__(block, list(LAYOUTS[depth][1]), num_classes=out_features)
         self.normalize = normalize
         if in_channels != 3:
-            self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(in_channels, 64, STEM, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
 
     def pooled(self, images: Tensor) -> Tensor:

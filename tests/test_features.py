@@ -56,7 +56,9 @@ def test_short_last_batch_is_written_to_its_own_rows(monkeypatch, batch_size):
     model, data = network(), images_of()
     in_order = loader.in_order
     monkeypatch.setattr(
-        features, "in_order", lambda *words: in_order(*words, batch_size=batch_size)
+        features,
+        "in_order",
+        lambda *words, **keywords: in_order(*words, **keywords | {"batch_size": batch_size}),
     )
     rows = features.extract(model, data, CPU)
     assert rows.shape == (23, 8)

@@ -164,3 +164,31 @@ def test_top_k_accuracy_equals_the_naive_loop_on_a_non_contiguous_matrix():
 
 def test_top_5_of_three_classes_is_all_of_them():
     assert top_k_accuracy(torch.rand(6, 3), torch.arange(6) % 3)[1] == 100
+
+
+def test_accuracies_of_votes_and_of_the_nearest_image_equal_the_naive_count():
+    features, targets = blobs(7, 30, spread=0.9)
+    queries, bank, labels = features[:103], features[103:], targets[103:].clone()
+    labels[::5] = -1
+    known = [i for i, label in enumerate(labels.tolist()) if label >= 0]
+    wanted, hits = targets[:103].clone(), {"top1": 0, "top5": 0, "nearest": 0}
+    wanted[3], counted = -1, 0
+    for query, target in zip(queries, wanted.tolist(), strict=True):
+        if target < 0:
+            continue
+        counted += 1
+        order = sorted(known, key=lambda i, query=query: -float(query @ bank[i]))
+        votes = naive_votes(query, bank[known], labels[known], 7, 60)
+        best = sorted(range(7), key=lambda c, votes=votes: -votes[c])
+        hits["top1"] += best[0] == target
+        hits["top5"] += target in best[:5]
+        hits["nearest"] += int(labels[order[0]]) == target
+    found = lib.knn.accuracy(queries, wanted, bank, labels, 7, k=60)
+    assert found == pytest.approx({name: 100 * count / counted for name, count in hits.items()})
+    assert found["nearest"] != found["top1"] != found["top5"]
+
+
+def test_an_accuracy_needs_labelled_images_to_measure_on():
+    features, targets = blobs(2, 5)
+    with pytest.raises(ValueError, match="no labelled image"):
+        lib.knn.accuracy(features, torch.full((10,), -1), features, targets, 2)

@@ -1,5 +1,6 @@
 """The memory bank and its losses, against plain autograd and naive loops written from the formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -352,3 +353,47 @@ def test_build_loss_gives_what_the_options_describe():
 def test_impossible_losses_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
         build_loss(**words)
+
+
+@pytest.mark.parametrize("name", ["full", "infonce"])
+@pytest.mark.parametrize("cuts", [(3,), (1, 1, 5), (0, 7)], ids=str)
+def test_the_parts_of_a_batch_add_up_to_its_mean_loss(name, cuts):
+    memory, v, own = MemoryBank(40, 16).memory, unit(7, 16), torch.arange(7) * 5
+    whole, gradient = value_and_gradient(lambda x: CRITERIA[name](x, own, memory, 3), v)
+    bounds = [0, *torch.tensor(cuts).cumsum(0).tolist(), 7]
+    total, parts = 0.0, []
+    for first, stop in itertools.pairwise(bounds):
+        rows, where = slice(first, stop), {"first": first, "total": 7}
+        part, own_gradient = value_and_gradient(
+            lambda x, rows=rows, where=where: CRITERIA[name](x, own[rows], memory, 3, **where),
+            v[rows],
+        )
+        total += part
+        parts.append(own_gradient)
+    assert total.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert torch.allclose(torch.cat(parts), gradient, atol=1e-6)
+
+
+def test_negatives_of_a_part_are_those_rows_of_the_whole_batch():
+    own = torch.arange(9)
+    whole = draw_negatives(own, 5, 30, 0, 2)
+    part = draw_negatives(own[4:7], 5, 30, 0, 2, first=4, total=9)
+    assert torch.equal(part, whole[4:7])
+
+
+@pytest.mark.parametrize("k", [0, 8])
+def test_a_process_without_rows_adds_nothing_to_the_loss(k):
+    memory, v = MemoryBank(40, 16).memory, torch.zeros(0, 16, requires_grad=True)
+    criterion = build_loss(k, 0.1, kind="infonce")
+    value = criterion(v, torch.arange(0), memory, 0, first=0, total=1)
+    assert value.item() == 0
+    value.backward()
+    assert v.grad.shape == (0, 16)
+
+
+def test_a_bank_of_doubles_keeps_their_precision():
+    bank = MemoryBank(30, 8).double()
+    v = unit(4, 8).double()
+    expected = torch.nn.functional.normalize((bank.memory[:4] + v) / 2, dim=1)
+    bank.update(torch.arange(4), v)
+    torch.testing.assert_close(bank.memory[:4], expected, rtol=1e-14, atol=1e-14)

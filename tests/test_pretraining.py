@@ -21,7 +21,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets import build_datasets
-from lib import checkpoint, engine, features, options
+from lib import checkpoint, engine, features, memory_bank, options
+from lib import pretraining as loop
 from lib.devices import Compute
 from lib.options import load_script
 from models import build_model
@@ -85,7 +86,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 
 def deterministic(lines: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """The lines of one event, without what the clock decides."""
-    clock = ("time", "images_per_s")
+    clock = ("time", "images_per_s", "data_wait")
     return [{k: v for k, v in x.items() if k not in clock} for x in lines if x["event"] == event]
 
 
@@ -186,7 +187,7 @@ def test_the_same_command_gives_the_same_bytes(pretrain):
 def test_resume_equals_uninterrupted_bit_for_bit(pretrain, words):
     words = ("--epochs", 4, "--lr-scheduler", "cosine-with-restart", *words)
     whole = pretrain(*words, name="whole")
-    with interrupted(pretraining, "describe", 3):
+    with interrupted(loop, "describe", 3):
         pretrain(*words, name="cut")
     cut = pretrain(*words, "--resume", whole.parent / "cut" / "ckpt.cifar.pth.tar", name="cut")
     assert_same(without_meta(last(whole)), without_meta(last(cut)))
@@ -201,7 +202,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(pretrain, words):
 
 
 def test_the_best_accuracy_is_remembered_on_resume(pretrain, tmp_path):
-    with interrupted(pretraining, "describe", 2):
+    with interrupted(loop, "describe", 2):
         pretrain("--epochs", 3)
     file, best = (tmp_path / "run" / f"ckpt.cifar.{x}pth.tar" for x in ("", "best."))
     state = checkpoint.load_dict(file)
@@ -227,12 +228,11 @@ def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatc
     # cut off between the two, a resume from the older last repeats the epoch; the other way round the
     # best would be lost for good
     written = []
-    monkeypatch.setattr(
-        pretraining.checkpoint, "save", lambda state, path: written.append(path.name)
-    )
-    pretraining.save({}, tmp_path, is_best=True)
-    pretraining.save({}, tmp_path, is_best=False)
-    assert written == ["ckpt.cifar.best.pth.tar", "ckpt.cifar.pth.tar", "ckpt.cifar.pth.tar"]
+    monkeypatch.setattr(loop.checkpoint, "save", lambda state, path: written.append(path.name))
+    files = loop.Files(tmp_path, "last", "best", tmp_path, {}, numbered="{epoch}", save_freq=2)
+    loop.save({}, files, is_best=True, epoch=2)
+    loop.save({}, files, is_best=False, epoch=3)
+    assert written == ["best", "2", "last", "last"]
 
 
 def test_a_finished_run_has_nothing_left_to_train(pretrain, capsys):
@@ -294,6 +294,8 @@ def test_a_cosine_ends_at_its_floor_and_is_not_stepped_once_too_early(pretrain):
         (("--nce-m", 0.9), ()),
         (("--transform-scale", 0.9), ()),
         (("--transform-crop", "PadCrop"), ()),
+        (("--iter-size", 2), ()),
+        (("--momentum", 0.5), ()),
         (("--nce-k", 8), ()),
         (("--nce-k", 9), ("--nce-k", 8)),
         (("--nce-k", 8, "--nce-loss", "infonce"), ("--nce-k", 8)),
@@ -318,7 +320,7 @@ def test_low_dim_and_architecture_decide_the_network(pretrain):
 def test_the_bank_that_is_saved_has_unit_rows_and_all_of_them_moved(pretrain):
     memory = last(pretrain("--epochs", 1))["lemniscate"]["memory"]
     torch.testing.assert_close(memory.norm(dim=1), torch.ones(52), rtol=0, atol=1e-5)
-    start = pretraining.memory_bank.MemoryBank(52, 128, 0.5, 0).memory
+    start = memory_bank.MemoryBank(52, 128, 0.5, 0).memory
     assert (memory != start).any(dim=1).all()  # the short last batch too
 
 
@@ -367,7 +369,7 @@ def test_a_folder_without_labels_to_test_on_trains_all_the_same(tmp_path):
     assert not [name for name in values if name.startswith("knn")]
     assert last(tmp_path / "m")["epoch"] == 0
     resume = ("--resume", tmp_path / "m" / "ckpt.cifar.pth.tar")
-    with pytest.raises(ValueError, match="--test-only needs test images"):
+    with pytest.raises(ValueError, match="needs test images"):
         call(pretraining, *words, "--test-only", *resume)
 
 
@@ -399,9 +401,10 @@ def test_divergence_ends_the_process_with_one_message_and_exit_code_1(
     assert not list((tmp_path / "m").iterdir())
 
 
-def test_weights_that_a_last_step_blew_up_are_not_saved(pretrain, tmp_path):
+@pytest.mark.parametrize("stop", [(), ("--stop-after", 1)], ids=["epoch", "stopped"])
+def test_weights_that_a_last_step_blew_up_are_not_saved(pretrain, tmp_path, stop):
     # one step an epoch: its loss is still finite, what it leaves is not
-    words = ("-b", 64, "--lr", 1e35, "--weight-decay", 1e10)
+    words = ("-b", 64, "--lr", 1e35, "--weight-decay", 1e10, *stop)
     with pytest.raises(FloatingPointError, match="not finite after step 1"):
         pretrain("--epochs", 1, *words)
     assert not list((tmp_path / "run").glob("*.pth.tar*"))
