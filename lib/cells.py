@@ -17,6 +17,7 @@ from lib.search import FIRST, in_parallel, product, progress_bar, search, top_k
 from lib.seeding import generator
 
 CELLS_PER_ROOT = 8  # cells per square root of N
+COARSE_PER_ROOT = 2  # the same, where only neighbourhoods count
 VOTES = 8  # nearest centroids that a row asks to be searched
 PROBES = 32  # cells of the first round
 SPEAKERS = 128  # rows that vote for their cell, at most about this many
@@ -85,15 +86,25 @@ def _k_means(features: Tensor, num_cells: int, seed: int) -> Tensor:
     return centroids
 
 
+def _assign(features: Tensor, cells_per_root: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Centroids, and the number of each row's nearest one on the CPU."""
+    num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
+    centroids = _k_means(features, num_cells, seed)
+    return centroids, search(features, centroids, 1, progress="cells")[1][:, 0]
+
+
 def make_cells(features: Tensor, seed: int) -> Cells:
     """Cells of N x D unit vectors; the same for the same features and seed."""
-    num_cells = min(max(1, round(CELLS_PER_ROOT * len(features) ** 0.5)), len(features))
-    centroids = _k_means(features, num_cells, seed)
-    nearest = search(features, centroids, 1, progress="cells")[1][:, 0]
+    centroids, nearest = _assign(features, CELLS_PER_ROOT, seed)
     order = torch.argsort(nearest, stable=True)
-    sizes = torch.bincount(nearest, minlength=num_cells)
+    sizes = torch.bincount(nearest, minlength=len(centroids))
     starts = [0, *sizes.cumsum(0).tolist()]
     return Cells(features[order.to(features.device)], order, starts, centroids)
+
+
+def near_order(features: Tensor, seed: int = 0) -> Tensor:
+    """The rows of N x D unit vectors cell after cell, N: near ones side by side, for memory's sake."""
+    return torch.argsort(_assign(features, COARSE_PER_ROOT, seed)[1], stable=True)
 
 
 def _probed(cells: Cells, cell: int, least: int) -> list[int]:

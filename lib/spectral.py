@@ -158,6 +158,23 @@ def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> O
     return lambda x: held @ x
 
 
+def reordered(matrix: sp.csr_matrix, order: np.ndarray) -> sp.csr_matrix:
+    """A square matrix with rows and columns in the order `order`; one copy of it."""
+    place = np.empty(len(order), dtype=matrix.indices.dtype)
+    place[order] = np.arange(len(order), dtype=place.dtype)
+    answer = matrix[order]
+    answer.indices = place[answer.indices]
+    answer.has_sorted_indices = False
+    answer.sort_indices()
+    return answer
+
+
+def reordered_operator(product: Operator, order: Tensor) -> Operator:
+    """Products with a matrix, through those with `reordered(matrix, order)`."""
+    place = torch.argsort(order)
+    return lambda x: product(x[order])[place]
+
+
 def null_projection(
     null: np.ndarray, components: np.ndarray, device: torch.device | str = "cpu"
 ) -> Operator:

@@ -160,9 +160,14 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
             start = time.perf_counter()
         answers = {}
         if algorithm:
-            labelings = [Labeling(*split) for split in splits.values()]
-            scores = run_algorithm(metric, method, labelings, num_classes, **parameters)
-            answers = {n: one.argmax(dim=1) for n, one in zip(splits, scores, strict=True)}
+            sets = {n: Labeling(*split) for n, split in splits.items()}
+            # those that go through products share them, the others need not hold all scores at a time
+            groups = [[n] for n in sets] if method in ("nc", "knn") else [list(sets)]
+            for group in groups:
+                labelings = [sets[n] for n in group]
+                scores = run_algorithm(metric, method, labelings, num_classes, **parameters)
+                answers |= {n: one.argmax(dim=1) for n, one in zip(group, scores, strict=True)}
+                del scores
         else:
             for n, (labeled, labels) in splits.items():
                 split = Split(labeled, others(len(rows), labeled))

@@ -78,7 +78,7 @@ PRETRAINING = {
     "--arch wrn-28": ["unknown architecture 'wrn-28'", "wrn-D-K"],
     "--arch wrn-11-1": ["wrn-11-1", "6n + 4"],
     "--arch resnet19": ["resnet19"],
-    "--gpus 0,1": ["--gpus 0,1"],
+    "--gpus 0,0": ["--gpus 0,0", "twice"],
     "--gpus first": ["--gpus first"],
     "--test-only": ["--test-only", "--resume"],
     "--resume /nowhere/ckpt.pth.tar": ["/nowhere/ckpt.pth.tar"],

@@ -57,8 +57,14 @@ FINETUNING = {
 PRETRAINING_OURS = {
     "--dataset": "cifar10",
     "--image-size": 32,
-    "-j --num-workers": 2,
+    "-j --num-workers --workers": 2,
+    "--architecture --arch -a": "wrn-28-2",
+    "--lr --learning-rate": 0.03,
     "-b --batch-size": 128,
+    "--iter-size": 1,
+    "--momentum": 0.9,
+    "--stop-after": 0,
+    "--deterministic": False,
     "--rng-seed": 0,
     "--gpus": "0",
     "--precision": "auto",
@@ -72,6 +78,12 @@ FINETUNING_OURS = {
     "--precision": "auto",
     "--class-balanced": False,
     "--confidence-weighted": False,
+    "--pretrained": "",
+    "--pseudo-dir": "",
+    "--pseudo-per-chunk": False,
+    "--iter-size": 1,
+    "--stop-after": 0,
+    "--deterministic": False,
 }
 SCRIPTS = [(pretraining, PRETRAINING, PRETRAINING_OURS), (finetuning, FINETUNING, FINETUNING_OURS)]
 CASES = [
@@ -148,7 +160,8 @@ def test_options_that_change_the_mathematics_are_options(script):
     # what only decides where a run computes, writes, or stops to look
     free = {"data_dir", "num_workers", "gpus", "precision", "resume", "model_dir", "log_dir"}
     free |= {"test_only", "model_root", "log_root", "exp_name", "eval", "eval_freq", "print_freq"}
-    free |= {"pseudo_file"}  # its content is compared, not its path
+    free |= {"stop_after", "deterministic"}
+    free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path
     assert set(script.MATHEMATICS) == known.keys() - free
 
 

@@ -442,3 +442,21 @@ def test_spreading_of_a_class_without_a_label_gives_it_to_nobody():
             metric.operator, split.labeled[some], targets[split.labeled][some], 3
         )
     assert (scores[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("method", ["nc", "poisson", "filter"])
+def test_large_graphs_are_multiplied_in_an_order_of_their_own_with_the_same_answer(
+    method, monkeypatch
+):
+    features, targets = blobs(4, 60)
+    split = labeled_split(targets, 8, 4)
+    plain = propagate(Metric(features), method, split, targets[split.labeled], 4)
+    monkeypatch.setattr(lib.propagation.algorithms, "SORTED_FROM", 100)
+    asked = []
+    near_order = lib.propagation.algorithms.near_order
+    monkeypatch.setattr(
+        lib.propagation.algorithms, "near_order", lambda *a: asked.append(1) or near_order(*a)
+    )
+    ordered = propagate(Metric(features), method, split, targets[split.labeled], 4)
+    assert asked
+    torch.testing.assert_close(ordered.scores, plain.scores, atol=2e-3, rtol=1e-3)

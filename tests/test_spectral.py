@@ -21,6 +21,8 @@ from lib.spectral import (
     null_projection,
     null_space,
     project,
+    reordered,
+    reordered_operator,
 )
 
 
@@ -389,3 +391,17 @@ def test_few_eigenvectors_of_many_close_eigenvalues_are_found():
     exact = 1 - np.cos(angles[:, None] * np.arange(1, 21)).mean(axis=1)
     spectrum = laplacian_spectrum(W, 5, solver="block")
     np.testing.assert_allclose(spectrum.values, np.sort(exact)[1:6], atol=3e-6)
+
+
+def test_products_in_another_order_are_the_same_products():
+    matrix = sp.random(60, 60, 0.2, format="csr", dtype=np.float32, random_state=0)
+    before = matrix.copy()
+    order = torch.randperm(60)
+    turned = reordered(matrix, order.numpy())
+    naive = matrix.toarray()[order.numpy()][:, order.numpy()]
+    np.testing.assert_array_equal(turned.toarray(), naive)
+    assert turned.has_sorted_indices
+    assert (turned.indices.dtype, abs(matrix - before).nnz) == (matrix.indices.dtype, 0)
+    x = torch.randn(60, 3)
+    product = reordered_operator(csr_operator(turned), order)
+    torch.testing.assert_close(product(x), torch.from_numpy(matrix @ x.numpy()))

@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             in_memory=False,
         )
     pretraining.check_images(len(train), args.nce_k)
-    images = Images(train, test, instance_ops(), args.num_workers, args.val_batch_size)
+    images = Images(train, test, instance_ops(gray_first=True), args.num_workers, args.val_batch_size)
     settings, folder = options.values(args, Settings), Path(args.model_dir)
     say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 

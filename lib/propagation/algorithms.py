@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from lib.cells import near_order
 from lib.filters import (
     GraphOperator,
     Seeds,
@@ -34,6 +35,8 @@ from lib.spectral import (
     csr_operator,
     laplacian_spectrum,
     normalized_affinity,
+    reordered,
+    reordered_operator,
     self_loop_choice,
 )
 
@@ -42,6 +45,7 @@ FILTER_BY = ("auto", "products", "eigenvectors")
 SPECTRUM_PRODUCTS = 50  # products with one column that an eigenvector costs, about; measured
 MUCH_CHEAPER = 4  # times, so that trying is cheap where the eigenvectors do not do
 EXACT_ENOUGH = 0.01  # share of a column that may be left out
+SORTED_FROM = 200_000  # images from which products are made in an order of their own, on a CPU
 ROWS = 8192  # worked on at a time where a copy of all scores would not fit
 LEAST_PROBABILITY = 1e-6  # of a class whose score is 0, so that its logarithm is finite
 
@@ -94,7 +98,11 @@ class Metric:
         """Products with S = D^-1/2 W D^-1/2, for the filters and the eigenvectors."""
         in_laplacian, _ = self_loop_choice(self.self_loops)
         s = normalized_affinity(self.affinity, self_loops=in_laplacian)
-        return self.workers.divide(s) if self.workers else csr_operator(s, self.features.device)
+        divide = self.workers.divide if self.workers else csr_operator
+        if len(self.features) < SORTED_FROM or self.features.device.type != "cpu":
+            return divide(s, self.features.device)
+        order = near_order(self.features)  # neighbours' rows of x are then in the cache already
+        return reordered_operator(divide(reordered(s, order.numpy()), "cpu"), order)
 
     @property
     def _shared(self) -> dict[str, Any]:

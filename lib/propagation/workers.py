@@ -214,14 +214,14 @@ class Workers:
         tensors = {"bank": bank.contiguous(), "labels": bank_labels.contiguous()}
         return self._together("vote", tensors, num_labeled=len(bank), options=options)
 
-    def divide(self, matrix: sp.csr_matrix) -> Operator:
-        """Products with a square matrix, of which every process keeps its own rows.
+    def divide(self, matrix: sp.csr_matrix, device: torch.device | str) -> Operator:
+        """Products with a square matrix on `device`, of which every process keeps its own rows.
 
         They are those of the newest matrix: older ones must not be asked for any more.
         """
         n = matrix.shape[0]
         if n < distributed.share().size:
-            return csr_operator(matrix, self._worker.device)
+            return csr_operator(matrix, device)
         parts = [_rows_of(rank, n) for rank in range(distributed.share().size)]
         sizes = [int(matrix.indptr[p.stop] - matrix.indptr[p.start]) for p in parts]
         self._together("take_rows", {"matrix": matrix}, n=n, sizes=sizes)
