@@ -3,22 +3,44 @@
 The file has the published keys: `pseudo_indexes`, `pseudo_labels` (int64, U), `pseudo_probs` (float32,
 U x C), `pseudo_weights` (float32, U: the confidence), `labeled_indexes`, `unlabeled_indexes` (int64);
 and `meta`, which is ours. The `pseudo_*` arrays are sorted by falling confidence.
+
+Between such a file and a table that every other tool reads:
+
+    python -m lib.pseudo_labels export checkpoint/pseudos/mine/250.pth.tar 250.csv
+    python -m lib.pseudo_labels import 250.csv checkpoint/pseudos/mine/250.pth.tar
+
+The columns are index (into the training set), path, label (a class name where the file knows them, else a
+number) and confidence. The images whose true labels were used have a row without confidence.
 """
 
+import argparse
+import csv
+import io
+import itertools
+import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib import checkpoint
+from datasets import build_datasets
+from lib import checkpoint, options
+from lib.files import write_whole
 from lib.split import Split
 
 SLACK = 1e-4  # rounding of float32 probabilities
 EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.999999999999996
+SUFFIX = ".pth.tar"
+CHUNK = re.compile(r"(\d+)_(\d+)\.pth\.tar")  # number of chunks, number of this one
+SHOWN = 6  # names in a message
+COLUMNS = ("index", "path", "label", "confidence")
+CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
 
 
 def _index_problems(name: str, indexes: Tensor) -> list[str]:
@@ -30,6 +52,31 @@ def _index_problems(name: str, indexes: Tensor) -> list[str]:
     if len(torch.unique(indexes)) != len(indexes):
         problems.append(f"{name} holds an index twice")
     return problems
+
+
+def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """The first class numbers that stand for something else, `number theirs / ours`; - for none."""
+    pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="-"))
+    different = [f"{number} {a} / {b}" for number, (a, b) in pairs if a != b]
+    return listed(different) + " (number, theirs / this data set's)"
+
+
+def class_names(meta: Mapping[str, Any]) -> list[str]:
+    """The class names that a record knows, empty where it knows none.
+
+    Raises:
+        ValueError: if what stands there is no list of names.
+    """
+    names = meta.get("classes") or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the classes in meta are no list of names")
+    return list(names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message, no more than a line of them."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -73,11 +120,20 @@ class PseudoLabels:
             found.append("an image is both labelled and pseudo-labelled")
         if not torch.isin(self.indexes, self.unlabeled).all():
             found.append("a pseudo-labelled image is not among unlabeled_indexes")
-        if not isinstance(self.meta, Mapping):
-            found.append(f"meta is a {type(self.meta).__name__}, not a record of names and values")
+        found += self._meta_problems()
         labels = self._label_problems()
         found += labels + self._confidence_problems()
         return found if labels else found + self._probability_problems()
+
+    def _meta_problems(self) -> list[str]:
+        if not isinstance(self.meta, Mapping):
+            return [f"meta is a {type(self.meta).__name__}, not a record of names and values"]
+        try:
+            known = class_names(self.meta)
+        except ValueError as error:
+            return [str(error)]
+        most = int(self.labels.max()) if self.labels.numel() else 0
+        return [f"the label {most} of {len(known)} class names"] if 0 < len(known) <= most else []
 
     def _label_problems(self) -> list[str]:
         labels = self.labels
@@ -127,9 +183,19 @@ class PseudoLabels:
         return []
 
     def require_fit(
-        self, num_images: int, num_classes: int, num_labeled: int, digest: str = ""
+        self,
+        num_images: int,
+        num_classes: int,
+        num_labeled: int,
+        digest: str = "",
+        classes: Sequence[str] = (),
     ) -> None:
         """Check them against a data set and the number of labels asked for.
+
+        Args:
+            num_images, num_classes, digest, classes: of the data set; the last two are compared where
+                they are recorded.
+            num_labeled: labelled images that the pseudo-labels must have been made with.
 
         Raises:
             ValueError: listing every problem.
@@ -153,6 +219,9 @@ class PseudoLabels:
         recorded = self.meta.get("data_digest", "")
         if recorded and digest and recorded != digest:
             problems.append(f"made for another data set (digest {recorded}, this one has {digest})")
+        names = class_names(self.meta)
+        if names and classes and names != list(classes):
+            problems.append(f"made for other classes: {differing_classes(names, classes)}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -237,6 +306,68 @@ def load(path: str | Path) -> PseudoLabels:
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def load_chunks(folder: str | Path) -> list[PseudoLabels]:
+    """Read a folder of chunks, `n_0.pth.tar` ... `n_<n-1>.pth.tar`, in the order of their numbers.
+
+    Raises:
+        ValueError: if the folder does not hold the whole of one set and no other, listing the files that
+            are missing and those that do not belong; if one of them is unusable; or if they were made
+            with different labelled images or data sets.
+    """
+    files = _chunk_files(Path(folder))
+    parts = [load(file) for file in files]
+    checks = {
+        "other labelled images": lambda p: p.labeled.sort().values.tolist(),
+        "another data set": lambda p: p.meta.get("data_digest", ""),
+    }
+    problems = []
+    for what, value in checks.items():
+        first = value(parts[0])
+        others = [f.name for f, part in zip(files, parts, strict=True) if value(part) != first]
+        if others:
+            problems.append(f"{listed(others)} made with {what} than {files[0].name}")
+    if problems:
+        raise ValueError(f"{folder} is no one set of chunks: {'; '.join(problems)}")
+    return parts
+
+
+def _chunk_files(folder: Path) -> list[Path]:
+    """The files of the set of chunks that a folder holds; anything but .pth.tar may lie beside them."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is no folder; give one with chunks 10_0.pth.tar ... 10_9.pth.tar"
+        )
+    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIX))
+    sizes = Counter(int(match[1]) for name in names if (match := CHUNK.fullmatch(name)))
+    if not sizes:
+        raise ValueError(
+            f"{folder} holds no chunks such as 10_0.pth.tar; its files are: {listed(names) or 'none'}"
+        )
+    size = sizes.most_common(1)[0][0]
+    foreign = [name for name in names if not _belongs(name, size)]
+    wanted = (f"{size}_{number}{SUFFIX}" for number in range(size))  # lazy: a name can say 10^9
+    missing = list(itertools.islice((n for n in wanted if n not in names), SHOWN))
+    problems = []
+    if missing:
+        count = size - (len(names) - len(foreign))
+        problems.append(f"{count} missing ({', '.join(missing)}{' ...' * (count > SHOWN)})")
+    if foreign:
+        problems.append(f"{len(foreign)} that do not belong to it ({listed(foreign)})")
+    if problems:
+        raise ValueError(
+            f"{folder} must hold the {size} chunks of one set and no other {SUFFIX}: "
+            + " and ".join(problems)
+        )
+    return [folder / f"{size}_{number}{SUFFIX}" for number in range(size)]
+
+
+def _belongs(name: str, size: int) -> bool:
+    """Whether a file is named as one of the `size` chunks of a set."""
+    match = CHUNK.fullmatch(name)
+    number = int(match[2]) if match else size
+    return number < size and name == f"{size}_{number}{SUFFIX}"
 
 
 def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:
@@ -385,3 +516,169 @@ def from_scores(
     else:
         weights = _confidence(confidence)(probabilities)
     return _build(probabilities, weights, scores.argmax(dim=1), split, meta or {})
+
+
+def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ()) -> None:
+    """Write pseudo-labels as a table with the columns `COLUMNS`, most confident first.
+
+    Labels are class names where `meta` records them. An image that is labelled has no confidence, one
+    that got no pseudo-label has no label and the confidence 0. A first line that starts with # holds
+    `meta`. Probabilities and the order of `unlabeled` are not kept; all else comes back by `from_csv`.
+
+    Args:
+        paths: file of each image of the training set, for the column path; none: empty.
+
+    Raises:
+        ValueError: if it cannot be written, or the paths are fewer than the images.
+    """
+    names = class_names(pseudo.meta)
+    places = pseudo.indexes.tolist()
+    labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
+    confidence = [f"{value:.9g}" for value in pseudo.confidence.tolist()]  # all of a float32
+    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)].tolist()
+    places += rest + pseudo.labeled.tolist()
+    labels += [""] * (len(places) - len(labels))
+    confidence += ["0"] * len(rest) + [""] * len(pseudo.labeled)
+    if paths and max(places, default=0) >= len(paths):
+        raise ValueError(f"{len(paths)} paths for the image with index {max(places)}")
+    buffer = io.StringIO()
+    if pseudo.meta:
+        buffer.write(CSV_META + json.dumps(dict(pseudo.meta), default=str) + "\n")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    files = [paths[place] for place in places] if paths else [""] * len(places)
+    writer.writerows(zip(places, files, labels, confidence, strict=True))
+    try:
+        write_whole(buffer.getvalue().encode(), Path(path))
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def from_csv(path: str | Path) -> PseudoLabels:
+    """Read a table as `to_csv` writes it, or another tool: in any order, with or without paths.
+
+    Raises:
+        ValueError: naming the file, and the lines that are wrong or what the whole lacks.
+    """
+    try:
+        text = Path(path).read_text(
+            encoding="utf-8-sig"
+        )  # with the mark that spreadsheets put first
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    try:
+        meta, table = _csv_meta(text)
+        rows = _csv_rows(table, class_names(meta), first_line=text.count("\n") - table.count("\n"))
+        labeled = [row.index for row in rows if row.confidence is None]
+        given = [row for row in rows if row.confidence is not None and row.label is not None]
+        given.sort(key=lambda row: -row.confidence)
+        rest = [row.index for row in rows if row.confidence is not None and row.label is None]
+        indexes = [row.index for row in given]
+        return PseudoLabels(
+            torch.tensor(indexes, dtype=torch.int64),
+            torch.tensor([row.label for row in given], dtype=torch.int64),
+            torch.tensor([row.confidence for row in given], dtype=torch.float32),
+            torch.tensor(labeled, dtype=torch.int64),
+            torch.tensor(indexes + rest, dtype=torch.int64),
+            meta=meta,
+        )
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class _Row(NamedTuple):
+    """A line of a table: pseudo-labelled; without label: not; without confidence: labelled."""
+
+    index: int
+    label: int | None
+    confidence: float | None
+
+
+def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
+    """The record in a first line that starts with #, if there is one, and the lines behind it."""
+    if not text.startswith("#"):
+        return {}, text
+    line, _, table = text.partition("\n")
+    if not line.startswith(CSV_META):
+        return {}, table
+    try:
+        meta = json.loads(line.removeprefix(CSV_META))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the record in its first line is damaged ({error})") from error
+    if not isinstance(meta, dict):
+        raise ValueError("the record in its first line is none of names and values")
+    return meta, table
+
+
+def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[_Row]:
+    """The lines of a table without its record, all that are wrong in one ValueError."""
+    reader = csv.DictReader(io.StringIO(table))
+    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ()) and name != "path"]
+    if lacking:
+        raise ValueError(f"it has no column {', '.join(lacking)}; expected: {','.join(COLUMNS)}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows, wrong = [], []
+    for line in reader:
+        try:
+            rows.append(_csv_row(line, numbers))
+        except ValueError as error:
+            wrong.append(f"line {reader.line_num + first_line}: {error}")
+    if wrong:
+        raise ValueError(f"{len(wrong)} lines cannot be understood: {listed(wrong)}")
+    return rows
+
+
+def _csv_row(line: Mapping[str, str | None], numbers: Mapping[str, int]) -> _Row:
+    index, label, confidence = (line[name] or "" for name in ("index", "label", "confidence"))
+    place = _number(int, index, "index")
+    if not confidence:
+        return _Row(place, None, None)
+    weight = _number(float, confidence, "confidence")
+    if not label:
+        if weight:
+            raise ValueError(f"the confidence {confidence} of no label")
+        return _Row(place, None, weight)
+    if not numbers:
+        return _Row(place, _number(int, label, "label"), weight)
+    if label not in numbers:
+        raise ValueError(f"{label!r} is none of the classes in the first line")
+    return _Row(place, numbers[label], weight)
+
+
+def _number(kind: Callable[[str], Any], text: str, what: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"the {what} {text!r} is no number") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    parser.add_argument("action", choices=("export", "import"), help="to or from a table")
+    parser.add_argument("source", metavar="IN", help="export: .pth.tar; import: .csv")
+    parser.add_argument("target", metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--data-dir",
+        default="",
+        metavar="DIR",
+        help="export: the folder data set (DIR/train/<class>/* ...) whose paths to write; none: no paths",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.action == "export":
+        pseudo, paths = load(args.source), ()
+        if args.data_dir:
+            paths = build_datasets("folder", args.data_dir, in_memory=False)[0].paths
+        to_csv(pseudo, args.target, paths=paths)
+    else:
+        pseudo = from_csv(args.source)
+        save(pseudo, args.target)
+    print(
+        f"{args.target}: {len(pseudo.indexes)} pseudo-labelled and {len(pseudo.labeled)} labelled images"
+    )
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())

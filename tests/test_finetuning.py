@@ -3,7 +3,11 @@
 import json
 import math
 import os
+import random
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,8 @@ from test_pretraining import (
 )
 
 from datasets import build_datasets
-from lib import checkpoint, engine, pseudo_labels
+from lib import checkpoint, engine, options, pseudo_labels
+from lib import finetuning as shared
 from lib.devices import Compute
 from lib.loader import Batch
 from lib.split import labeled_split
@@ -77,8 +82,8 @@ def examples_of(world: Path, *words: object) -> Any:
     data = ("--dataset", "folder", "--data-dir", world / "pictures", "--num-labeled", LABELS)
     args = finetuning.build_parser().parse_args([str(w) for w in (*data, *words)])
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
-    pseudo = pseudo_labels.load(args.pseudo_file) if args.pseudo_file else None
-    return finetuning.choose_examples(args, train, pseudo)
+    parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    return shared.choose_examples(train, parts, options.values(args, shared.Settings))
 
 
 def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp_path):
@@ -186,7 +191,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(finetune, world, tmp_path, star
     words += ("--pseudo-file", world / "pseudo.pth.tar", "--confidence-weighted")
     metric = ("--resume", world / "metric.pth.tar") if start == "metric" else ()
     whole = finetune(*words, *metric, name="whole")
-    with interrupted(finetuning, "save", 3):
+    with interrupted(shared, "save", 3):
         finetune(*words, *metric, name="cut")
     file = tmp_path / "cut" / "e" / "ckpt.pth.tar"
     assert checkpoint.load_dict(file)["step"] == 6
@@ -204,8 +209,133 @@ def test_resume_equals_uninterrupted_bit_for_bit(finetune, world, tmp_path, star
         assert list(repeated.values()) == deterministic(whole_lines, event)
 
 
+def assert_same_run(one: Path, other: Path) -> None:
+    """Checkpoints to the last bit, and the same lines of the log in the same order."""
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        states = [checkpoint.load_dict(folder / "e" / name) for folder in (one, other)]
+        assert_same(*map(without_meta, states))
+    lines = [log_lines(folder / "log" / "e") for folder in (one, other)]
+    for event in ("train", "test", "end"):
+        assert deterministic(lines[0], event) == deterministic(lines[1], event)
+
+
+STOPPED = ("--print-freq", 4, "--eval-freq", 6, "--lr", 0.1, "--confidence-weighted")
+
+
+def test_a_run_stopped_between_two_lines_of_the_log_logs_them_as_the_uninterrupted_one(
+    finetune, world, capsys
+):
+    words = (*STOPPED, "--max-iters", 14, "--pseudo-file", world / "pseudo.pth.tar")
+    words += ("--pretrained", world / "metric.pth.tar")
+    whole, starts = finetune(*words, name="whole"), (3, 2, 1, 7)
+    for steps in starts:  # amid a mean, at a test, twice in a row, to the last but one
+        cut = finetune(*words, "--resume", "auto", "--stop-after", steps, name="cut")
+        file = cut / "e" / "ckpt.pth.tar"
+        assert f"continue: python {sys.argv[0]}" in capsys.readouterr().out
+    assert last(cut)["step"] == sum(starts)
+    finetune(*words, "--resume", "auto", name="cut")
+    assert f"--resume auto takes {file}" in capsys.readouterr().out
+    assert_same_run(whole, cut)
+
+
+def test_resume_auto_starts_afresh_where_there_is_no_checkpoint_and_says_so(finetune, capsys):
+    folder = finetune("--resume", "auto")
+    assert f"no checkpoint in {folder / 'e'} yet, starting afresh" in capsys.readouterr().out
+    assert_same(without_meta(last(folder)), without_meta(last(finetune(name="plain"))))
+
+
+def test_a_run_goes_on_without_looking_at_the_weights_it_once_started_from(finetune, world):
+    words = ("--max-iters", 4, "--pretrained", world / "metric.pth.tar")
+    folder = finetune(*words, "--stop-after", 2)
+    whole = finetune(*words, name="whole")
+    folder = finetune("--max-iters", 4, "--resume", "auto")
+    assert_same(without_meta(last(folder)), without_meta(last(whole)))
+
+
+def test_two_sets_of_weights_to_start_from_are_one_too_many(finetune, world):
+    with pytest.raises(ValueError, match="both hold weights to start from"):
+        finetune(
+            *(word for o in ("--resume", "--pretrained") for word in (o, world / "metric.pth.tar"))
+        )
+
+
+def interrupt(command: list[str], number: signal.Signals, ready: Path, delay: float) -> int:
+    """Send a signal to a run a while after it has written `ready` anew; its exit code."""
+    before = ready.stat().st_mtime_ns if ready.is_file() else 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not (
+            ready.is_file() and ready.stat().st_mtime_ns != before
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        return process.returncode
+
+
+def run_until_finished(
+    world: Path, folder: Path, signals: list[signal.Signals], *words: object
+) -> list:
+    """The script again and again with --resume auto, ended by the signals; exit codes."""
+    line = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY, "--num-labeled", LABELS)
+    line += ("--model-root", folder, "--log-root", folder / "log", "--exp-name", "e", *words)
+    command = [sys.executable, ROOT / "cifar-semi.py", *line, "--resume", "auto"]
+    command, rng = [str(word) for word in command], random.Random(0)
+    ready = folder / "e" / "ckpt.pth.tar"
+    codes = [interrupt(command, number, ready, rng.uniform(0, 0.1)) for number in signals]
+    assert_ok(subprocess.run(command, capture_output=True, text=True, check=False))
+    return codes
+
+
+def test_sigterm_and_ctrl_c_lose_nothing(finetune, world, tmp_path):
+    words = (*STOPPED, "--max-iters", 300, "--eval-freq", 10, "--print-freq", 7)
+    words += ("--pseudo-file", world / "pseudo.pth.tar", "--finetune")
+    words += ("--pretrained", world / "metric.pth.tar")
+    whole = finetune(*words, name="whole")
+    codes = run_until_finished(world, tmp_path / "cut", [signal.SIGTERM, signal.SIGINT], *words)
+    assert codes == [143, 130]
+    assert_same_run(whole, tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_twenty_signals_lose_nothing(finetune, world, tmp_path):
+    words = (*STOPPED, "--max-iters", 1500, "--eval-freq", 10, "--print-freq", 7)
+    words += ("--pseudo-file", world / "pseudo.pth.tar")
+    whole = finetune(*words, name="whole")
+    signals = [signal.SIGTERM, signal.SIGINT] * 10
+    codes = run_until_finished(world, tmp_path / "cut", signals, *words)
+    assert codes == [143, 130] * 10
+    assert_same_run(whole, tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_twenty_random_interruptions_change_no_bit(finetune, world):
+    words = (*STOPPED, "--max-iters", 60, "--eval-freq", 7, "--print-freq", 5)
+    words += ("--pseudo-file", world / "pseudo.pth.tar", "--iter-size", 2)
+    whole, rng = finetune(*words, name="whole"), random.Random(0)
+    for _ in range(20):
+        cut = finetune(*words, "--resume", "auto", "--stop-after", rng.randint(1, 4), name="cut")
+    assert 20 <= last(cut)["step"] < 60
+    finetune(*words, "--resume", "auto", name="cut")
+    assert_same_run(whole, cut)
+
+
+def test_class_names_travel_and_others_are_refused(finetune, tmp_path):
+    folder = finetune()
+    assert last(folder)["classes"] == ["blue", "gray", "green", "red"]
+    other = make_folder(tmp_path / "other")
+    for part in ("train", "test"):
+        (other / part / "red").rename(other / part / "violet")
+    line = ("--data-dir", other, "--resume", folder / "e" / "ckpt.pth.tar")
+    for more in ((), ("--eval",)):
+        with pytest.raises(ValueError, match="other classes than these: 3 red / violet"):
+            finetune(*line, *more)
+
+
 def test_the_best_accuracy_is_remembered_on_resume(finetune, tmp_path):
-    with interrupted(finetuning, "save", 2):
+    with interrupted(shared, "save", 2):
         finetune("--eval-freq", 2)
     file, best = (tmp_path / "run" / "e" / f"ckpt.{x}pth.tar" for x in ("", "best."))
     checkpoint.save(checkpoint.load_dict(file) | {"best_acc": 101.0}, file)
@@ -297,6 +427,7 @@ def test_finetune_gives_the_frozen_layers_no_gradient():
         (("--lr-scheduler", "one-cycle"), ()),
         (("--max-iters", 5), ()),
         (("-b", 8), ()),
+        (("--iter-size", 2), ()),
         (("--rng-seed", 1), ()),
         (("--image-size", 24), ()),
         (("--precision", "bf16"), ()),
@@ -304,6 +435,7 @@ def test_finetune_gives_the_frozen_layers_no_gradient():
         (("--num-labeled", "all"), ()),
         (("--criterion", "MultiMarginLoss"), ()),
         (("--resume", "METRIC"), ()),
+        (("--pretrained", "METRIC"), ()),
         (("--finetune",), ()),
         (("--pseudo-file", "PSEUDO"), ()),
         (("--pseudo-file", "PSEUDO", "--pseudo-ratio", 0.3), ("--pseudo-file", "PSEUDO")),
@@ -418,10 +550,12 @@ def test_weights_that_a_last_step_blew_up_are_not_saved(finetune, tmp_path):
 
 
 def test_settings_without_effect_are_named(finetune, capsys):
-    finetune("--pseudo-ratio", 0.2, "--class-balanced", "--confidence-weighted")
+    unused = ("--class-balanced", "--confidence-weighted", "--pseudo-per-chunk")
+    finetune("--pseudo-ratio", 0.2, *unused)
     said = capsys.readouterr().err
-    for option in ("--pseudo-ratio", "--class-balanced", "--confidence-weighted"):
-        assert f"{option} has no effect without --pseudo-file" in said
+    for option in ("--pseudo-ratio", *unused[:2]):
+        assert f"{option} has no effect without --pseudo-file or --pseudo-dir" in said
+    assert "--pseudo-per-chunk has no effect without --pseudo-dir" in said
     finetune()
     assert "no effect" not in capsys.readouterr().err
 

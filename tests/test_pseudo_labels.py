@@ -4,14 +4,18 @@ import math
 
 import pytest
 import torch
+from conftest import assert_ok, assert_refused, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pretraining import make_folder
 
+from datasets import build_datasets
 from lib import checkpoint, pseudo_labels
 from lib.pseudo_labels import PseudoLabels, from_probabilities, from_scores
 from lib.split import Split
 
 NUM_IMAGES, NUM_CLASSES, NUM_LABELED = 40, 4, 8
+CLASSES = ["ant", "bee", "cat", "dog"]
 
 
 def good_state(seed=0):
@@ -19,14 +23,14 @@ def good_state(seed=0):
     order = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(seed))
     scores = 3 * torch.randn(NUM_IMAGES, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
     split = Split(order[:NUM_LABELED], order[NUM_LABELED:])
-    return from_scores(scores, split, {"data_digest": "aa11"}).state()
+    return from_scores(scores, split, {"data_digest": "aa11", "classes": CLASSES}).state()
 
 
 def read(tmp_path, state):
     """Through the file, as phase 3 does."""
     checkpoint.save(state, tmp_path / "p.pth.tar")
     pseudo = pseudo_labels.load(tmp_path / "p.pth.tar")
-    pseudo.require_fit(NUM_IMAGES, NUM_CLASSES, NUM_LABELED, "aa11")
+    pseudo.require_fit(NUM_IMAGES, NUM_CLASSES, NUM_LABELED, "aa11", CLASSES)
     return pseudo
 
 
@@ -121,6 +125,16 @@ MUTATIONS = {  # name: (change, words of the message)
         "made for another data set",
     ),
     "meta is a list": (lambda s: s.update(meta=[1]), "meta is a list"),
+    "other classes": (
+        lambda s: s.update(meta={"classes": ["ant", "cat", "bee", "dog"]}),
+        "other classes: 1 cat / bee, 2 bee / cat",
+    ),
+    "more classes": (
+        lambda s: s.update(meta={"classes": [*CLASSES, "elk"]}),
+        "other classes: 4 elk / -",
+    ),
+    "classes without names": (lambda s: s.update(meta={"classes": [1, 2]}), "no list of names"),
+    "too few class names": (lambda s: s.update(meta={"classes": ["ant"]}), "of 1 class names"),
 }
 
 
@@ -142,6 +156,125 @@ def test_no_damage_slips_through_on_any_content(seed, name, tmp_path_factory):
     MUTATIONS[name][0](state)
     with pytest.raises(ValueError, match=r"\w"):
         read(folder, state)
+
+
+ARRAYS = ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "pseudo_probs")
+INDEXES = ("pseudo_indexes", "labeled_indexes", "unlabeled_indexes")
+
+
+def set_one(state, key, draw, value):
+    state[key] = state[key].clone()
+    flat = state[key].view(-1)
+    flat[draw(st.integers(0, len(flat) - 1))] = value
+
+
+def lose_a_key(state, draw):
+    del state[draw(st.sampled_from([*ARRAYS[:2], *INDEXES]))]
+
+
+def change_the_type(state, draw):
+    key = draw(st.sampled_from([*INDEXES, "pseudo_labels"]))
+    types = [torch.int32, torch.int16, torch.uint8, torch.float32, torch.float64, torch.bool]
+    state[key] = state[key].to(draw(st.sampled_from(types)))
+
+
+def change_the_length(state, draw):
+    key = draw(st.sampled_from(ARRAYS))
+    kept = draw(st.integers(0, len(state[key]) - 1))
+    state[key] = state[key][:kept]
+
+
+def put_a_negative_index(state, draw):
+    set_one(state, draw(st.sampled_from(INDEXES)), draw, draw(st.integers(-(2**62), -1)))
+
+
+def put_an_index_beyond_the_images(state, draw):
+    beyond = draw(st.integers(NUM_IMAGES, 2**62))
+    set_one(state, draw(st.sampled_from(INDEXES)), draw, beyond)
+
+
+def repeat_an_index(state, draw):
+    key = draw(st.sampled_from(INDEXES))
+    state[key] = state[key].clone()
+    places = st.integers(0, len(state[key]) - 1)
+    a, b = draw(st.tuples(places, places).filter(lambda pair: pair[0] != pair[1]))
+    state[key][a] = state[key][b]
+
+
+def label_an_image_twice(state, draw):
+    place = draw(st.integers(0, NUM_LABELED - 1))
+    set_one(state, "pseudo_indexes", draw, state["labeled_indexes"][place])
+
+
+def put_a_label_that_is_no_class(state, draw):
+    outside = st.integers(-(2**62), -1) | st.integers(NUM_CLASSES, 2**62)
+    set_one(state, "pseudo_labels", draw, draw(outside))
+
+
+def label_more_or_fewer(state, draw):
+    state["labeled_indexes"] = state["labeled_indexes"][: draw(st.integers(0, NUM_LABELED - 1))]
+
+
+def put_a_probability_that_is_none(state, draw):
+    nothing = st.sampled_from([math.nan, math.inf, -math.inf, -0.5, 1.5, 100.0])
+    set_one(state, "pseudo_probs", draw, draw(nothing))
+
+
+def choose_an_unlikely_label(state, draw):
+    probs, labels = state["pseudo_probs"], state["pseudo_labels"].clone()
+    row = draw(st.integers(0, len(labels) - 1))
+    second = float(probs[row].topk(2).values[1])
+    if float(probs[row].max()) - second > 0.01:
+        labels[row] = int(probs[row].argmin())
+    else:  # a tie: nothing wrong with either label
+        labels[row] = NUM_CLASSES
+    state["pseudo_labels"] = labels
+
+
+def put_a_weight_that_is_none(state, draw):
+    nothing = st.sampled_from([math.nan, math.inf, -math.inf]) | st.floats(1.01, 1e30)
+    set_one(state, "pseudo_weights", draw, draw(nothing | st.floats(-1e30, -0.01)))
+
+
+def let_the_weights_rise(state, draw):
+    weights = state["pseudo_weights"].clone()
+    place = draw(st.integers(1, len(weights) - 1))
+    weights[:place], weights[place:] = weights[:place] * 0.4, 0.9
+    state["pseudo_weights"] = weights
+
+
+def come_from_elsewhere(state, draw):
+    other = st.text(max_size=8).filter(lambda text: text not in ("", "aa11"))
+    names = st.permutations(CLASSES).filter(lambda order: order != CLASSES)
+    meta = draw(other.map(lambda text: {"data_digest": text}) | names.map(lambda c: {"classes": c}))
+    state["meta"] = meta
+
+
+DAMAGE = [
+    *(lose_a_key, change_the_type, change_the_length, put_a_negative_index, repeat_an_index),
+    *(put_an_index_beyond_the_images, label_an_image_twice, put_a_label_that_is_no_class),
+    *(label_more_or_fewer, put_a_probability_that_is_none, choose_an_unlikely_label),
+    *(put_a_weight_that_is_none, let_the_weights_rise, come_from_elsewhere),
+]
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files_of_fourteen_kinds_are_all_refused(tmp_path_factory):
+    folder, refused = tmp_path_factory.mktemp("files"), dict.fromkeys(DAMAGE, 0)
+    assert len(refused) == 14
+
+    @settings(max_examples=1000, deadline=None, derandomize=True)
+    @given(data=st.data(), seed=st.integers(0, 10**6))
+    def check(data, seed):
+        state, damage = good_state(seed), data.draw(st.sampled_from(DAMAGE))
+        damage(state, data.draw)
+        with pytest.raises(ValueError, match=r"\w"):
+            read(folder, state)
+        refused[damage] += 1
+
+    check()
+    assert sum(refused.values()) >= 1000
+    assert min(refused.values()) >= 20, refused
 
 
 def test_message_names_the_file_and_every_problem(tmp_path):
@@ -169,6 +302,7 @@ def test_labels_out_of_range_are_seen_without_probabilities_too(tmp_path):
     state = good_state()
     del state["pseudo_probs"]
     read(tmp_path, state)
+    state["meta"] = {}
     state["pseudo_labels"] = state["pseudo_labels"] + 1
     with pytest.raises(ValueError, match="label 4 in a data set of 4 classes"):
         read(tmp_path, state)
@@ -208,7 +342,7 @@ def test_file_comes_back_as_it_was_written(tmp_path):
         assert loaded[key].dtype == (
             torch.float32 if key in ("pseudo_probs", "pseudo_weights") else torch.int64
         )
-    assert loaded["meta"] == {"data_digest": "aa11"}
+    assert loaded["meta"] == {"data_digest": "aa11", "classes": CLASSES}
 
 
 def test_file_without_weights_takes_the_largest_probability(tmp_path):
@@ -325,3 +459,224 @@ def test_ratio_outside_of_0_to_1_is_refused(ratio):
     for class_balanced in (False, True):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             with_labels([0, 1]).select(ratio, class_balanced=class_balanced)
+
+
+def chunks(folder, sizes, seed=0, num_chunks=None):
+    """`sizes[i]` pseudo-labelled images in chunk i, all with the labelled images 0 ... 3."""
+    parts, first = [], 4
+    generator = torch.Generator().manual_seed(seed)
+    for number, size in enumerate(sizes):
+        members = torch.arange(first, first + size)
+        first += size
+        weights = torch.rand(size, generator=generator).sort(descending=True).values
+        labels = torch.randint(0, 4, (size,), generator=generator)
+        meta = {"data_digest": "aa11"}
+        part = PseudoLabels(members, labels, weights, torch.arange(4), members, meta=meta)
+        pseudo_labels.save(part, folder / f"{num_chunks or len(sizes)}_{number}.pth.tar")
+        parts.append(part)
+    return parts
+
+
+def test_chunks_are_read_in_the_order_of_their_numbers(tmp_path):
+    written = chunks(tmp_path, range(1, 13))  # twelve: the names sort 10, 11 before 2
+    (tmp_path / "curve.png").touch()  # pictures and notes may lie beside them
+    read_back = pseudo_labels.load_chunks(tmp_path)
+    assert [len(part.indexes) for part in read_back] == list(range(1, 13))
+    for one, other in zip(written, read_back, strict=True):
+        assert torch.equal(one.indexes, other.indexes)
+
+
+def other_labels(folder):
+    state = checkpoint.load_dict(folder / "3_1.pth.tar")
+    state["labeled_indexes"] = torch.arange(1, 4)
+    checkpoint.save(state, folder / "3_1.pth.tar")
+
+
+def other_data(folder):
+    state = checkpoint.load_dict(folder / "3_2.pth.tar")
+    checkpoint.save(state | {"meta": {"data_digest": "bb22"}}, folder / "3_2.pth.tar")
+
+
+CHUNK_FAULTS = {
+    "one is missing": (
+        lambda f: (f / "3_1.pth.tar").unlink(),
+        r"the 3 chunks of one set .*: 1 missing \(3_1.pth.tar\)$",
+    ),
+    "one of another set": (
+        lambda f: (f / "3_1.pth.tar").rename(f / "10_1.pth.tar"),
+        r"1 missing \(3_1.pth.tar\) and 1 that do not belong to it \(10_1.pth.tar\)",
+    ),
+    "a whole other set too": (
+        lambda f: chunks(f, [2, 2]),
+        r"2 that do not belong to it \(2_0.pth.tar, 2_1.pth.tar\)",
+    ),
+    "a number too large": (
+        lambda f: (f / "3_0.pth.tar").rename(f / "3_3.pth.tar"),
+        r"1 missing \(3_0.pth.tar\) and 1 that do not belong to it \(3_3.pth.tar\)",
+    ),
+    "another file": (
+        lambda f: (f / "250.pth.tar").touch(),
+        r"1 that do not belong to it \(250.pth.tar\)",
+    ),
+    "a second name for one number": (
+        lambda f: (f / "3_01.pth.tar").touch(),
+        r"1 that do not belong to it \(3_01.pth.tar\)",
+    ),
+    "other labelled images": (
+        other_labels,
+        r"3_1.pth.tar made with other labelled images than 3_0",
+    ),
+    "another data set": (other_data, r"3_2.pth.tar made with another data set than 3_0.pth.tar"),
+    "a damaged one": (lambda f: (f / "3_2.pth.tar").write_bytes(b"x"), r"3_2.pth.tar"),
+}
+
+
+@pytest.mark.parametrize("fault", CHUNK_FAULTS)
+def test_a_folder_that_is_not_one_whole_set_is_refused_with_what_is_wrong(tmp_path, fault):
+    chunks(tmp_path, [3, 3, 3])
+    damage, words = CHUNK_FAULTS[fault]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words) as caught:
+        pseudo_labels.load_chunks(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_without_chunks_or_none_at_all_is_refused(tmp_path):
+    (tmp_path / "250.pth.tar").touch()
+    with pytest.raises(ValueError, match=r"no chunks such as 10_0.*: 250\.pth\.tar"):
+        pseudo_labels.load_chunks(tmp_path)
+    with pytest.raises(ValueError, match="is no folder"):
+        pseudo_labels.load_chunks(tmp_path / "250.pth.tar")
+
+
+def test_a_name_that_claims_a_billion_chunks_costs_nothing(tmp_path):
+    (tmp_path / "1000000000_0.pth.tar").touch()
+    with pytest.raises(ValueError, match=r"999999999 missing \(1000000000_1.pth.tar, .* \.\.\.\)"):
+        pseudo_labels.load_chunks(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), known=st.booleans())
+def test_a_table_brings_everything_back_but_probabilities(seed, known, tmp_path_factory):
+    file = tmp_path_factory.mktemp("table") / "p.csv"
+    state = good_state(seed)
+    if not known:
+        state["meta"] = {}
+    pseudo = read_values(state)
+    pseudo_labels.to_csv(pseudo, file)
+    again = pseudo_labels.from_csv(file)
+    for name in ("indexes", "labels", "confidence", "labeled"):
+        assert torch.equal(getattr(again, name), getattr(pseudo, name)), name
+    assert sorted(again.unlabeled.tolist()) == sorted(pseudo.unlabeled.tolist())
+    assert again.meta == pseudo.meta
+    assert again.probabilities is None
+
+
+def read_values(state):
+    keys = ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "labeled_indexes")
+    values = [state[key] for key in (*keys, "unlabeled_indexes", "pseudo_probs")]
+    return PseudoLabels(*values, state["meta"])
+
+
+def test_a_table_says_names_paths_and_what_is_labelled(tmp_path):
+    pseudo = PseudoLabels(
+        torch.tensor([4, 1]),
+        torch.tensor([1, 0]),
+        torch.tensor([0.75, 0.1]),
+        torch.tensor([2, 0]),
+        torch.tensor([1, 3, 4]),
+        meta={"classes": ["ant, red", "bee"]},
+    )
+    pseudo_labels.to_csv(pseudo, tmp_path / "p.csv", paths=[f"train/{i}.png" for i in range(5)])
+    assert (tmp_path / "p.csv").read_text().splitlines() == [
+        '# meta {"classes": ["ant, red", "bee"]}',
+        "index,path,label,confidence",
+        "4,train/4.png,bee,0.75",
+        '1,train/1.png,"ant, red",0.100000001',
+        "3,train/3.png,,0",
+        "2,train/2.png,,",
+        "0,train/0.png,,",
+    ]
+    again = pseudo_labels.from_csv(tmp_path / "p.csv")
+    assert again.labels.tolist() == [1, 0]
+    assert again.unlabeled.tolist() == [4, 1, 3]
+    with pytest.raises(ValueError, match="4 paths for the image with index 4"):
+        pseudo_labels.to_csv(pseudo, tmp_path / "p.csv", paths=["a.png"] * 4)
+
+
+def test_a_table_of_another_tool_may_be_in_any_order_and_have_more_columns(tmp_path):
+    lines = ["# made elsewhere", "label,index,confidence,note", "1,7,0.25,x", "0,3,0.5,y", ",9,,"]
+    (tmp_path / "p.csv").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
+    pseudo = pseudo_labels.from_csv(tmp_path / "p.csv")
+    assert pseudo.indexes.tolist() == [3, 7]
+    assert pseudo.labels.tolist() == [0, 1]
+    assert pseudo.confidence.tolist() == [0.5, 0.25]
+    assert pseudo.labeled.tolist() == [9]
+
+
+TABLE = "index,path,label,confidence\n"
+TABLES = {  # content: words of the message
+    "": "no column index, label, confidence",
+    "index,label\n1,2\n": "no column confidence",
+    TABLE + "x,,1,0.5\n": "line 2: the index 'x' is no number",
+    TABLE + "1,,1,0.5\n2,,ant,0.5\n": "line 3: the label 'ant' is no number",
+    TABLE + "1,,1,much\n": "line 2: the confidence 'much' is no number",
+    TABLE + "1,,,0.5\n": "line 2: the confidence 0.5 of no label",
+    TABLE + "1,,1,0.5\n1,,2,0.4\n": "holds an index twice",
+    TABLE + "1,,1,nan\n": "NaN",
+    TABLE + f"{2**70},,1,0.5\n": "p.csv: ",
+    '# meta {"classes": ["ant"]}\n'
+    + TABLE
+    + "1,,bee,0.5\n": "line 3: 'bee' is none of the classes",
+    '# meta {"classes": 5}\n' + TABLE: "no list of names",
+    "# meta {\n" + TABLE: "record in its first line is damaged",
+    "# meta [1]\n" + TABLE: "none of names and values",
+}
+
+
+@pytest.mark.parametrize("content", TABLES)
+def test_a_table_that_cannot_be_understood_is_refused_by_line(tmp_path, content):
+    (tmp_path / "p.csv").write_text(content)
+    with pytest.raises(ValueError, match=TABLES[content]) as caught:
+        pseudo_labels.from_csv(tmp_path / "p.csv")
+    assert "p.csv" in str(caught.value)
+
+
+def test_a_table_that_is_no_text_or_no_file_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_bytes(b"\xff\xfe\x00")
+    for file in (tmp_path / "p.csv", tmp_path / "none.csv", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read as a table"):
+            pseudo_labels.from_csv(file)
+    with pytest.raises(ValueError, match="cannot write"):
+        pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "none" / "p.csv")
+
+
+def test_paths_come_from_the_folder_of_the_images(tmp_path):
+    make_folder(tmp_path / "pictures", unlabeled=4, test=False)  # 44 of them
+    checkpoint.save(good_state(), tmp_path / "p.pth.tar")
+    words = [
+        "export",
+        tmp_path / "p.pth.tar",
+        tmp_path / "p.csv",
+        "--data-dir",
+        tmp_path / "pictures",
+    ]
+    pseudo_labels.main(pseudo_labels.build_parser().parse_args([str(word) for word in words]))
+    lines = (tmp_path / "p.csv").read_text().splitlines()[2:]
+    train, _ = build_datasets("folder", tmp_path / "pictures", image_size=16)
+    assert len(lines) == NUM_IMAGES
+    for index, path, *_ in (line.split(",") for line in lines):
+        assert path == train.paths[int(index)]
+
+
+def test_the_command_line_goes_there_and_back(tmp_path):
+    checkpoint.save(good_state(), tmp_path / "p.pth.tar")
+    module = ("-m", "lib.pseudo_labels")
+    output = assert_ok(run_script(*module, "export", tmp_path / "p.pth.tar", tmp_path / "p.csv"))
+    assert "32 pseudo-labelled and 8 labelled images" in output
+    assert_ok(run_script(*module, "import", tmp_path / "p.csv", tmp_path / "q.pth.tar"))
+    one, other = (checkpoint.load_dict(tmp_path / f"{name}.pth.tar") for name in "pq")
+    for key in ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "labeled_indexes"):
+        assert torch.equal(one[key], other[key])
+    assert one["meta"] == other["meta"]
+    assert_refused(run_script(*module, "import", tmp_path / "p.pth.tar", tmp_path / "x"), "table")

@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.schedule import ETA_MIN, SCHEDULES, learning_rate
+from lib.schedule import (
+    ETA_MIN,
+    IMAGENET_FINETUNE_DROPS,
+    IMAGENET_INSTANCE_DROPS,
+    SCHEDULES,
+    learning_rate,
+)
 
 STEPS_PER_EPOCH = 7
 
@@ -129,3 +135,25 @@ def test_one_cycle_rises_for_three_tenths_and_then_falls_to_eta_min():
 def test_an_unknown_schedule_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"step-wise.*multi-step.*cosine-with-restart"):
         learning_rate("step-wise", base=0.1, total=10)
+
+
+@pytest.mark.parametrize(
+    ("drops", "total", "milestones"),
+    [(IMAGENET_FINETUNE_DROPS, 50000, (21429, 42857)), (IMAGENET_INSTANCE_DROPS, 200, (120, 160))],
+    ids=["finetuning", "instance discrimination"],
+)
+def test_imagenet_drops_to_a_tenth_at_its_published_places(drops, total, milestones):
+    rate = learning_rate("multi-step", base=1.0, total=total, drops=drops)
+    for passed, milestone in enumerate(milestones, 1):
+        assert rate(milestone - 1) == pytest.approx(0.1 ** (passed - 1))
+        assert rate(milestone) == pytest.approx(0.1**passed)
+    assert rate(total - 1) == pytest.approx(0.01)
+
+
+def test_drops_leave_the_other_schedules_alone():
+    for name in ("cosine", "cosine-with-restart", "one-cycle"):
+        one, other = (
+            learning_rate(name, base=1.0, total=90, drops=drops)
+            for drops in (None, IMAGENET_FINETUNE_DROPS)
+        )
+        assert [one(step) for step in range(90)] == [other(step) for step in range(90)]

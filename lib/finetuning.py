@@ -1,0 +1,566 @@
+"""Phase 3 as `cifar-semi.py` and `imagenet-semi.py` share it: what to train on, where to start, the run.
+
+The scripts declare the options and say which images and networks these are about; everything here takes
+plain values. Rank 0 alone prints and writes.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from datasets import UNKNOWN, DataSet
+from datasets.transforms import Augmentation, Op
+from lib import checkpoint, engine, interruption, provenance, pseudo_labels
+from lib.devices import Compute
+from lib.distributed import is_main, parallel, say, share, share_buffers
+from lib.loader import Batches
+from lib.log import RunLog
+from lib.meters import Mean
+from lib.pseudo_labels import PseudoLabels
+from lib.sampler import num_batches
+from lib.schedule import Drops, learning_rate
+from lib.split import expected_count, labeled_split
+from models import build_model
+
+LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
+AUTO = "auto"
+Writer = Callable[..., None]  # of an event: its name, the step, values
+OWN_KEYS = ("step", "acc", "best_acc", "net", "optimizer", "examples", "meta")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of a run, under the names of their options.
+
+    Attributes:
+        batch_size: images of a batch over all processes; `iter_size` batches make an optimizer step.
+        finetune: train the last layer alone.
+        num_workers: processes that read image files, over all processes of the machine.
+        stop_after: steps of this start after which to save and stop; 0: none.
+    """
+
+    architecture: str
+    input_gray: bool
+    finetune: bool
+    lr: float
+    lr_scheduler: str
+    batch_size: int
+    iter_size: int
+    weight_decay: float
+    max_iters: int
+    criterion: str
+    rng_seed: int
+    num_labeled: int | str
+    pseudo_ratio: float
+    pseudo_per_chunk: bool
+    class_balanced: bool
+    confidence_weighted: bool
+    num_workers: int = 0
+    eval_freq: int = 500
+    print_freq: int = 100
+    stop_after: int = 0
+
+
+# Options that make a run what it is: resuming with another value would be another run.
+MATHEMATICS = (
+    *("dataset", "image_size", "input_gray", "architecture", "lr", "lr_scheduler", "batch_size"),
+    *("iter_size", "weight_decay", "max_iters", "rng_seed", "criterion", "finetune", "num_labeled"),
+    *("pseudo_ratio", "pseudo_per_chunk", "confidence_weighted", "class_balanced"),
+)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run writes, and the command that continues it from there."""
+
+    checkpoints: Path
+    log: Path
+    resume_command: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What to train on: images by index, their labels (true or pseudo), the weight of each one's loss.
+
+    The first `num_labeled` of them have their true labels.
+    """
+
+    indexes: Tensor
+    labels: Tensor
+    weights: Tensor
+    num_labeled: int
+
+    def __str__(self) -> str:
+        num_pseudo = len(self.labels) - self.num_labeled
+        return f"{self.num_labeled} labelled and {num_pseudo} pseudo-labelled images"
+
+    @property
+    def digest(self) -> str:
+        parts = (self.indexes, self.labels, self.weights)
+        return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()[:16]
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps that are done.
+        accuracy: percent at the last test, `best` the best so far.
+        loss: of the examples since the last line of the log.
+    """
+
+    step: int = 0
+    accuracy: float = float("nan")
+    best: float = 0.0
+    loss: Mean = field(default_factory=Mean)
+
+    def count(self, step: engine.Step) -> None:
+        self.step = step.number + 1
+        self.loss.update(step.loss, step.batch_size)
+
+
+def read_pseudo_labels(file: str, folder: str) -> list[PseudoLabels]:
+    """The pseudo-labels of one file, of a folder of chunks, or none.
+
+    Raises:
+        ValueError: as `lib.pseudo_labels.load` and `load_chunks`.
+    """
+    if folder:
+        return pseudo_labels.load_chunks(folder)
+    return [pseudo_labels.load(file)] if file else []
+
+
+def choose_examples(
+    train: DataSet, parts: Sequence[PseudoLabels], settings: Settings, *, source: str = ""
+) -> Examples:
+    """Labelled images with their true labels, then the most confident pseudo-labelled ones with theirs.
+
+    Args:
+        parts: pseudo-labels, in chunks or whole; without any the labelled images are all there is.
+        settings: `pseudo_per_chunk` takes the same share of every chunk, in place of one ranking of all.
+        source: the file or folder of the pseudo-labels, for messages.
+
+    Raises:
+        ValueError: if they do not fit the data set and the number of labels asked for.
+    """
+    classes, count = train.num_classes, settings.num_labeled
+    if not parts:
+        indexes = labeled_split(train.targets, count, classes, settings.rng_seed).labeled
+        chosen, labels, weights = torch.empty(0).long(), torch.empty(0).long(), torch.empty(0)
+    else:
+        try:
+            whole = pseudo_labels.merged(parts)
+            expected = expected_count(count, train.targets, classes)
+            whole.require_fit(len(train), classes, expected, train.digest, train.classes)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        indexes = whole.labeled
+        groups = parts if settings.pseudo_per_chunk else [whole]
+        chosen, labels, weights = _most_confident(groups, settings)
+    true = train.targets[indexes]
+    if (true == UNKNOWN).any():
+        raise ValueError(f"{source}: a labelled image has no label in this data set")
+    if not settings.confidence_weighted:
+        weights = torch.ones(len(labels))
+    return Examples(
+        torch.cat([indexes, chosen]),
+        torch.cat([true, labels]),
+        torch.cat([torch.ones(len(true)), weights.float()]),
+        len(true),
+    )
+
+
+def _most_confident(
+    groups: Sequence[PseudoLabels], settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indexes, labels and confidence of the share to use of each ranking."""
+    ratio, balanced = settings.pseudo_ratio, settings.class_balanced
+    chosen = [(group, group.select(ratio, class_balanced=balanced)) for group in groups]
+    return (
+        torch.cat([group.indexes[positions] for group, positions in chosen]),
+        torch.cat([group.labels[positions] for group, positions in chosen]),
+        torch.cat([group.confidence[positions] for group, positions in chosen]),
+    )
+
+
+def build_classifier(
+    settings: Settings, num_classes: int, compute: Compute, *, imagenet: bool = False
+) -> nn.Module:
+    """The network, initialised from the seed, on its device."""
+    torch.manual_seed(settings.rng_seed)
+    channels = 1 if settings.input_gray else 3
+    model = build_model(settings.architecture, num_classes, in_channels=channels, imagenet=imagenet)
+    return compute.prepare(model)
+
+
+def require_classes(path: str, state: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Refuse a classifier whose class numbers stand for other classes, where it records their names.
+
+    Raises:
+        ValueError: naming the file and the classes that differ.
+    """
+    names = pseudo_labels.class_names(state)
+    if names and names != list(classes):
+        different = pseudo_labels.differing_classes(names, classes)
+        raise ValueError(f"{path} was trained for other classes than these: {different}")
+
+
+def _is_metric(state: Mapping[str, Any]) -> bool:
+    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
+
+
+def load_weights(path: str, model: nn.Module, classes: Sequence[str]) -> None:
+    """Take the weights of another network, and its last layer where that classifies the same classes.
+
+    The last layer of phase 1 is an embedding, that of a classifier is used if it has as many outputs and
+    records no other classes.
+
+    Raises:
+        ValueError: if anything but the last layer does not fit.
+    """
+    state = checkpoint.load_dict(path)
+    weights = checkpoint.model_weights(state, path)
+    head = f"{model.head_name}.weight"
+    fits = head in weights and weights[head].shape == model.state_dict()[head].shape
+    same = pseudo_labels.class_names(state) in ([], list(classes))
+    keep = fits and same and not _is_metric(state)
+    report = checkpoint.load_weights(model, weights, source=path, keep_head=keep)
+    say(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
+
+
+def evaluate_file(
+    path: str,
+    model: nn.Module,
+    test: DataSet | None,
+    compute: Compute,
+    settings: Settings,
+) -> dict[str, float]:
+    """Accuracy of a finished classifier on test images; prints it.
+
+    Raises:
+        ValueError: if there are none, or the file is no classifier of their classes.
+    """
+    if not path:
+        raise ValueError("--eval measures a checkpoint, and this run has none yet")
+    if test is None:
+        raise ValueError("--eval needs test images: DIR/test/<class>/* or DIR/val/<class>/*")
+    state = checkpoint.load_dict(path)
+    if _is_metric(state):
+        raise ValueError(
+            f"{path} is a metric of phase 1, no classifier: --test-only of the scripts in unsupervised/ "
+            "measures it, this script without --eval trains a classifier from it"
+        )
+    require_classes(path, state, test.classes)
+    weights = checkpoint.model_weights(state, path)
+    say(f"{path}: {checkpoint.load_weights(model, weights, source=path)}")
+    scores = _evaluate(model, test, compute, settings)
+    say(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
+    return scores
+
+
+def _evaluate(
+    model: nn.Module, test: DataSet, compute: Compute, settings: Settings
+) -> dict[str, float]:
+    workers = own_workers(settings.num_workers)
+    return engine.evaluate(model, test, compute, gray=settings.input_gray, num_workers=workers)
+
+
+def own_workers(num_workers: int) -> int:
+    """The share of one process of the processes that read images, rounded up."""
+    return -(-num_workers // share().size)
+
+
+def find_start(resume: str, folder: Path) -> str:
+    """The file that --resume means: with `auto` the newest readable checkpoint of the run, or none.
+
+    Raises:
+        ValueError: if there is no such file, or there are checkpoints and none can be read.
+    """
+    if resume == AUTO:
+        return interruption.newest_readable(folder, (LAST, BEST))
+    if resume and not Path(resume).is_file():
+        raise ValueError(f"--resume {resume}: there is no such file")
+    return resume
+
+
+def is_own_run(path: str) -> bool:
+    """Whether a file is a checkpoint of phase 3, to be continued, and not just a network's weights.
+
+    Raises:
+        ValueError: if it cannot be read, naming the best checkpoint beside it.
+    """
+    try:
+        state = checkpoint.load_dict(path)
+        return "step" in state and not _is_metric(state)
+    except ValueError as error:
+        other = Path(path).with_name(BEST)
+        if not other.is_file() or other.name == Path(path).name:
+            raise
+        raise ValueError(f"{error}; the best checkpoint of that run is {other}") from error
+
+
+@dataclass
+class Run:
+    """A run of phase 3: what it trains, on what, and where it stands."""
+
+    settings: Settings
+    compute: Compute
+    model: nn.Module
+    train: DataSet
+    test: DataSet | None
+    examples: Examples
+    meta: Mapping[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    optimizer: Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = engine.trainable(self.model, head_only=self.settings.finetune)
+        self.optimizer = engine.sgd(parameters, self.settings.lr, self.settings.weight_decay)
+
+    def state(self) -> dict[str, Any]:
+        """Everything there is to save, under the published names (`step`, `best_acc`, `net`, `optimizer`)."""
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "acc": progress.accuracy,
+            "best_acc": progress.best,
+            "net": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "architecture": self.settings.architecture,
+            "classes": list(self.train.classes),
+            "examples": self.examples.digest,
+            "loss_sums": progress.loss.state(),
+            "meta": dict(self.meta),
+        }
+
+
+def begin(run: Run, resume: str, pretrained: str = "", *, own_only: bool = False) -> None:
+    """Take the weights of another network, or put the run back where it stopped.
+
+    Args:
+        resume: a checkpoint of this run; or another network, as `pretrained`.
+        pretrained: another network, not used where `resume` continues a run.
+        own_only: refuse another network as `resume`.
+
+    Raises:
+        ValueError: if a file does not fit, or names another run: listing what differs.
+    """
+    if resume and is_own_run(resume):
+        continue_run(run, resume)
+    elif resume and own_only:
+        raise ValueError(
+            f"--resume {resume}: this is no run of phase 3 (it has no step); --pretrained takes the weights "
+            "of another network"
+        )
+    elif resume and pretrained:
+        raise ValueError(
+            f"{resume} and {pretrained} both hold weights to start from; name one of them"
+        )
+    elif resume or pretrained:
+        load_weights(resume or pretrained, run.model, run.train.classes)
+
+
+def continue_run(run: Run, path: str) -> None:
+    """Put a run back where it stopped.
+
+    Raises:
+        ValueError: if the file does not fit or belongs to another run, listing what differs.
+    """
+    state = checkpoint.load_dict(path, *OWN_KEYS)
+    require_classes(path, state, run.train.classes)
+    provenance.require_same(state["meta"], run.meta, MATHEMATICS)
+    if state["examples"] != run.examples.digest:
+        raise ValueError(f"{path} was trained on other images or labels than these")
+    weights = checkpoint.model_weights(state, path)
+    say(f"{path}: {checkpoint.load_weights(run.model, weights, source=path)}")
+    engine.restore(path, [(run.optimizer, state["optimizer"])])
+    say(f"continuing at step {state['step']} (best accuracy so far {state['best_acc']:.2f}%)")
+    run.progress = Progress(state["step"], state["acc"], state["best_acc"])
+    run.progress.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
+
+
+@contextmanager
+def _log(folder: Path) -> Iterator[Writer]:
+    """The `write` of the run's log; on other ranks than 0 one that does nothing."""
+    if not is_main():
+        yield lambda *_, **__: None
+        return
+    with RunLog(folder) as log:
+        yield log.write
+
+
+class Clock:
+    """How fast training goes, and what share of the time it waits for images; tests do not count."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._restart()
+
+    def _restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+        self._waited = self._batches.waited_s
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def lap(self) -> dict[str, float]:
+        """Images per second and the share of waiting since the last lap."""
+        seconds = time.perf_counter() - self._since
+        waited = self._batches.waited_s - self._waited
+        speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
+        self._restart()
+        return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def report_training(run: Run, write: Writer, lr: float, clock: Clock) -> None:
+    """A line of the log and the terminal about the steps since the last one."""
+    done, loss = run.progress.step, run.progress.loss.value  # waits for the device: then the clock
+    speed, run.progress.loss = clock.lap(), Mean()
+    write("train", done, loss=loss, lr=lr, **speed)
+    say(
+        f"step {done:6d}/{run.settings.max_iters}  loss {loss:.4f}  lr {lr:.5f}"
+        f"  {speed['images_per_s']:.0f} img/s"
+        f" ({100 * speed['data_wait']:.0f}% of the time waiting for images)"
+    )
+
+
+def measure(run: Run, write: Writer) -> None:
+    """Test accuracy and the best so far; NaN where there are no test images."""
+    if run.test is None:
+        return
+    progress = run.progress
+    scores = _evaluate(run.model, run.test, run.compute, run.settings)
+    progress.accuracy = scores["top1"]
+    progress.best = max(progress.best, progress.accuracy)
+    write("test", progress.step, **scores, best=progress.best)
+    say(
+        f"step {progress.step:6d}  test accuracy {progress.accuracy:.2f}% (best {progress.best:.2f}%)"
+    )
+
+
+def save(run: Run, folder: Path, *, is_best: bool) -> None:
+    """The best one first: a run cut off in between repeats its last steps and writes both again.
+
+    Raises:
+        FloatingPointError: if a weight is not finite; nothing is written then.
+    """
+    share_buffers(run.model)
+    engine.require_finite(run.progress.step, run.model)
+    if not is_main():
+        return
+    state = run.state()
+    if is_best:
+        checkpoint.save(state, folder / BEST)
+    checkpoint.save(state, folder / LAST)
+
+
+def batches_of(run: Run, ops: Sequence[Op]) -> Batches:
+    """The training images, augmented by `ops`."""
+    settings = run.settings
+    return Batches(
+        run.train,
+        Augmentation(ops, run.train.stats, gray=settings.input_gray),
+        run.compute,
+        batch_size=settings.batch_size,
+        seed=settings.rng_seed,
+        num_workers=own_workers(settings.num_workers),
+    )
+
+
+def steps_left(run: Run, batches: Batches, drops: Drops | None = None) -> Iterator[engine.Step]:
+    """The optimizer steps that are left of a run."""
+    settings, examples, first = run.settings, run.examples, run.progress.step
+    per_epoch = num_batches(len(examples.indexes), settings.batch_size * settings.iter_size)
+    schedule = learning_rate(
+        settings.lr_scheduler,
+        base=settings.lr,
+        total=settings.max_iters,
+        steps_per_epoch=per_epoch,
+        drops=drops,
+    )
+    first_batch, stop = first * settings.iter_size, settings.max_iters * settings.iter_size
+    return engine.finetune(
+        parallel(run.model),
+        getattr(nn, settings.criterion)(reduction="none"),
+        run.optimizer,
+        batches.stream(examples.indexes, first_batch, stop),
+        *(examples.labels, examples.weights, schedule, run.compute),
+        first_step=first,
+        iter_size=settings.iter_size,
+        head_only=settings.finetune,
+    )
+
+
+def train(
+    run: Run, files: Files, ops: Sequence[Op], *, drops: Drops | None = None
+) -> dict[str, float]:
+    """Train to the end, or until asked to stop; test and save on the way.
+
+    Args:
+        ops: augmentation.
+        drops: of the schedule `multi-step`; None: those of CIFAR.
+
+    Returns:
+        Accuracy in percent after the `last` step, and the `best` one.
+
+    Raises:
+        FloatingPointError: naming the first step whose loss or weights are not finite.
+        SystemExit: with 143 or 130, when SIGTERM or Ctrl-C ended the run and all is saved.
+    """
+    settings, progress = run.settings, run.progress
+    batches = batches_of(run, ops)
+    hidden = None if is_main() else True
+    bar = tqdm(
+        total=settings.max_iters, initial=progress.step, unit="step", leave=False, disable=hidden
+    )
+    with _log(files.log) as write, bar, interruption.watch(settings.stop_after) as stop:
+        write("start", first_step=progress.step, meta=run.meta)
+        clock = Clock(batches)
+        for step in steps_left(run, batches, drops):
+            progress.count(step)
+            clock.count(step.batch_size)
+            bar.update()
+            stopping, is_last = stop.requested(), progress.step == settings.max_iters
+            if is_last or progress.step % settings.print_freq == 0:
+                report_training(run, write, step.lr, clock)
+            with clock.paused():
+                if is_last or progress.step % settings.eval_freq == 0:
+                    measure(run, write)
+                    save(run, files.checkpoints, is_best=not progress.accuracy < progress.best)
+                elif stopping:
+                    save(run, files.checkpoints, is_best=False)
+            if stopping:
+                break
+        finish(run, write, files, stop)
+    stop.exit()
+    return {"last": progress.accuracy, "best": progress.best}
+
+
+def finish(run: Run, write: Writer, files: Files, stop: interruption.Stop) -> None:
+    """Both accuracies, or how to go on. The best one is chosen on the test images, the last one is not."""
+    progress, last = run.progress, files.checkpoints / LAST
+    if progress.step < run.settings.max_iters:
+        write("stop", progress.step, reason=stop.reason)
+        say(
+            f"stopped by {stop.reason} after step {progress.step}; continue: {files.resume_command}"
+        )
+        return
+    write("end", progress.step, last=progress.accuracy, best=progress.best)
+    accuracies = f"last accuracy {progress.accuracy:.2f}%, best accuracy {progress.best:.2f}%; "
+    say(f"{accuracies if run.test is not None else ''}checkpoint: {last}")
