@@ -35,7 +35,6 @@ from lib.schedule import IMAGENET_FINETUNE_DROPS
 __all__ = ["MATHEMATICS", "build_parser", "main"]
 
 SMALLEST_CROP = 0.08  # share of the area, as everyone trains ImageNet classifiers
-WITHOUT_FILES = ("patches", "dummy")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,23 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
         model_root="./checkpoint/imagenet",
         log_root="./tensorboard/imagenet",
     )
-    parser.add_argument(
-        "--dummy",
-        dest="dataset",
-        action="store_const",
-        const="dummy",
-        default=argparse.SUPPRESS,  # that of --dataset
-        help="--dataset dummy: random images made on the fly, to measure the speed without data",
-    )
+    options.add_dummy(parser)
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
     options.check_finetuning(args, build_parser())
-    if not args.data_dir and args.dataset not in WITHOUT_FILES:
-        raise ValueError(
-            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
-        )
+    options.require_data_dir(args)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=30)  # of one collective: rank 0 may be writing a large file meanwhile
 MAIN_FIRST_S = 10.0  # what every rank finds wrong is said by rank 0, whose end ends the others
@@ -103,9 +104,10 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line, on rank 0 alone."""
+    """Print a line, on rank 0 alone, and leave a progress bar at the bottom whole."""
     if is_main():
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def largest(value: int) -> int:

@@ -5,9 +5,7 @@ plain values. Rank 0 alone prints and writes.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from lib import checkpoint, engine, interruption, provenance, pseudo_labels
 from lib.devices import Compute
 from lib.distributed import is_main, parallel, say, share, share_buffers
 from lib.loader import Batches
-from lib.log import RunLog
-from lib.meters import Mean
+from lib.log import Writer, main_log
+from lib.meters import Clock, Mean, speed
 from lib.pseudo_labels import PseudoLabels
 from lib.sampler import num_batches
 from lib.schedule import Drops, learning_rate
@@ -33,7 +31,6 @@ from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 AUTO = "auto"
-Writer = Callable[..., None]  # of an event: its name, the step, values
 OWN_KEYS = ("step", "acc", "best_acc", "net", "optimizer", "examples", "meta")
 
 
@@ -389,55 +386,13 @@ def continue_run(run: Run, path: str) -> None:
     run.progress.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
 
 
-@contextmanager
-def _log(folder: Path) -> Iterator[Writer]:
-    """The `write` of the run's log; on other ranks than 0 one that does nothing."""
-    if not is_main():
-        yield lambda *_, **__: None
-        return
-    with RunLog(folder) as log:
-        yield log.write
-
-
-class Clock:
-    """How fast training goes, and what share of the time it waits for images; tests do not count."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-        self._restart()
-
-    def _restart(self) -> None:
-        self._images, self._since = 0, time.perf_counter()
-        self._waited = self._batches.waited_s
-
-    def count(self, images: int) -> None:
-        self._images += images
-
-    def lap(self) -> dict[str, float]:
-        """Images per second and the share of waiting since the last lap."""
-        seconds = time.perf_counter() - self._since
-        waited = self._batches.waited_s - self._waited
-        speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
-        self._restart()
-        return speed
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-
 def report_training(run: Run, write: Writer, lr: float, clock: Clock) -> None:
     """A line of the log and the terminal about the steps since the last one."""
     done, loss = run.progress.step, run.progress.loss.value  # waits for the device: then the clock
-    speed, run.progress.loss = clock.lap(), Mean()
-    write("train", done, loss=loss, lr=lr, **speed)
-    say(
-        f"step {done:6d}/{run.settings.max_iters}  loss {loss:.4f}  lr {lr:.5f}"
-        f"  {speed['images_per_s']:.0f} img/s"
-        f" ({100 * speed['data_wait']:.0f}% of the time waiting for images)"
-    )
+    lap, run.progress.loss = clock.lap(), Mean()
+    write("train", done, loss=loss, lr=lr, **lap)
+    line = f"step {done:6d}/{run.settings.max_iters}  loss {loss:.4f}  lr {lr:.5f}"
+    say(f"{line}  {speed(lap)}")
 
 
 def measure(run: Run, write: Writer) -> None:
@@ -529,9 +484,9 @@ def train(
     bar = tqdm(
         total=settings.max_iters, initial=progress.step, unit="step", leave=False, disable=hidden
     )
-    with _log(files.log) as write, bar, interruption.watch(settings.stop_after) as stop:
+    with main_log(files.log) as write, bar, interruption.watch(settings.stop_after) as stop:
         write("start", first_step=progress.step, meta=run.meta)
-        clock = Clock(batches)
+        clock = Clock(lambda: batches.waited_s)
         for step in steps_left(run, batches, drops):
             progress.count(step)
             clock.count(step.batch_size)

@@ -3,10 +3,16 @@
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from lib.distributed import is_main
+
+Writer = Callable[..., None]  # of an event: its name, the step, values
 
 
 def _plain(value: Any) -> Any:
@@ -56,3 +62,13 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def main_log(folder: Path) -> Iterator[Writer]:
+    """`RunLog.write` of the run's log; on other ranks than 0 one that does nothing."""
+    if not is_main():
+        yield lambda *_, **__: None
+        return
+    with RunLog(folder) as log:
+        yield log.write

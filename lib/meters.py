@@ -1,4 +1,8 @@
-"""Running means that stay on the device until they are read."""
+"""Running means that stay on the device until they are read, and how fast images go by."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -27,3 +31,42 @@ class Mean:
         """The mean so far; NaN before the first update."""
         weight = float(self._weight)
         return float(self._total) / weight if weight else float("nan")
+
+
+class Clock:
+    """How fast training goes, and what share of the time it waits for images; pauses do not count.
+
+    Args:
+        waited: gives the seconds spent waiting for images so far.
+    """
+
+    def __init__(self, waited: Callable[[], float]) -> None:
+        self._waited_so_far = waited
+        self._restart()
+
+    def _restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+        self._waited = self._waited_so_far()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def lap(self) -> dict[str, float]:
+        """`images_per_s` and `data_wait`, the share of waiting, since the last lap."""
+        seconds = time.perf_counter() - self._since
+        waited = self._waited_so_far() - self._waited
+        speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
+        self._restart()
+        return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def speed(values: dict[str, float]) -> str:
+    """The end of a progress line, from what `Clock.lap` gave."""
+    waiting = f"{100 * values['data_wait']:.0f}% of the time waiting for images"
+    return f"{values['images_per_s']:.0f} img/s ({waiting})"

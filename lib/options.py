@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -27,6 +28,7 @@ from models import SMALL_ARCHITECTURES
 
 Values = TypeVar("Values", bound=Any)
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+WITHOUT_FILES = ("patches", "dummy")  # data sets that no folder is needed for
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -328,6 +330,26 @@ def values(args: argparse.Namespace, kind: type[Values]) -> Values:
     return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
+def add_dummy(parser: argparse.ArgumentParser) -> None:
+    """`--dummy`, for the scripts that read images from files."""
+    parser.add_argument(
+        "--dummy",
+        dest="dataset",
+        action="store_const",
+        const="dummy",
+        default=argparse.SUPPRESS,  # that of --dataset
+        help="--dataset dummy: random images made on the fly, to measure the speed without data",
+    )
+
+
+def require_data_dir(args: argparse.Namespace) -> None:
+    """Raise ValueError where the images lie in a folder and none is named."""
+    if not args.data_dir and args.dataset not in WITHOUT_FILES:
+        raise ValueError(
+            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
+        )
+
+
 def num_labeled(text: str) -> int | str:
     """`parse_num_labeled` as argparse wants it: its message reaches the user."""
     try:
@@ -434,6 +456,8 @@ def _guarded(
     main: Callable[[argparse.Namespace], object], args: argparse.Namespace, prog: str
 ) -> int:
     """The exit code of a script's main function; mistakes and divergence end in one message."""
+    if not distributed.is_main():
+        warnings.simplefilter("ignore", UserWarning)  # rank 0 says the same
     try:
         main(args)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,8 +1,6 @@
 """Phase 1 as unsupervised/cifar.py and unsupervised/imagenet.py run it: one loop, one kind of state."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from lib import checkpoint, engine, features, interruption, memory_bank, provena
 from lib.devices import Compute
 from lib.distributed import is_main, parallel, say, share
 from lib.loader import Batches
-from lib.log import RunLog
-from lib.meters import Mean
+from lib.log import Writer, main_log
+from lib.meters import Clock, Mean, speed
 from lib.sampler import num_batches
 from lib.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
 from models import build_model
@@ -319,7 +317,7 @@ def _accuracies(scores: dict[str, float]) -> str:
 def describe(epoch: int, epochs: int, values: dict[str, float]) -> str:
     """The line of an epoch, counted from 1."""
     line = f"epoch {epoch:4d}/{epochs}  loss {values['loss']:.4f} (chance {values['chance']:.4f})"
-    line += f"  lr {values['lr']:.5f}  {_speed(values)}"
+    line += f"  lr {values['lr']:.5f}  {speed(values)}"
     if "knn_top1" in values:
         scores = {name[4:]: value for name, value in values.items() if name.startswith("knn_")}
         line += f"  {_accuracies(scores)} (best {values['best']:.2f}%)"
@@ -335,24 +333,6 @@ def save(state: dict[str, Any], files: Files, *, is_best: bool, epoch: int = 0) 
     checkpoint.save(state, files.folder / files.last)
 
 
-class _Clock:
-    """Images per second, and the share of the time spent waiting for them, since it was made."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches, self._waited = batches, batches.waited_s
-        self._since, self.num_images = time.perf_counter(), 0
-
-    def read(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._since
-        waited = self._batches.waited_s - self._waited
-        return {"images_per_s": self.num_images / elapsed, "data_wait": waited / elapsed}
-
-
-def _speed(values: dict[str, float]) -> str:
-    waiting = f"{100 * values['data_wait']:.0f}% of the time waiting for images"
-    return f"{values['images_per_s']:.0f} img/s ({waiting})"
-
-
 def _train_epoch(
     run: Run,
     steps: Iterator[engine.Step],
@@ -365,35 +345,24 @@ def _train_epoch(
     start = run.epoch * per_epoch
     hidden = None if is_main() else True
     words = {"desc": f"epoch {run.epoch + 1}", "unit": "step", "leave": False, "disable": hidden}
-    clock, line_clock = _Clock(batches), _Clock(batches)
+    clock, line_clock = (Clock(lambda: batches.waited_s) for _ in range(2))
     with tqdm(initial=run.step - start, total=per_epoch, **words) as bar:
         for step in steps:
             run.loss.update(step.loss, step.batch_size)
             run.step = step.number + 1
-            clock.num_images += step.batch_size
-            line_clock.num_images += step.batch_size
+            clock.count(step.batch_size)
+            line_clock.count(step.batch_size)
             bar.update()
             if print_freq and (run.step - start) % print_freq == 0:
                 line = f"epoch {run.epoch + 1:4d}  step {run.step - start:5d}/{per_epoch}"
                 line += f"  loss {run.loss.value:.4f}  lr {step.lr:.5f}"
-                say(f"{line}  {_speed(line_clock.read())}")
-                line_clock = _Clock(batches)
+                say(f"{line}  {speed(line_clock.lap())}")
             elif run.step % BAR_EVERY == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{run.loss.value:.3f}")
             if stop.requested():
                 return None
     loss = run.loss.value  # waits for the device: the clock is read after it
-    return {"loss": loss} | clock.read()
-
-
-@contextmanager
-def _log(files: Files) -> Iterator[Callable[..., None]]:
-    """The `write` of the run's log; on other ranks than 0 one that does nothing."""
-    if not is_main():
-        yield lambda *_, **__: None
-        return
-    with RunLog(files.log_folder) as log:
-        yield log.write
+    return {"loss": loss} | clock.lap()
 
 
 def train(
@@ -425,7 +394,7 @@ def train(
     parts = run.bank, run.criterion, run.optimizer
     schedule = settings.schedule(len(images.train), imagenet=files.imagenet)
     model, values = parallel(run.model), {}
-    with _log(files) as write, interruption.watch(stop_after) as stop:
+    with main_log(files.log_folder) as write, interruption.watch(stop_after) as stop:
         write("start", first_epoch=run.epoch, first_step=run.step, meta=files.meta)
         while run.epoch < settings.epochs:
             done = (run.step - run.epoch * per_epoch) * settings.iter_size
@@ -456,7 +425,7 @@ def _finish_epoch(
     images: Images,
     files: Files,
     compute: Compute,
-    write: Callable[..., None],
+    write: Writer,
 ) -> dict[str, float]:
     """Accuracy, line, log and checkpoints of an epoch whose steps are done; all its numbers."""
     scores = monitor(run.model, run.bank.memory, images, compute)

@@ -42,7 +42,6 @@ from models import IMAGENET_ARCHITECTURES
 __all__ = ["MATHEMATICS", "build_parser", "main"]
 
 LAST, BEST, NUMBERED = "ckpt.pth.tar", "model_best.pth.tar", "ckpt-{epoch}.pth.tar"
-WITHOUT_FILES = ("patches", "dummy")
 SMALLEST_SIDE = 33  # the networks shrink an image 32 times; BatchNorm needs more than one place
 
 
@@ -89,14 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="weights to start from; its last layer too, where that has our shape",
     )
-    group.add_argument(
-        "--dummy",
-        dest="dataset",
-        action="store_const",
-        const="dummy",
-        default=argparse.SUPPRESS,  # that of --dataset
-        help="--dataset dummy: random images made on the fly, to measure the speed without data",
-    )
+    options.add_dummy(parser)
     return parser
 
 
@@ -108,10 +100,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.architecture not in IMAGENET_ARCHITECTURES:
         known = ", ".join(IMAGENET_ARCHITECTURES)
         raise ValueError(f"--arch {args.architecture}: take one of {known}")
-    if not args.data_dir and args.dataset not in WITHOUT_FILES:
-        raise ValueError(
-            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
-        )
+    options.require_data_dir(args)
     if args.image_size < SMALLEST_SIDE:
         raise ValueError(
             f"--image-size {args.image_size}: these networks take {SMALLEST_SIDE} pixels at least; for "
@@ -151,7 +140,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             in_memory=False,
         )
     pretraining.check_images(len(train), args.nce_k)
-    images = Images(train, test, instance_ops(gray_first=True), args.num_workers, args.val_batch_size)
+    images = Images(
+        train, test, instance_ops(gray_first=True), args.num_workers, args.val_batch_size
+    )
     settings, folder = options.values(args, Settings), Path(args.model_dir)
     say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
