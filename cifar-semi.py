@@ -10,8 +10,9 @@ The supervised baseline on the same labelled images, from the metric or (without
 
     python cifar-semi.py --num-labeled 250 --resume checkpoint/instance_cifar10/ckpt.cifar.pth.tar
 
-Several GPUs, or processes on a CPU, with the same results: `--gpus 0,1,2,3` or `--gpus cpu,cpu`; several
-machines: `torchrun --nnodes 2 --nproc-per-node 4 ... cifar-semi.py ...`.
+Several GPUs, or processes on a CPU: `--gpus 0,1,2,3` or `--gpus cpu,cpu` (BatchNorm alone sees it: each
+process normalises by its own rows); several machines:
+`torchrun --nnodes 2 --nproc-per-node 4 ... cifar-semi.py ...`.
 
 Measure a trained classifier: `--eval --resume checkpoint/cifar10-semi/exp/ckpt.pth.tar`. Continue an
 interrupted run: the same command with --resume naming that run's own ckpt.pth.tar; a command that can be
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import finetune_ops
-from lib import devices, finetuning, options, provenance
+from lib import devices, distributed, finetuning, options, provenance
 from lib.distributed import say
 from lib.finetuning import MATHEMATICS, Files, Settings
 
@@ -47,9 +48,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     resume = finetuning.find_start(args.resume, folder)
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    train, test = build_datasets(
-        args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
-    )
+    with distributed.main_first():  # it may have to download them
+        train, test = build_datasets(
+            args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
+        )
     source = args.pseudo_file or args.pseudo_dir
 
     # 2. The network; with --eval that is all it takes

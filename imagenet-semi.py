@@ -11,9 +11,10 @@ DIR holds train/<class>/*, val/<class>/* and, where there are images without lab
 images are read while training, never all at once. `scripts/finetune_imagenet.sh` has the settings for 1, 2
 and 4%. Without --pseudo-dir or --pseudo-file the labelled images are all there is: the supervised baseline.
 
---batch-size is the total over all GPUs, and their number changes no result: `--gpus 0,1`, `--gpus 0`, or
+--batch-size is the total over all GPUs, whose number changes the results through BatchNorm alone: each
+process normalises by its own rows. `--gpus 0,1`, `--gpus 0`, or
 `torchrun --nnodes 2 --nproc-per-node 4 ... imagenet-semi.py ...` on several machines. On a CPU, without any
-data: `--gpus cpu,cpu --dataset patches --image-size 32 -b 64`. How fast the GPUs are: `--dummy`.
+data: `--gpus cpu,cpu --dataset patches --image-size 64 -b 64`. How fast the GPUs are: `--dummy`.
 
 `--pretrained` takes weights alone, of phase 1 or of a classifier; `--resume` continues a run of this script:
 weights, optimizer and step. Repeat a command with `--resume auto` until it is done.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import RandomHorizontalFlip, RandomResizedCrop
-from lib import devices, finetuning, options, provenance
+from lib import devices, distributed, finetuning, options, provenance
 from lib.distributed import say
 from lib.finetuning import MATHEMATICS, Files, Settings
 from lib.schedule import IMAGENET_FINETUNE_DROPS
@@ -73,12 +74,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     resume = finetuning.find_start(args.resume, folder)
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    train, test = build_datasets(
-        *(args.dataset, args.data_dir),
-        image_size=args.image_size,
-        num_workers=args.num_workers,
-        in_memory=False,
-    )
+    with distributed.main_first():  # it may have to download them
+        train, test = build_datasets(
+            *(args.dataset, args.data_dir),
+            image_size=args.image_size,
+            num_workers=args.num_workers,
+            in_memory=False,
+        )
     source = args.pseudo_file or args.pseudo_dir
 
     # 2. The network; with --eval that is all it takes

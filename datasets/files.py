@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from datasets.images import Labelled, Stats
@@ -32,6 +33,20 @@ Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
 
 @dataclass(frozen=True)
+class Resizing:
+    """How evaluation resizes an image before it cuts the centre out.
+
+    Attributes:
+        shorter: length of the shorter side; with `squash` of both.
+        interpolation: always with antialiasing.
+    """
+
+    shorter: int
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    squash: bool = False
+
+
+@dataclass(frozen=True)
 class FileSet(Labelled):
     """A set of image files, of any size each, that are read when they are needed.
 
@@ -43,6 +58,7 @@ class FileSet(Labelled):
         classes: class names; their number is the number of classes.
         stats: mean and standard deviation per channel, for values in [0, 1].
         image_size: side in pixels of the squares that are cut from the images.
+        resizing: before the central cut; None: of the shorter side to 256/224 of `image_size`.
     """
 
     name: str
@@ -52,6 +68,7 @@ class FileSet(Labelled):
     classes: tuple[str, ...]
     stats: Stats
     image_size: int
+    resizing: Resizing | None = None
 
     def __post_init__(self) -> None:
         assert self.targets.dtype == torch.int64
@@ -84,10 +101,15 @@ def _as_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """What is to be seen of an image: a box of its pixels, and the function that cuts and resizes it."""
+    """What is to be seen of an image: a box of its pixels, and the function that cuts and resizes it.
+
+    Attributes:
+        resampling: Pillow's name of what `cut` resizes with.
+    """
 
     box: Box
     cut: Callable[[Image.Image], Tensor]
+    resampling: Image.Resampling = Image.Resampling.BILINEAR
 
 
 def random_view(row: Sequence[float], size: tuple[int, int], image_size: int) -> View:
@@ -102,19 +124,24 @@ def random_view(row: Sequence[float], size: tuple[int, int], image_size: int) ->
     return View((top, left, height, width), cut)
 
 
-def central_view(size: tuple[int, int], image_size: int) -> View:
-    """The published evaluation: the shorter side resized to 256/224 of S, the central S x S cut out."""
-    shorter = round(image_size * MARGIN)
-    resized = [shorter * side // min(size) for side in size]
+def central_view(size: tuple[int, int], image_size: int, resizing: Resizing | None = None) -> View:
+    """Evaluation: resized, the central S x S cut out; as published the shorter side to 256/224 of S."""
+    resizing = resizing or Resizing(round(image_size * MARGIN))
+    resized = [
+        resizing.shorter if resizing.squash else resizing.shorter * side // min(size)
+        for side in size
+    ]
     first = [round((side - image_size) / 2) for side in resized]
     scales = [old / new for old, new in zip(size, resized, strict=True)]
     top, left = (place * scale for place, scale in zip(first, scales, strict=True))
 
     def cut(image: Image.Image) -> Tensor:
-        whole = functional.resize(_as_tensor(image), resized, antialias=True)
+        interpolation = resizing.interpolation
+        whole = functional.resize(_as_tensor(image), resized, interpolation, antialias=True)
         return functional.center_crop(whole, [image_size])
 
-    return View((top, left, image_size * scales[0], image_size * scales[1]), cut)
+    box = (top, left, image_size * scales[0], image_size * scales[1])
+    return View(box, cut, Image.Resampling[resizing.interpolation.name])
 
 
 def _scale(image: Image.Image, orientation: int, view: View, image_size: int) -> int:
@@ -133,21 +160,29 @@ def _shrunk_view(image: Image.Image, view: View, scale: int, image_size: int) ->
     top, left, height, width = (value / scale for value in view.box)
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     side = (image_size, image_size)
-    return _as_tensor(image.resize(side, Image.Resampling.BILINEAR, box))
+    return _as_tensor(image.resize(side, view.resampling, box))
 
 
-def read_image(data: bytes, image_size: int, row: Sequence[float] | None = None) -> Tensor:
+def read_image(
+    data: bytes,
+    image_size: int,
+    row: Sequence[float] | None = None,
+    resizing: Resizing | None = None,
+) -> Tensor:
     """One view of an image file as 3 x S x S bytes, upright, RGB.
 
     Args:
         data: content of the file.
         image_size: S.
         row: random numbers of a `RandomResizedCrop`; without them the central view.
+        resizing: of the central view.
     """
     with Image.open(io.BytesIO(data)) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
         size = image.size if orientation in SIDEWAYS else image.size[::-1]
-        view = central_view(size, image_size) if row is None else random_view(row, size, image_size)
+        view = central_view(size, image_size, resizing)
+        if row is not None:
+            view = random_view(row, size, image_size)
         scale = _scale(image, orientation, view, image_size)
         if scale > 1:  # most of the work of decoding is skipped
             image.draft("RGB", (image.width // scale, image.height // scale))
@@ -163,7 +198,7 @@ class Reader(Dataset):
     """
 
     def __init__(self, data: FileSet) -> None:
-        self.root, self.image_size = data.root, data.image_size
+        self.root, self.image_size, self.resizing = data.root, data.image_size, data.resizing
         # one array, not a million strings: each process that counts references copies their pages
         self.paths = np.array([os.fsencode(path) for path in data.paths])
 
@@ -175,7 +210,7 @@ class Reader(Dataset):
             path = self.root / os.fsdecode(self.paths[index])
             try:
                 row = None if rows is None else rows[place].tolist()
-                images[place] = read_image(path.read_bytes(), self.image_size, row)
+                images[place] = read_image(path.read_bytes(), self.image_size, row, self.resizing)
             except Exception as error:  # whatever a broken file makes a decoder raise is reported
                 problems.append(f"image {index}, {path}: {error or type(error).__name__}")
         if problems or not images:

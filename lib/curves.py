@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasets.images import UNKNOWN
-from lib.pseudo_labels import PseudoLabels
+from lib.pseudo_labels import TOP, PseudoLabels
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,21 @@ def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
     """Whether the true label is among the k most probable classes, for each image where it is known.
 
     Args:
-        pseudo: with probabilities.
+        pseudo: with probabilities, or with at least k `top_classes`.
         targets: as in `confidence_precision`.
         k: cut down to the number of classes.
 
     Returns:
         Booleans, most confident image first; the mean over all parts of a set is top-k precision.
     """
-    assert pseudo.probabilities is not None
     true = targets[pseudo.indexes]
     known = true != UNKNOWN
-    probable = pseudo.probabilities[known].topk(min(k, pseudo.probabilities.shape[1])).indices
+    if pseudo.probabilities is not None:
+        probable = pseudo.probabilities[known].topk(min(k, pseudo.probabilities.shape[1])).indices
+    else:
+        assert pseudo.top_classes is not None
+        assert k <= TOP
+        probable = pseudo.top_classes[known, :k]
     return probable.eq(true[known][:, None]).any(dim=1)
 
 

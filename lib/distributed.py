@@ -161,6 +161,8 @@ def under_torchrun() -> bool:
 def device_names(gpus: str) -> list[str]:
     """`--gpus` taken apart: `0,1` -> ["0", "1"]; without CUDA numbers stand for one CPU.
 
+    Under torchrun numbers stand for the device of this process's local rank.
+
     Raises:
         ValueError: for what is neither a device number nor cpu, or a number given twice.
     """
@@ -176,6 +178,9 @@ def device_names(gpus: str) -> list[str]:
         raise ValueError(f"--gpus {gpus}: a device number is there twice")
     if numbers and not torch.cuda.is_available():
         return ["cpu"]
+    if numbers and under_torchrun():  # it says how many processes there are
+        numbers = [str(local_rank())]
+        names = numbers
     missing = [number for number in numbers if int(number) >= torch.cuda.device_count()]
     if missing:
         raise ValueError(
@@ -188,13 +193,28 @@ def device_names(gpus: str) -> list[str]:
 @contextmanager
 def group(backend: str, **where: Any) -> Iterator[None]:
     """A process group around a block. `where` goes to torch.distributed.init_process_group."""
-    if "gloo" in backend and "GLOO_SOCKET_IFNAME" not in os.environ and not _resolves():
+    if "GLOO_SOCKET_IFNAME" not in os.environ and _one_machine() and not _resolves():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a host without a name in any directory
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield  # nothing after a failure: leaving the group would wait for processes that wait for this one
+    dist.destroy_process_group()
+
+
+def _one_machine() -> bool:
+    size = os.environ.get("WORLD_SIZE")
+    return size is None or size == os.environ.get("LOCAL_WORLD_SIZE")
+
+
+def _in_group(work: Callable[[], int], names: list[str], **where: Any) -> int:
+    """The exit code of `work`, run in a process group; a process that failed does not leave it in peace."""
+    backend = _backend(names)
+    with group(backend, **where):
+        code = work()
+        if code and "nccl" in backend:  # its end would wait for the others' collectives
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return code
 
 
 def _resolves() -> bool:
@@ -218,8 +238,7 @@ def _child(rank: int, work: Callable[[], int], names: list[str], store: str, thr
         torch.cuda.set_device(int(names[rank]))  # NCCL would take the device numbered as the rank
     where = {"init_method": f"file://{store}", "rank": rank, "world_size": len(names)}
     try:
-        with group(_backend(names), **where):
-            code = work()
+        code = _in_group(work, names, **where)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)  # torch's launcher would count it as a success
     except Exception:
@@ -290,8 +309,7 @@ def run(work: Callable[[], int], gpus: str) -> int:
     if under_torchrun():
         if names[0] != "cpu":
             torch.cuda.set_device(local_rank())
-        with group(_backend(names)):
-            return work()
+        return _in_group(work, names)
     if len(names) == 1:
         return work()
     threads = max(1, torch.get_num_threads() // len(names)) if names[0] == "cpu" else 4

@@ -1,5 +1,6 @@
 """Embeddings of a whole data set: extracted once, in evaluation mode, kept in a file."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import DataSet, build_datasets
+from datasets import DataSet, FileSet, build_datasets
+from datasets.files import Resizing
 from datasets.transforms import Augmentation
-from lib import checkpoint
+from lib import backbones, checkpoint
 from lib.devices import Compute, select
 from lib.distributed import all_gather_rows, is_main, share, share_buffers
 from lib.files import sha256_of
@@ -19,6 +21,11 @@ from lib.loader import in_order
 from models import build_model
 from models.layers import l2_normalize
 from models.resnet import STEM, ImageNetResNet
+
+SMALL_SIZE, IMAGENET_SIZE = 32, 224  # of images, for a checkpoint that does not record its own
+KEPT = Path("checkpoint/backbones")  # features of networks that come from no file of the project
+METRIC = {"default": "wrn-28-2", "normalize": True}  # how networks of phase 1 are rebuilt
+BACKBONE_BATCH = 100  # their images have 224 pixels a side and more, whatever the data set's have
 
 
 @torch.no_grad()
@@ -30,6 +37,7 @@ def extract(
     gray: bool = False,
     batch_size: int = 500,
     num_workers: int = 0,
+    preprocessing: Augmentation | None = None,
 ) -> Tensor:
     """Unit-norm embeddings of every image, N x D float32 on the CPU; of several processes, on each.
 
@@ -40,11 +48,12 @@ def extract(
         gray: for networks that read gray images.
         batch_size: images at a time, of each process.
         num_workers: processes that decode image files, of each process.
+        preprocessing: what `model` wants done to the images; None: normalised as the data set says.
     """
     was_training = model.training
     model.eval()
     share_buffers(model)
-    augmentation = Augmentation((), data.stats, gray=gray)
+    augmentation = preprocessing or Augmentation((), data.stats, gray=gray)
     batches = in_order(data, augmentation, compute, batch_size=batch_size, num_workers=num_workers)
     mine = share().rows(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
@@ -90,17 +99,20 @@ class FeatureSet:
         features: N x D float32 unit vectors.
         targets: N int64, `UNKNOWN` where no label is known.
         num_classes: C.
-        digest: of the data set, empty where the file does not tell.
+        digest: of the data set, empty where it is not known.
+        classes: their names, empty where they are not known.
     """
 
     features: Tensor
     targets: Tensor
     num_classes: int
     digest: str = ""
+    classes: tuple[str, ...] = ()
 
     def state(self, **meta: Any) -> dict[str, Any]:
         """The published keys `train_features` and `train_labels`, and `meta`."""
         facts = {"num_classes": self.num_classes, "data_digest": self.digest}
+        facts["classes"] = list(self.classes)
         return {
             "train_features": self.features,
             "train_labels": self.targets,
@@ -147,36 +159,143 @@ def load_embedding(path: str | Path, architecture: str = "") -> nn.Module:
     Raises:
         ValueError: if the file does not fit that network.
     """
-    return _network(checkpoint.load_dict(path), path, architecture)
+    return rebuild(checkpoint.load_dict(path), path, architecture, **METRIC)
 
 
-def _network(state: Mapping[str, Any], path: str | Path, architecture: str) -> nn.Module:
+def rebuild(
+    state: Mapping[str, Any],
+    path: str | Path,
+    architecture: str = "",
+    *,
+    default: str = "",
+    normalize: bool = False,
+) -> nn.Module:
+    """The network whose weights a checkpoint of any phase holds, its sizes read off them.
+
+    Args:
+        state: the checkpoint.
+        path: its file, for messages.
+        architecture: in place of the one that the checkpoint names.
+        default: for a checkpoint that names none (the published ones for CIFAR).
+        normalize: end on the unit sphere, as in phase 1.
+
+    Raises:
+        ValueError: if it holds no network of `models`, does not name it, or does not fit it.
+    """
     weights = checkpoint.model_weights(state, path)
-    name = architecture or state.get("architecture") or state.get("arch") or "wrn-28-2"
-    out_features = next((len(weights[k]) for k in ("fc.bias", "linear.bias") if k in weights), 128)
-    _, channels, stem, _ = (
-        weights["conv1.weight"].shape if "conv1.weight" in weights else (0, 3, 3, 0)
-    )
-    words = {"in_channels": channels, "normalize": True, "imagenet": stem == STEM}
-    model = build_model(name, out_features, **words)
+    head = next((weights[k] for k in ("fc.weight", "linear.weight") if k in weights), None)
+    stem = weights.get("conv1.weight")
+    if head is None or stem is None:
+        raise ValueError(
+            f"{path} holds no network that this project builds, from conv1 to its head"
+        )
+    name = architecture or state.get("architecture") or state.get("arch") or default
+    if not name:
+        raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
+    words = {"in_channels": stem.shape[1], "normalize": normalize}
+    model = build_model(name, len(head), imagenet=stem.shape[-1] == STEM, **words)
     checkpoint.load_weights(model, weights, source=path)
     return model
 
 
-def _image_size(state: Mapping[str, Any], *, imagenet: bool) -> int:
-    """The side of the images that a network of phase 1 was trained on."""
+def recorded_size(state: Mapping[str, Any], *, imagenet: bool) -> int:
+    """The side of the images that the network in a checkpoint was trained on."""
     options = state.get("meta", {}).get("options", {})
-    return int(options.get("image_size", 224 if imagenet else 32))
+    return int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE))
+
+
+def _unclaimed_digest(data: DataSet) -> str:
+    """The digest to record for features that either script of phase 3 may train on: none of a folder.
+
+    `cifar-semi.py` holds its images in memory and `imagenet-semi.py` in files, with different digests.
+    """
+    return "" if isinstance(data, FileSet) else data.digest
 
 
 def _from_file(path: str | Path, dataset: str, data_dir: str, **keywords: int) -> FeatureSet:
     features, targets, meta = read(path)
     if targets is None:  # the labels are the data set's, if the rows can be its images
-        data, _ = build_datasets(dataset, data_dir, **keywords)
+        data, _ = build_datasets(dataset, data_dir, in_memory=False, **keywords)
         check(features, len(data), source=str(path))
-        return FeatureSet(features, data.targets, data.num_classes, data.digest)
+        facts = (data.num_classes, _unclaimed_digest(data), data.classes)
+        return FeatureSet(features, data.targets, *facts)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
-    return FeatureSet(features, targets, num_classes, meta.get("data_digest", ""))
+    names = meta.get("classes")
+    classes = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    return FeatureSet(features, targets, num_classes, meta.get("data_digest", ""), classes)
+
+
+@dataclass(frozen=True)
+class _Extraction:
+    """What is to be extracted, by which network, how, and where it is kept.
+
+    Attributes:
+        key: what must be the same for kept features to be used again.
+        digest: of the data set, to be recorded.
+        options: of `extract`.
+    """
+
+    model: nn.Module
+    data: DataSet
+    cache: Path
+    key: dict[str, Any]
+    digest: str
+    options: dict[str, Any]
+
+
+def _of_checkpoint(
+    path: str | Path,
+    architecture: str,
+    dataset: str,
+    data_dir: str,
+    image_size: int | None,
+    **reading: int,
+) -> _Extraction:
+    state = checkpoint.load_dict(path)
+    model = rebuild(state, path, architecture, **METRIC)
+    imagenet = isinstance(model, ImageNetResNet)
+    reading["image_size"] = image_size or recorded_size(state, imagenet=imagenet)
+    data, _ = build_datasets(dataset, data_dir, in_memory=not imagenet, **reading)
+    origin = sha256_of(Path(path)).hexdigest()[:16]
+    key = {"checkpoint": origin, "image_size": reading["image_size"], "data_digest": data.digest}
+    cache = Path(str(path).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
+    options = {"gray": model.conv1.in_channels == 1}
+    return _Extraction(model, data, cache, key, data.digest, options)
+
+
+def _of_backbone(
+    path: str | Path, architecture: str, dataset: str, data_dir: str, **reading: int
+) -> _Extraction:
+    found = backbones.build(architecture, path)
+    view = found.preprocessing
+    if dataset == "folder":
+        reading["image_size"] = view.resize
+    data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
+    if isinstance(data, FileSet):
+        data = replace(data, resizing=Resizing(view.resize, view.interpolation, view.squash))
+    key = {"backbone": found.digest, "images": data.digest}
+    cache = KEPT / f"{re.sub('[:@/]', '_', architecture)}.{dataset}.features.pth.tar"
+    options = {"preprocessing": view, "batch_size": BACKBONE_BATCH}
+    return _Extraction(found.model, data, cache, key, _unclaimed_digest(data), options)
+
+
+def _once(wanted: _Extraction, compute: Compute | None, num_workers: int) -> FeatureSet:
+    """Kept features where they are of this network and these images, else extracted and kept."""
+    data, cache = wanted.data, wanted.cache
+    facts = (data.targets, data.num_classes, wanted.digest, data.classes)
+    if cache.is_file():
+        rows, _, meta = read(cache)
+        if all(meta.get(name) == value for name, value in wanted.key.items()):
+            return FeatureSet(rows, *facts)
+    compute = compute or select()
+    model = compute.prepare(wanted.model)
+    rows = extract(model, data, compute, num_workers=num_workers, **wanted.options)
+    # scaled once more, as reading the file does: the first run and the second get the same bits
+    usable = check(rows, len(data), source=f"the features for {cache}")
+    extracted = FeatureSet(rows, *facts)
+    if is_main():
+        checkpoint.save(extracted.state(**wanted.key), cache)
+    return replace(extracted, features=usable)
 
 
 def obtain(
@@ -192,45 +311,32 @@ def obtain(
 ) -> FeatureSet:
     """The features to propagate through: read from a file, or extracted once and kept.
 
-    An extraction is kept beside the checkpoint as `<name>.<dataset>.features.pth.tar`, together with the
-    digests of the checkpoint and the data set, and used again only while both are the same. For one of
-    ImageNet's networks the images of a folder stay in their files.
+    An extraction is kept beside the checkpoint as `<name>.<dataset>.features.pth.tar`, that of a backbone
+    from elsewhere in `checkpoint/backbones/`, together with the digests of the network and the data set,
+    and used again only while both are the same. For ImageNet's networks and backbones from elsewhere the
+    images of a folder stay in their files.
 
     Args:
         features: a feature file; skips extraction.
-        checkpoint_file: a checkpoint of phase 1, if there is no feature file.
-        architecture: its network, where the file does not name it.
+        checkpoint_file: a checkpoint of phase 1; or weights of a backbone, none: the library's own.
+        architecture: the network of phase 1, where the file does not name it; or a backbone, as
+            `lib.backbones.build` knows them: `torchvision:resnet50`, `timm:...`.
         dataset, data_dir, num_workers: as in `datasets.build_datasets`.
-        image_size: side of the images; None: as in training.
+        image_size: side of the images; None: as in training. Backbones have their own, always.
         compute: device to extract on.
 
     Raises:
-        ValueError: if neither file is given, or one does not fit.
+        ValueError: if neither file nor backbone is given, or one does not fit.
     """
+    places = {"dataset": dataset, "data_dir": data_dir, "num_workers": num_workers}
     if features:
-        words = {"image_size": image_size or 32, "num_workers": num_workers}
-        return _from_file(features, dataset, data_dir, **words)
-    if not checkpoint_file:
-        raise ValueError("give features (a file) or checkpoint (of phase 1) to start from")
-    state = checkpoint.load_dict(checkpoint_file)
-    model = _network(state, checkpoint_file, architecture)
-    imagenet = isinstance(model, ImageNetResNet)
-    image_size = image_size or _image_size(state, imagenet=imagenet)
-    words = {"image_size": image_size, "num_workers": num_workers, "in_memory": not imagenet}
-    data, _ = build_datasets(dataset, data_dir, **words)
-    origin = sha256_of(Path(checkpoint_file)).hexdigest()[:16]
-    key = {"checkpoint": origin, "image_size": image_size, "data_digest": data.digest}
-    cache = Path(str(checkpoint_file).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
-    if cache.is_file():
-        rows, _, meta = read(cache)
-        if all(meta.get(name) == value for name, value in key.items()):
-            return FeatureSet(rows, data.targets, data.num_classes, data.digest)
-    compute = compute or select()
-    gray = model.conv1.in_channels == 1
-    rows = extract(compute.prepare(model), data, compute, gray=gray, num_workers=num_workers)
-    # scaled once more, as reading the file does: the first run and the second get the same bits
-    usable = check(rows, len(data), source=f"the features of {checkpoint_file}")
-    extracted = FeatureSet(rows, data.targets, data.num_classes, data.digest)
-    if is_main():
-        checkpoint.save(extracted.state(**key), cache)
-    return replace(extracted, features=usable)
+        return _from_file(features, image_size=image_size or SMALL_SIZE, **places)
+    if backbones.is_external(architecture):
+        wanted = _of_backbone(checkpoint_file, architecture, **places)
+    elif checkpoint_file:
+        wanted = _of_checkpoint(checkpoint_file, architecture, image_size=image_size, **places)
+    else:
+        raise ValueError(
+            "give features (a file), checkpoint (of phase 1) or architecture (torchvision:NAME, timm:NAME)"
+        )
+    return _once(wanted, compute, num_workers)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from datasets import UNKNOWN, DataSet
+from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
 from lib import checkpoint, engine, interruption, provenance, pseudo_labels
 from lib.devices import Compute
@@ -373,6 +374,11 @@ def continue_run(run: Run, path: str) -> None:
     Raises:
         ValueError: if the file does not fit or belongs to another run, listing what differs.
     """
+    if "meta" not in checkpoint.load_dict(path):
+        raise ValueError(
+            f"{path} was written by other scripts and does not say what run it is; --pretrained takes its "
+            "weights"
+        )
     state = checkpoint.load_dict(path, *OWN_KEYS)
     require_classes(path, state, run.train.classes)
     provenance.require_same(state["meta"], run.meta, MATHEMATICS)
@@ -496,6 +502,8 @@ def train(
                 report_training(run, write, step.lr, clock)
             with clock.paused():
                 if is_last or progress.step % settings.eval_freq == 0:
+                    if isinstance(run.test, FileSet):  # may outlast the grace after a SIGTERM
+                        save(run, files.checkpoints, is_best=False)
                     measure(run, write)
                     save(run, files.checkpoints, is_best=not progress.accuracy < progress.best)
                 elif stopping:

@@ -25,7 +25,6 @@ from lib.distributed import share
 from lib.sampler import Stream, num_batches, permutation
 from lib.seeding import generator
 
-GRACE_S = 10  # between the SIGTERM that a worker gets and its end
 FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 15 MB at 224 pixels
 
 
@@ -122,12 +121,11 @@ def _ending() -> Event:
 def _outlast_signals(ending: Event, _: int) -> None:
     """For workers: Ctrl-C and SIGTERM may reach every process, and the run needs them to end its step.
 
-    Only a program that ends means it: it sends its workers SIGTERM and waits for them.
+    Only a program that ends means it: it sends its workers SIGTERM and waits for them. Workers whose
+    program is gone are ended by torch, which looks for it every few seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else signal.alarm(GRACE_S)
-    )
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
 
 
 def _surviving(loader: DataLoader) -> Iterator[Any]:

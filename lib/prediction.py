@@ -3,10 +3,9 @@
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,12 @@ from datasets.transforms import Augmentation
 from lib import checkpoint
 from lib.devices import Compute
 from lib.distributed import all_gather_rows, is_main, share
+from lib.features import rebuild, recorded_size
 from lib.loader import in_order
 from lib.pseudo_labels import PseudoLabels
-from models import build_model
+from models.resnet import ImageNetResNet
 
 STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHES_STATS}
-IMAGENET_STEM = 7  # side of its first filters; networks for small images begin with 3x3
-SMALL_SIZE, IMAGENET_SIZE = 32, 224  # of a checkpoint that does not record its own
 BLOCK_BYTES = 256 * 2**20  # of decoded pictures at a time
 
 
@@ -54,26 +52,6 @@ class Classifier:
     from_files: bool
 
 
-def _network(state: Mapping[str, Any], path: str | Path, architecture: str) -> nn.Module:
-    """The network whose weights a checkpoint holds, its sizes read off them."""
-    weights = checkpoint.model_weights(state, path)
-    head = next((k for k in ("fc", "linear") if f"{k}.weight" in weights), None)
-    if head is None or "conv1.weight" not in weights:
-        raise ValueError(f"{path} holds no classifier that this project builds")
-    name = architecture or state.get("architecture") or state.get("arch")
-    if not name:
-        raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
-    stem = weights["conv1.weight"]
-    model = build_model(
-        name,
-        len(weights[f"{head}.weight"]),
-        in_channels=stem.shape[1],
-        imagenet=stem.shape[-1] == IMAGENET_STEM,
-    )
-    checkpoint.load_weights(model, weights, source=path)
-    return model
-
-
 def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
     """The classifier in a checkpoint of phase 3.
 
@@ -90,18 +68,18 @@ def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
             f"{path} is a metric of phase 1, no classifier; train one from it with cifar-semi.py or "
             "imagenet-semi.py"
         )
-    model = _network(state, path, architecture)
+    model = rebuild(state, path, architecture)
     num_classes = getattr(model, model.head_name).out_features
     classes = tuple(state.get("classes") or map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise ValueError(f"{path}: {len(classes)} class names for {num_classes} outputs")
-    imagenet = model.conv1.kernel_size[0] == IMAGENET_STEM
+    imagenet = isinstance(model, ImageNetResNet)
     options = state.get("meta", {}).get("options", {})
     dataset = options.get("dataset", "folder" if imagenet else "cifar10")
     return Classifier(
         model,
         classes,
-        int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE)),
+        recorded_size(state, imagenet=imagenet),
         STATS.get(dataset, IMAGENET_STATS),
         gray=model.conv1.in_channels == 1,
         from_files=imagenet and dataset == "folder",

@@ -246,25 +246,72 @@ def resume(
 ) -> None:
     """Continue the run that left the file `source`, one that `files` describes.
 
+    A file without the record `meta` is taken for a published one: its weights, momenta, memory bank and
+    epoch go on under the options of this run, and what it does not hold starts anew.
+
     Args:
         mathematics: options that must be the same.
 
     Raises:
-        ValueError: if it is none of ours, or of a run with other options or data.
+        ValueError: if it is no checkpoint of phase 1, does not fit, or is of a run with other options or
+            data.
     """
-    own = ("optimizer", "epoch", "lemniscate", "criterion", "best_acc", "meta")
-    state = checkpoint.load_dict(source, *own)
-    provenance.require_same(state["meta"], files.meta, mathematics)
-    load_network(run.model, state, source)
-    parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
-    engine.restore(source, ((part, state[name]) for name, part in parts.items()))
-    run.epoch = state["epoch"] + (0 if files.imagenet else 1)
+    state = checkpoint.load_dict(source, "optimizer", "epoch", "lemniscate")
+    if "meta" in state:
+        provenance.require_same(state["meta"], files.meta, mathematics)
+        load_network(run.model, state, source)
+        parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
+        engine.restore(source, ((part, state[name]) for name, part in parts.items()))
+    else:
+        _take_over(run, state, source)
+    run.epoch = int(state["epoch"]) + (0 if files.imagenet else 1)
     run.step = state.get("step", run.epoch * steps_per_epoch)
     run.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
-    run.scores, run.best = {"top1": state["acc"]}, state["best_acc"]
+    accuracy = float(state.get("acc", state.get("best_prec1", 0.0)))
+    run.scores, run.best = {"top1": accuracy}, float(state.get("best_acc", accuracy))
     within = run.step - run.epoch * steps_per_epoch
     place = f" and {within} steps" if within else ""
     say(f"continuing after epoch {run.epoch}{place} (best so far {run.best:.2f}%)")
+
+
+def _take_over(run: Run, state: dict[str, Any], source: str) -> None:
+    """Weights, momenta and memory bank of a published file; the optimizer keeps this run's options."""
+    rows = checkpoint.bank_rows(state, source)
+    if rows.shape != run.bank.memory.shape:
+        raise ValueError(
+            f"{source} holds a memory bank of {_shape(rows)} numbers, this run needs "
+            f"{_shape(run.bank.memory)}: it was made with other images or another --low-dim"
+        )
+    load_network(run.model, state, source)
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
+    ]
+    names = checkpoint.model_weights(state, source)
+    momenta = _in_own_order(run.model, state["optimizer"], names)
+    engine.restore(source, [(run.optimizer, momenta), (run.bank, {"memory": rows})])
+    for group, own in zip(run.optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    say(f"{source} is a published file: it records no options that these could be compared with")
+
+
+def _in_own_order(
+    model: nn.Module, optimizer: dict[str, Any], names: Iterable[str]
+) -> dict[str, Any]:
+    """The state of an optimizer whose parameters were numbered in the order of `names`, in the model's.
+
+    Momenta are handed over by place: among equally shaped weights a wrong one would not be noticed.
+    """
+    own = [name for name, _ in model.named_parameters()]
+    theirs = [name for name in names if name in set(own)]
+    groups = optimizer["param_groups"]
+    if len(groups) != 1 or len(theirs) != len(own) or len(groups[0]["params"]) != len(own):
+        return optimizer  # does not fit, as will be said
+    number = dict(zip(theirs, groups[0]["params"], strict=True))
+    return {**optimizer, "param_groups": [{**groups[0], "params": [number[name] for name in own]}]}
+
+
+def _shape(rows: Tensor) -> str:
+    return " x ".join(map(str, rows.shape))
 
 
 def monitor(model: nn.Module, bank: Tensor, images: Images, compute: Compute) -> dict[str, float]:
@@ -286,7 +333,7 @@ def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
     recorded = state.get("meta", {}).get("data_digest", digest)
     if bank.shape != (num_images, dim) or recorded != digest:
         raise ValueError(
-            f"{source} holds a memory bank of {' x '.join(map(str, bank.shape))} numbers that is not of "
+            f"{source} holds a memory bank of {_shape(bank)} numbers that is not of "
             f"the {num_images} training images here; --test-only computes one from these"
         )
     return bank
@@ -428,6 +475,8 @@ def _finish_epoch(
     write: Writer,
 ) -> dict[str, float]:
     """Accuracy, line, log and checkpoints of an epoch whose steps are done; all its numbers."""
+    if files.imagenet:  # measuring may outlast the grace that follows a SIGTERM
+        _save(run, files, images)
     scores = monitor(run.model, run.bank.memory, images, compute)
     is_best = run.finish_epoch(scores)
     values = measured | {"best": run.best, "chance": run.criterion.chance(len(images.train))}

@@ -39,6 +39,10 @@ EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.9999999999
 SUFFIX = ".pth.tar"
 CHUNK = re.compile(r"(\d+)_(\d+)\.pth\.tar")  # number of chunks, number of this one
 SHOWN = 6  # names in a message
+TILE = (
+    2**24
+)  # probabilities at a time, 64 MB: those of a million images and a thousand classes are 5 GB
+TOP = 5  # classes of each image that stay where its probabilities do not
 COLUMNS = ("index", "path", "label", "confidence")
 CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
 
@@ -91,6 +95,8 @@ class PseudoLabels:
         unlabeled: indexes of the images to label.
         probabilities: U x C, or None (the published ImageNet files have none).
         meta: what made them.
+        top_classes: U x min(5, C) class numbers, the most probable first, int32; None where they come from
+            a file, which does not hold them.
 
     Raises:
         ValueError: listing every problem, on construction.
@@ -103,6 +109,7 @@ class PseudoLabels:
     unlabeled: Tensor
     probabilities: Tensor | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    top_classes: Tensor | None = None
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -413,20 +420,44 @@ def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
 
 
 def _build(
-    probabilities: Tensor, confidence: Tensor, labels: Tensor, split: Split, meta: Mapping[str, Any]
+    scores: Tensor,
+    split: Split,
+    meta: Mapping[str, Any] | None,
+    weigh: Callable[[Tensor], Tensor],
+    as_probabilities: Callable[[Tensor], Tensor] | None,
 ) -> PseudoLabels:
-    chosen = split.unlabeled
-    confidence = confidence[chosen]
+    """The unlabelled images ranked by confidence, `TILE` numbers at a time.
+
+    Args:
+        scores: N x C, the higher the more likely.
+        weigh: rows of scores -> their confidence.
+        as_probabilities: rows of scores -> their probabilities; None leaves these out.
+    """
+    count, num_classes = len(split.unlabeled), scores.shape[1]
+    height = max(1, TILE // num_classes)
+    tiles = [slice(start, start + height) for start in range(0, count, height)]
+    confidence = scores.new_empty(count)
+    top_classes = torch.empty(count, min(TOP, num_classes), dtype=torch.int32)
+    labels = torch.empty_like(split.unlabeled)
+    for tile in tiles:
+        rows = scores[split.unlabeled[tile]]
+        confidence[tile], labels[tile] = weigh(rows), rows.argmax(dim=1)
+        top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
     order = confidence.argsort(descending=True, stable=True)
-    indexes = chosen[order]
+    indexes, probabilities = split.unlabeled[order], None
+    if as_probabilities is not None:
+        probabilities = scores.new_empty(count, num_classes)
+        for tile in tiles:  # made anew in their order: sorting them would take a second copy
+            probabilities[tile] = as_probabilities(scores[indexes[tile]])
     return PseudoLabels(
         indexes,
-        labels[indexes],
+        labels[order],
         confidence[order],
         split.labeled,
         split.unlabeled,
-        probabilities[indexes],
-        meta,
+        probabilities,
+        meta or {},
+        top_classes[order],
     )
 
 
@@ -483,8 +514,7 @@ def from_probabilities(
     Raises:
         ValueError: for an unknown confidence.
     """
-    weights = _confidence(confidence)(probabilities)
-    return _build(probabilities, weights, probabilities.argmax(dim=1), split, meta or {})
+    return _build(probabilities, split, meta, _confidence(confidence), lambda rows: rows)
 
 
 def from_scores(
@@ -494,6 +524,7 @@ def from_scores(
     *,
     temperature: float = 1.0,
     confidence: str = "margin",
+    probabilities: bool = True,
 ) -> PseudoLabels:
     """Pseudo-labels from N x C scores (normalised cut).
 
@@ -503,19 +534,26 @@ def from_scores(
         temperature: T.
         confidence: a key of `CONFIDENCES`; published: 1 - exp(-(z1 - z2) / T) with the two largest
             scores of a row.
+        probabilities: False leaves them out, which saves as much memory as the scores take.
 
     Raises:
         ValueError: for a temperature that is not positive, or an unknown confidence.
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
-    probabilities = (scores / temperature).softmax(dim=1)
-    if confidence == "margin":  # of the scores: exact where probabilities are rounded to 1 or 0
-        first, second = scores.topk(2, dim=1).values.unbind(1)
-        weights = -torch.expm1(-(first - second) / temperature)
-    else:
-        weights = _confidence(confidence)(probabilities)
-    return _build(probabilities, weights, scores.argmax(dim=1), split, meta or {})
+    measure = _confidence(confidence)
+
+    def as_probabilities(rows: Tensor) -> Tensor:
+        return (rows / temperature).softmax(dim=1)
+
+    def weigh(rows: Tensor) -> Tensor:
+        if confidence != "margin":
+            return measure(as_probabilities(rows))
+        # of the scores: exact where probabilities are rounded to 1 or 0
+        first, second = rows.topk(2, dim=1).values.unbind(1)
+        return -torch.expm1(-(first - second) / temperature)
+
+    return _build(scores, split, meta, weigh, as_probabilities if probabilities else None)
 
 
 def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ()) -> None:

@@ -37,8 +37,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from lib import devices, features, options, plots, provenance
+from lib.graph import affinity, chosen_preset
 from lib.neighbors import METHODS as SEARCHES
-from lib.neighbors import PRECISIONS
+from lib.neighbors import PRECISIONS, nearest_neighbors
 from lib.propagation import Metric, propagate
 from lib.propagation.algorithms import ALGORITHMS, NUM_EIGENVECTORS, others, run_algorithm
 from lib.propagation.checks import Labeling
@@ -48,9 +49,8 @@ from models.layers import l2_normalize
 
 COUNTS = [50, 100, 250, 500, 1000, 2000, 4000, 8000]  # published
 CLUSTERS, NOISE = 5, 1.4  # per class of the mixture; of its points around a cluster
-Answer = tuple[
-    dict[str, float], dict[int, Tensor]
-]  # seconds by step, predicted class of every image
+# seconds by step, predicted class of every image by number of labels, recall of the neighbours
+Answer = tuple[dict[str, float], dict[int, Tensor], float]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +140,7 @@ def literal(rows, splits, num_classes, num_neighbors, search) -> Answer:
         z *= np.sqrt(n) / np.linalg.norm(z, axis=0)
         answers[count] = torch.from_numpy(z.argmax(axis=1))
     seconds["labels"] = time.perf_counter() - start
-    return seconds, answers
+    return seconds, answers, 1.0
 
 
 def own(method: str, **parameters: float) -> Callable[..., Answer]:
@@ -148,10 +148,13 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
 
     def run(rows, splits, num_classes, num_neighbors, search):
         seconds, start = {}, time.perf_counter()
-        metric = Metric(rows, num_neighbors=num_neighbors, search=search)
+        metric, recall = Metric(rows), 1.0
         algorithm = ALGORITHMS.get(method)
         if algorithm is None or algorithm.needs_graph:
-            metric.affinity  # noqa: B018 - made here, so that it has a time of its own
+            preset = chosen_preset("cifar", num_neighbors=num_neighbors)
+            found = nearest_neighbors(rows, num_neighbors, include_self=True, **search)
+            metric, recall = Metric(rows, given=affinity(found, preset)), found.recall
+            del found
             seconds["graph"] = time.perf_counter() - start
             start = time.perf_counter()
         if method == "nc":
@@ -173,7 +176,7 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
                 split = Split(labeled, others(len(rows), labeled))
                 answers[n] = propagate(metric, method, split, labels, num_classes).scores.argmax(1)
         seconds["labels"] = time.perf_counter() - start
-        return seconds, answers
+        return seconds, answers, recall
 
     return run
 
@@ -188,7 +191,7 @@ def scikit_learn(rows, splits, num_classes, num_neighbors, search) -> Answer:
         known[labeled] = labels
         model = LabelSpreading(kernel="knn", n_neighbors=num_neighbors, n_jobs=-1)
         answers[count] = torch.from_numpy(model.fit(rows.numpy(), known.numpy()).transduction_)
-    return {"labels": time.perf_counter() - start}, answers
+    return {"labels": time.perf_counter() - start}, answers, 1.0
 
 
 VARIANTS: dict[str, Callable[..., Answer]] = {
@@ -225,8 +228,9 @@ def _measured(connection, name: str, *problem: object) -> None:
     warnings.simplefilter("ignore", UserWarning)  # components are reported once, by the parent
     _forget_peak()
     before = _peak_mib()
-    seconds, answers = VARIANTS[name](*problem)
-    connection.send((seconds, {k: v.numpy() for k, v in answers.items()}, before, _peak_mib()))
+    seconds, answers, recall = VARIANTS[name](*problem)
+    answers = {count: classes.numpy() for count, classes in answers.items()}
+    connection.send((seconds, answers, recall, before, _peak_mib()))
     connection.close()
 
 
@@ -238,13 +242,14 @@ def run_variant(name: str, *problem: object) -> dict:
     child.start()
     sender.close()
     try:
-        seconds, answers, before, peak = receiver.recv()
+        seconds, answers, recall, before, peak = receiver.recv()
     except EOFError:
         child.join()
         raise ValueError(f"{name} ended with exit code {child.exitcode}; out of memory?") from None
     child.join()
     answers = {count: torch.from_numpy(a) for count, a in answers.items()}
     memory = {"peak_mib": peak, "added_mib": max(1.0, peak - before)}
+    memory["recall"] = recall
     return {"seconds": seconds, "total_s": sum(seconds.values()), **memory, "answers": answers}
 
 
@@ -315,6 +320,7 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
             }
         found[name] = run
         steps = ", ".join(f"{step} {s:.1f}" for step, s in run["seconds"].items())
+        steps += f"; recall {run['recall']:.3f}" if run["recall"] < 1 else ""
         print(
             f"{name:13s}  {run['total_s']:7.1f} ({steps})".ljust(69)
             + f"{run['peak_mib']:9.0f}               "

@@ -2,6 +2,7 @@
 
     python scripts/propagate.py --checkpoint checkpoint/instance_cifar10/ckpt.cifar.pth.tar \\
         --method nc --num-labeled 50 250 4000 --save-path checkpoint/pseudos/mine --report
+    python scripts/propagate.py --arch torchvision:resnet50 --dataset folder --data-dir DIR ...
     python scripts/propagate.py ... --gpus 0,1,2,3            one process per GPU
     torchrun --nnodes 2 --nproc-per-node 8 ... scripts/propagate.py ...      several machines
 
@@ -10,10 +11,17 @@ graph without eigenvectors; `auto` chooses among all of them by cross-validation
 alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar` is written per count, for
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
-From a feature file instead of a checkpoint: --features FILE. With --chunks 10 the unlabelled images are
-shuffled and cut into ten parts, each with a graph of its own (the published ImageNet layout
-`<number of labels>/10_0.pth.tar` ...). --report adds the confidence-precision curve, contact sheets of the
-most and least confident images of each class, and `report.html` that shows them all.
+From a feature file instead of a checkpoint: --features FILE. Images are read at the size that the checkpoint
+was trained on, or at --image-size.
+
+Through a network from elsewhere: --arch torchvision:NAME, torchvision:NAME@WEIGHTS or, with timm installed,
+timm:NAME. --checkpoint FILE is then a local file of its weights; without one they are the library's own,
+downloaded the first time. Its features are kept in checkpoint/backbones.
+
+With --chunks 10 the unlabelled images are shuffled and cut into ten parts, each with a graph of its own, in
+the published ImageNet layout `num_labeled_<number of labels>/10_0.pth.tar` ... `10_9.pth.tar`. --report adds
+the confidence-precision curve, contact sheets of the most and least confident images of each class, and
+`report.html` that shows them all.
 
 Several processes give the labels of one: the rows of the graph are divided among them
 (lib/propagation/workers.py says what each one holds). The features lie beside the checkpoint, graph and
@@ -40,6 +48,7 @@ from tqdm import tqdm
 
 from datasets import build_datasets
 from lib import devices, distributed, features, options, plots, provenance, pseudo_labels, report
+from lib.backbones import is_external
 from lib.curves import Curve, confidence_precision
 from lib.features import FeatureSet
 from lib.files import write_whole
@@ -55,11 +64,16 @@ from lib.propagation.workers import lead, serve
 from lib.pseudo_labels import CONFIDENCES, PseudoLabels
 from lib.spectral import SELF_LOOPS, SOLVERS
 from lib.split import labeled_split
+from models import SMALL_ARCHITECTURES
 
 # Parameters of single algorithms: given to the method only where the user sets them.
 PARAMETERS = (
     *("k", "knn_temperature", "num_eigenvectors", "clamp", "filter", "filter_by", "cutoff"),
     *("degree", "time", "power", "alpha"),
+)
+ARCHITECTURES = (
+    f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, with "
+    "images as its own configuration wants them: torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME"
 )
 MIB = 2**20
 
@@ -67,9 +81,15 @@ MIB = 2**20
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
     options.add_data(parser, "--data_dir")
-    network = options.add_model(parser)
+    parser.set_defaults(image_size=None)
+    network = options.add_model(parser, known=ARCHITECTURES)
     network.set_defaults(architecture="")
-    network.add_argument("--checkpoint", default="", metavar="FILE", help="metric of phase 1")
+    network.add_argument(
+        "--checkpoint",
+        default="",
+        metavar="FILE",
+        help="metric of phase 1; with a network from elsewhere its weights (default: the library's own)",
+    )
     network.add_argument(
         "--features", default="", metavar="FILE", help="feature file, in place of --checkpoint"
     )
@@ -224,8 +244,14 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     options.require_positive(args, "chunks", "temperature", "block_mib", "basis_mib")
-    if bool(args.features) == bool(args.checkpoint):
-        raise ValueError("give --checkpoint FILE (of phase 1) or --features FILE, one of them")
+    external = is_external(args.architecture)
+    if bool(args.features) == bool(args.checkpoint or external):
+        raise ValueError(
+            "give --checkpoint FILE (of phase 1), --features FILE or --arch torchvision:NAME, one of them"
+        )
+    if external:
+        why = "with a network from elsewhere, which has its own"
+        options.warn_unused(args, build_parser(), why, "image_size")
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
 
@@ -286,7 +312,7 @@ def ending_at_once(work: Path) -> Iterator[None]:
 
 
 def label(args: argparse.Namespace, metric: Metric, n: int | str, found: FeatureSet, meta: dict):
-    """Pseudo-labels of one number of labels, written part by part; all of them, and where they are."""
+    """Pseudo-labels of one number of labels, written part by part; all without probabilities, and where."""
     split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
     prior = [1 / found.num_classes] * found.num_classes if args.class_prior == "uniform" else None
     own = Path(metric.kept.folder) / str(n)
@@ -305,13 +331,14 @@ def label(args: argparse.Namespace, metric: Metric, n: int | str, found: Feature
         class_prior=prior,
         temperature=args.temperature,
         confidence=args.confidence,
+        probabilities=not args.no_probabilities,
         meta=meta,
     )
     for place, part in enumerate(found_parts):
-        if args.no_probabilities:
-            part = replace(part, probabilities=None)
         file = save_part(part, args.save_path, str(n), place, args.chunks)
-        parts.append(part)
+        parts.append(
+            replace(part, probabilities=None)
+        )  # those of all numbers of labels would not fit
     if args.chunks > 1:
         file = file.with_name(f"{args.chunks}_*.pth.tar")
         shutil.rmtree(own, ignore_errors=True)  # ten graphs of each number would fill a disk
@@ -324,12 +351,14 @@ def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta
     if curves:
         plots.confidence_precision(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
+    side = report.MOST_SIDE if args.dataset == "folder" else features.SMALL_SIZE
     try:
         data, _ = build_datasets(
             args.dataset,
             args.data_dir,
-            image_size=args.image_size,
+            image_size=args.image_size or side,
             num_workers=args.num_workers,
+            in_memory=False,  # a folder's images are read where a sheet shows them
         )
     except ValueError as error:
         print(f"warning: no contact sheets without the images: {error}", file=sys.stderr)
@@ -404,6 +433,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         with lead(compute.device) as workers:
             folder = options.writable_folder("--save-path", args.save_path)
             meta = provenance.record(vars(args), found.digest)
+            meta["classes"] = list(found.classes)
             shape = f"{len(found.features)} x {found.features.shape[1]}"
             print(f"{shape} features, {found.num_classes} classes", flush=True)
             metric = build_metric(args, found, compute.device, workers, work)

@@ -173,7 +173,7 @@ def imagenet_checkpoint(path: Path, model: nn.Module, arch: str, memory: Tensor)
             "state_dict": wrapped(model),
             "best_prec1": 41.0,
             "lemniscate": nce_average(memory),
-            "optimizer": {"state": {}, "param_groups": []},
+            "optimizer": optimizer_state(model),
         }
         write(state, path)
     return state

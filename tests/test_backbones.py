@@ -2,21 +2,27 @@
 
 import hashlib
 import sys
+from pathlib import Path
+from shutil import copy
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pretraining import make_folder
 from torch import nn
 from torchvision import models as zoo
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import InterpolationMode
 
+from datasets import build_datasets
 from datasets.images import IMAGENET_STATS, ImageSet
-from lib import backbones, checkpoint
+from lib import backbones, checkpoint, features, pseudo_labels
 from lib.devices import select
 from lib.features import extract
+from lib.options import load_script
+from models.layers import l2_normalize
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +201,80 @@ def test_whole_data_sets_are_extracted_as_with_our_own_networks(files):
     assert rows.shape == (5, 1024)
     assert images.shape == (5, 3, 32, 32)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(5))
+
+
+# ---- as the metric of phase 2
+
+NAME = "torchvision:shufflenet_v2_x0_5"
+
+
+def seventh_pixels(images: torch.Tensor) -> torch.Tensor:
+    return images[:, 0, ::7, ::7].flatten(1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder data set of 52 pictures; what is kept goes there too."""
+    monkeypatch.chdir(tmp_path)
+    return make_folder(tmp_path / "pictures")
+
+
+@torch.no_grad()
+def test_features_of_a_folder_are_those_of_torchvisions_own_preprocessing(
+    files, folder, monkeypatch
+):
+    # every seventh pixel as features: those of a network without training are all alike
+    monkeypatch.setattr(backbones.PooledFeatures, "pooled", lambda _, x: seventh_pixels(x))
+    weights = files / "shufflenet_v2_x0_5.pth"
+    words = {"architecture": NAME, "dataset": "folder", "data_dir": str(folder)}
+    words |= {"num_workers": 0, "compute": select("cpu", "fp32")}
+    found = features.obtain(checkpoint_file=weights, **words)
+    assert (found.num_classes, found.classes) == (4, ("blue", "gray", "green", "red"))
+    view = zoo.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms()
+    data, _ = build_datasets("folder", folder, in_memory=False)
+    for index in (0, 17, 39):
+        image = view(Image.open(folder / data.paths[index]).convert("RGB"))[None]
+        expected = l2_normalize(seventh_pixels(image))[0]
+        steps = (found.features - expected).abs().amax(dim=1)  # one step of 255: about 0.0006
+        assert int(steps.argmin()) == index
+        assert steps[index] < 0.001
+        assert steps.topk(2, largest=False).values[1] > 0.01
+    kept = Path("checkpoint/backbones/torchvision_shufflenet_v2_x0_5.folder.features.pth.tar")
+    assert kept.is_file()
+    monkeypatch.setattr(features, "extract", None)
+    again = features.obtain(checkpoint_file=weights, **words)
+    assert torch.equal(again.features, found.features)
+    changed = dict(checkpoint.load_dict(weights))
+    changed["conv1.0.weight"] = changed["conv1.0.weight"] * 2
+    checkpoint.save(changed, "other.pth")
+    with pytest.raises(TypeError):  # extracted anew
+        features.obtain(checkpoint_file="other.pth", **words)
+
+
+def test_an_architecture_alone_is_enough_for_phase_2(files, folder, monkeypatch, capsys):
+    hub = Path("hub/checkpoints")
+    hub.mkdir(parents=True)
+    address = zoo.ShuffleNet_V2_X0_5_Weights.DEFAULT.url
+    copy(files / "shufflenet_v2_x0_5.pth", hub / address.rsplit("/", 1)[1])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    monkeypatch.setattr("datasets.folder.read_images", None)  # never the whole folder in memory
+    words = ("--arch", NAME, "--dataset", "folder", "--data-dir", folder, "--image-size", 16)
+    words = (*words, "--method", "knn", "--num-labeled", 8, "-j", 0, "--save-path", "out")
+    script = load_script("scripts/propagate.py")
+    script.main(script.build_parser().parse_args([str(w) for w in (*words, "--report")]))
+    assert "--image-size has no effect with a network from elsewhere" in capsys.readouterr().err
+    pseudo = pseudo_labels.load("out/8.pth.tar")
+    assert pseudo.meta["classes"] == ["blue", "gray", "green", "red"]
+    train, _ = build_datasets("folder", folder, in_memory=False)
+    pseudo.require_fit(len(train), 4, 8, train.digest, train.classes)
+    assert len(list(Path("out/sheets_8").iterdir())) == len(pseudo.labels.unique())
+
+
+def test_features_or_a_backbone_not_both():
+    script = load_script("scripts/propagate.py")
+    args = script.build_parser().parse_args(["--features", "f", "--arch", NAME])
+    with pytest.raises(ValueError, match="one of them"):
+        script.main(args)
 
 
 # ---- weights that the library would download

@@ -1,10 +1,13 @@
 """Pseudo-labels in parts: every image once, the labels of one graph where the method needs none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import blobs
 
 from lib import checkpoint, pseudo_labels
+from lib.curves import top_k_hits
 from lib.propagation import Metric, propagate
 from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part, subset
 from lib.split import Split, labeled_split
@@ -64,11 +67,23 @@ def test_the_meta_record_says_what_was_done():
     assert (pseudo.meta["confidence"], pseudo.meta["mine"]) == ("entropy", 1)
 
 
+def test_top_5_is_known_without_probabilities_too():
+    words = (Metric(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5)
+    whole, bare = (pseudo_label(*words, probabilities=wanted) for wanted in (True, False))
+    assert bare.probabilities is None
+    assert torch.equal(bare.labels, whole.labels)
+    true = TARGETS.flip(0)  # of other images: the right ones are all found
+    for k in (1, 3, 5):
+        hits = top_k_hits(bare, true, k)
+        assert torch.equal(hits, top_k_hits(whole, true, k))
+        assert bool(hits.all()) == (k == 5)
+
+
 def test_parts_are_written_under_the_published_names(tmp_path):
     assert part_file(tmp_path, 250) == tmp_path / "250.pth.tar"
     assert part_file(tmp_path, 13000, 9, 10) == tmp_path / "num_labeled_13000" / "10_9.pth.tar"
     for place, part in enumerate(parts_of("knn", 2)):
-        path = save_part(part, tmp_path, 20, place, 2, probabilities=False)
+        path = save_part(replace(part, probabilities=None), tmp_path, 20, place, 2)
         assert path == part_file(tmp_path, 20, place, 2)
         state = checkpoint.load_dict(path)
         assert "pseudo_probs" not in state

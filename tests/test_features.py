@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_pretraining import make_folder
 from torch import nn
 
 from datasets import UNKNOWN
@@ -143,14 +144,15 @@ def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, state, message):
 
 def test_a_written_feature_file_has_the_published_keys(tmp_path):
     rows, targets = torch.eye(4), torch.tensor([0, 2, UNKNOWN, 1])
-    checkpoint.save(features.FeatureSet(rows, targets, 5, "d").state(), tmp_path / "f")
+    names = ("ant", "bee", "cat", "dog", "elk")
+    checkpoint.save(features.FeatureSet(rows, targets, 5, "d", names).state(), tmp_path / "f")
     state = checkpoint.load(tmp_path / "f")
     assert state["train_features"].dtype == torch.float32
     assert state["train_labels"].dtype == torch.int64
     back = features.obtain(features=tmp_path / "f")
     assert torch.equal(back.features, rows)
     assert torch.equal(back.targets, targets)
-    assert (back.num_classes, back.digest) == (5, "d")
+    assert (back.num_classes, back.digest, back.classes) == (5, "d", names)
 
 
 @pytest.fixture
@@ -186,6 +188,7 @@ def test_an_extraction_is_kept_and_used_again_bit_for_bit(phase1):
     assert torch.equal(second.targets, phase1["set"].targets)
     assert first.digest == second.digest == phase1["set"].digest
     assert second.num_classes == 4
+    assert first.classes == second.classes == ("a", "b", "c", "d")
     assert torch.allclose(first.features, one_by_one(phase1["model"], phase1["set"]), atol=1e-5)
 
 
@@ -233,6 +236,24 @@ def test_a_file_without_labels_takes_those_of_the_data_set_of_its_length(phase1,
     torch.save(torch.randn(20, 4), tmp_path / "short.t7")
     with pytest.raises(ValueError, match="20 rows for a data set of 23"):
         features.obtain(features=tmp_path / "short.t7")
+
+
+def test_labels_of_a_folder_are_taken_without_decoding_an_image(tmp_path, monkeypatch):
+    make_folder(tmp_path / "pictures")
+    monkeypatch.setattr("datasets.folder.read_images", None)
+    torch.save(torch.randn(52, 4), tmp_path / "bare.t7")
+    words = {"dataset": "folder", "data_dir": str(tmp_path / "pictures")}
+    found = features.obtain(features=tmp_path / "bare.t7", **words)
+    assert found.targets.tolist() == [*torch.arange(4).repeat_interleave(10), *[UNKNOWN] * 12]
+    assert found.classes == ("blue", "gray", "green", "red")
+    assert found.digest == ""  # phase 3 may hold the images in memory or in files
+
+
+def test_a_backbone_without_head_is_no_metric(tmp_path):
+    weights = {"0.weight": torch.randn(16, 1, 3, 3)}
+    checkpoint.save(weights, tmp_path / "colorization.pth.tar")
+    with pytest.raises(ValueError, match=r"colorization\.pth\.tar holds no network"):
+        features.load_embedding(tmp_path / "colorization.pth.tar")
 
 
 def test_neither_features_nor_checkpoint_is_a_mistake_with_a_message():

@@ -8,10 +8,11 @@ import skimage.data
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from datasets import UNKNOWN, FileSet, build_datasets, files
-from datasets.files import Reader, central_view, random_view, read_image
+from datasets.files import Reader, Resizing, central_view, random_view, read_image
 from datasets.transforms import RandomResizedCrop
 
 
@@ -73,6 +74,20 @@ def test_the_central_view_is_resize_and_centre_crop(size, image_size, shorter):
     published = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(image_size)])
     expected = pixels(published(Image.open(io.BytesIO(data)))).int()
     assert (read_image(data, image_size).int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(90, 75), (75, 90), (700, 530)])
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_another_network_has_another_central_view(size, squash, mode):
+    resizing = Resizing(60, mode, squash)
+    steps = transforms.Resize([60, 60] if squash else 60, mode), transforms.CenterCrop(48)
+    image = Image.fromarray(np.asarray(photograph(size).resize((9, 7)).resize(size)))  # smooth
+    expected = pixels(transforms.Compose(steps)(image)).int()
+    seen = read_image(encoded(image, "PNG"), 48, None, resizing).int()
+    assert (seen - expected).abs().max() <= 2
+    close = read_image(encoded(image, "JPEG"), 48, None, resizing).int()  # decoded at a fraction
+    assert (close - expected).abs().float().mean() <= 2
 
 
 def test_the_box_of_the_central_view_is_what_it_shows():

@@ -138,6 +138,7 @@ def test_files_have_the_published_keys_and_kinds(executed, name, count):
     pseudo = pseudo_labels.load(file)
     pseudo.require_fit(3000, 10, count, train.digest)
     assert pseudo.meta["options"]["algorithm"] == name
+    assert pseudo.meta["classes"] == list(train.classes)
     assert torch.equal(pseudo.labeled, labeled_split(train.targets, count, 10).labeled)
     precision = (pseudo.labels == train.targets[pseudo.indexes]).float().mean()
     assert precision > 0.2  # twice of guessing, after one epoch

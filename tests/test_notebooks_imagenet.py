@@ -126,6 +126,7 @@ def test_nearest_neighbours_and_what_they_say_of_validation_images(cache, tmp_pa
     folder = tmp_path / f"num_labeled_{LABELS}"
     pseudo = pseudo_labels.merged([pseudo_labels.load(folder / f"2_{i}.pth.tar") for i in (0, 1)])
     assert pseudo.meta["propagation"] == {"method": "knn", "k": 5, "temperature": 0.1}
+    assert pseudo.meta["classes"] == []  # the feature file names none
     votes = classify(
         *(train["features"][pseudo.indexes], train["features"][pseudo.labeled]),
         *(train["labels"][pseudo.labeled], CLASSES),
@@ -170,6 +171,7 @@ def test_from_pictures_to_predictions_in_chunks(tmp_path):
     parts = [pseudo_labels.load(output / "num_labeled_all" / f"2_{i}.pth.tar") for i in (0, 1)]
     assert sorted(torch.cat([p.indexes for p in parts]).tolist()) == list(range(40, 52))
     assert all(part.meta["data_digest"] for part in parts)
+    assert all(part.meta["classes"] == ["blue", "gray", "green", "red"] for part in parts)
 
 
 def test_with_many_classes_pictures_show_a_few_of_them():

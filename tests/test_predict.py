@@ -195,7 +195,7 @@ def test_bad_words_end_in_one_message(world, tmp_path):
         ({"--images": tmp_path / "missing"}, "is no folder"),
         ({"--images": tmp_path / "empty"}, "holds no picture"),
         ({"--checkpoint": metric}, "metric of phase 1"),
-        ({"--checkpoint": other}, "holds no classifier"),
+        ({"--checkpoint": other}, "holds no network that this project builds"),
         ({"--checkpoint": tmp_path / "broken.pth.tar"}, "cannot be read"),
         ({"--top": 0}, "--top 0"),
         ({"--output": tmp_path}, "is a folder"),

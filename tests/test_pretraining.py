@@ -20,6 +20,7 @@ from conftest import ROOT, assert_ok, run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lib.pretraining
 from datasets import build_datasets
 from lib import checkpoint, engine, features, memory_bank, options
 from lib import pretraining as loop
@@ -457,3 +458,15 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(pretrain, 
     file = cut / "ckpt.cifar.pth.tar"
     assert kill_until_finished("unsupervised/cifar.py", *words, file=file, kills=8) >= 3
     assert_same(without_meta(last(whole)), without_meta(last(cut)))
+
+
+def test_momenta_numbered_in_another_order_reach_the_weights_of_their_name():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    own = [name for name, _ in model.named_parameters()]
+    theirs = own[::-1]
+    group = {"params": [70, 71, 72, 73], "lr": 0.1}
+    state = {"state": {70 + i: {"momentum_buffer": name} for i, name in enumerate(theirs)}}
+    state["param_groups"] = [group]
+    turned = lib.pretraining._in_own_order(model, state, [*theirs, "0.running_mean"])
+    found = [state["state"][n]["momentum_buffer"] for n in turned["param_groups"][0]["params"]]
+    assert found == own

@@ -152,7 +152,7 @@ def test_evaluate_refuses_a_bank_of_other_images(finished, tmp_path):
         run(other, tmp_path, "-e", "--resume", finished / "ckpt.pth.tar")
 
 
-def test_a_published_file_is_measured_and_continued_only_as_a_backbone(
+def test_a_published_file_is_measured_and_continued_and_serves_as_a_backbone(
     finished, pictures, tmp_path, capsys
 ):
     state = last(finished)
@@ -162,9 +162,12 @@ def test_a_published_file_is_measured_and_continued_only_as_a_backbone(
     checkpoint.save({"state_dict": weights} | published, file)
     scores = run(pictures, tmp_path, "-e", "--resume", file)
     assert scores == run(pictures, tmp_path, "-e", "--resume", finished / "ckpt.pth.tar")
-    with pytest.raises(ValueError, match="has no criterion, best_acc, meta"):
-        run(pictures, tmp_path, "--resume", file)
-    capsys.readouterr()
+    run(pictures, tmp_path / "on", "--resume", file, "--stop-after", 1)
+    assert f"{file} is a published file" in capsys.readouterr().out
+    assert (last(tmp_path / "on")["epoch"], last(tmp_path / "on")["step"]) == (
+        state["epoch"],
+        state["step"] + 1,
+    )
     run(pictures, tmp_path / "new", "--pretrained", file, "--stop-after", 1)
     assert f"{file}: 122 tensors loaded\n" in capsys.readouterr().out
     assert last(tmp_path / "new")["step"] == 1

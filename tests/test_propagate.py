@@ -14,6 +14,7 @@ from conftest import ROOT, assert_ok, assert_refused, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_pretraining import make_folder
 
 from datasets import build_datasets
 from lib import checkpoint, pseudo_labels, report
@@ -21,6 +22,7 @@ from lib.features import FeatureSet
 from lib.options import load_script
 from lib.propagation.chunks import save_part
 from lib.split import Split, cut_into_chunks, labeled_split
+from models import build_model
 from models.layers import l2_normalize
 
 propagate = load_script("scripts/propagate.py")
@@ -392,3 +394,26 @@ def test_bad_words_end_in_one_message(features, tmp_path, words, message):
 
 def test_an_unknown_method_is_refused_with_the_list():
     assert_refused(run_script("scripts/propagate.py", "--method", "magic"), "magic", "poisson")
+
+
+def test_class_names_go_into_the_files_and_images_are_read_at_the_size_of_training(
+    tmp_path, monkeypatch
+):
+    make_folder(tmp_path / "pictures")
+    network = build_model("wrn-10-1", 8, normalize=True)
+    state = {"net": network.state_dict(), "architecture": "wrn-10-1"}
+    state["meta"] = {"options": {"image_size": 24}}
+    checkpoint.save(state, tmp_path / "metric.pth.tar")
+    asked = []
+
+    def recorded(*words, **keywords):
+        asked.append(keywords["image_size"])
+        return build_datasets(*words, **keywords)
+
+    monkeypatch.setattr("lib.features.build_datasets", recorded)
+    words = ("--checkpoint", tmp_path / "metric.pth.tar", "--dataset", "folder", "--method", "knn")
+    words = (*words, "--data-dir", tmp_path / "pictures", "--num-labeled", 8, "--chunks", 2)
+    call(*words, "--save-path", tmp_path)
+    assert asked == [24]
+    for part in pseudo_labels.load_chunks(tmp_path / "num_labeled_8"):
+        assert part.meta["classes"] == ["blue", "gray", "green", "red"]

@@ -8,6 +8,7 @@ from conftest import assert_ok, assert_refused, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pretraining import make_folder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets import build_datasets
 from lib import checkpoint, pseudo_labels
@@ -680,3 +681,37 @@ def test_the_command_line_goes_there_and_back(tmp_path):
         assert torch.equal(one[key], other[key])
     assert one["meta"] == other["meta"]
     assert_refused(run_script(*module, "import", tmp_path / "p.pth.tar", tmp_path / "x"), "table")
+
+
+class _Largest(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        parts = made if isinstance(made, tuple | list) else (made,)
+        sizes = [part.numel() for part in parts if isinstance(part, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize("confidence", pseudo_labels.CONFIDENCES)
+def test_pseudo_labels_without_probabilities_never_hold_those_of_all_images(
+    confidence, monkeypatch
+):
+    scores = 3 * torch.randn(400, 50)
+    order = torch.randperm(400)
+    words = (scores, Split(order[:50], order[50:]))
+    whole = from_scores(*words, temperature=0.7, confidence=confidence)
+    monkeypatch.setattr(pseudo_labels, "TILE", 33 * 50)
+    with _Largest() as largest:
+        tiled = from_scores(*words, temperature=0.7, confidence=confidence, probabilities=False)
+    assert largest.numel <= 350 * pseudo_labels.TOP  # 17,500 with the probabilities
+    assert tiled.probabilities is None
+    for name in ("indexes", "labels", "confidence", "top_classes"):
+        assert torch.equal(getattr(tiled, name), getattr(whole, name)), name
+    assert torch.equal(whole.top_classes, whole.probabilities.topk(5).indices.int())
+    again = from_scores(*words, temperature=0.7, confidence=confidence)
+    assert torch.equal(again.probabilities, whole.probabilities)
+    assert torch.equal(whole.probabilities, (scores / 0.7).softmax(dim=1)[whole.indexes])

@@ -11,7 +11,7 @@ from conftest import assert_ok, assert_refused, run_script
 from test_pretraining import make_folder
 
 from datasets import build_datasets
-from lib import checkpoint, devices, features, pseudo_labels
+from lib import checkpoint, devices, features, options, pretraining, pseudo_labels
 from lib.options import load_script
 from models import build_model
 
@@ -300,9 +300,9 @@ def call(script, *words):
 
 def test_the_knn_accuracy_of_a_published_checkpoint_is_measured(world):
     folder, model, train, test, rows = world
-    pretraining = load_script("unsupervised/cifar.py")
+    script = load_script("unsupervised/cifar.py")
     words = (*TINY, "--data-dir", folder / "pictures", "--resume", folder / "metric.pth.tar")
-    scores = call(pretraining, *words, "--test-only")
+    scores = call(script, *words, "--test-only")
     known = train.targets >= 0
     nearest = features.extract(model, test, CPU) @ rows[known].T
     votes = (nearest / 0.1).exp() @ torch.nn.functional.one_hot(train.targets[known]).float()
@@ -347,3 +347,59 @@ def test_a_published_checkpoint_is_extracted_and_propagated(world, tmp_path):
         compute=CPU,
     )
     torch.testing.assert_close(found.features, rows)
+
+
+def assert_taken_over(script, words, file, model, memory, *, epochs, accuracy):
+    """A run of `script` that has read a published file stands where that one ended."""
+    args = script.build_parser().parse_args([str(w) for w in words])
+    settings, imagenet = options.values(args, pretraining.Settings), "imagenet" in script.__file__
+    network = pretraining.build_network(settings, CPU, imagenet=imagenet)
+    run = pretraining.start(network, settings, len(memory), CPU, imagenet=imagenet)
+    files = pretraining.Files(file.parent, "", "", file.parent, {}, imagenet=imagenet)
+    pretraining.resume(run, str(file), files, 4)
+    assert_equal(run.model.state_dict(), model.state_dict())
+    assert torch.equal(run.bank.memory, memory)
+    momenta = published_momenta(checkpoint.load(file)["optimizer"])
+    got = [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
+    assert_equal(got, momenta)
+    assert (run.epoch, run.step, run.best) == (epochs, 4 * epochs, accuracy)
+    return run
+
+
+def published_momenta(state):
+    return [state["state"][i]["momentum_buffer"] for i in state["param_groups"][0]["params"]]
+
+
+@pytest.mark.parametrize("nce", [False, True])
+def test_phase_1_goes_on_from_a_published_checkpoint(world, nce, tmp_path, capsys):
+    folder, model, train, _, _ = world
+    script, memory = load_script("unsupervised/cifar.py"), torch.randn(len(train), 128)
+    published.cifar_checkpoint(file := tmp_path / "82.12.pth.tar", model, memory, nce=nce)
+    words = (*TINY, "--data-dir", folder / "pictures", "-b", 16, "--wd", 0.01)
+    words = (*words, "--epochs", 1271, *(("--nce-k", 8) if nce else ()))
+    run = assert_taken_over(script, words, file, model, memory, epochs=1270, accuracy=82.12)
+    group = run.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["nesterov"]) == (0.01, True)  # an option, not the file's
+    files = ("--model-dir", tmp_path / "m", "--log-dir", tmp_path / "l")
+    call(script, *words, *files, "--resume", file)
+    assert f"{file} is a published file: it records no options" in capsys.readouterr().out
+    ours = checkpoint.load_dict(tmp_path / "m" / "ckpt.cifar.pth.tar", "meta", "criterion")
+    assert (ours["epoch"], ours["best_acc"]) == (1270, 82.12)
+    assert not torch.equal(ours["net"]["conv1.weight"], model.conv1.weight)
+
+
+def test_phase_1_on_imagenet_goes_on_from_a_published_checkpoint(tmp_path):
+    model, memory = build_model("resnet18", 128, imagenet=True, normalize=True), torch.randn(9, 128)
+    file = tmp_path / "lemniscate_resnet18.pth.tar"
+    published.imagenet_checkpoint(file, model, "resnet18", memory)
+    script = load_script("unsupervised/imagenet.py")
+    words = ("--data-dir", "x", "--nce-k", 4, "--precision", "fp32")
+    assert_taken_over(script, words, file, model, memory, epochs=200, accuracy=41.0)
+
+
+def test_a_published_bank_of_other_images_is_not_continued(world, tmp_path):
+    folder, model, *_ = world
+    published.cifar_checkpoint(file := tmp_path / "f.pth.tar", model, torch.randn(50, 128))
+    words = (*TINY, "--data-dir", folder / "pictures", "--model-dir", tmp_path / "m")
+    with pytest.raises(ValueError, match="bank of 50 x 128 numbers, this run needs 52 x 128"):
+        call(load_script("unsupervised/cifar.py"), *words, "--resume", file)

@@ -31,6 +31,7 @@ def pseudo_label(
     class_prior: Tensor | Sequence[float] | None = None,
     temperature: float = 1.0,
     confidence: str | None = None,
+    probabilities: bool = True,
     meta: Mapping[str, Any] | None = None,
 ) -> PseudoLabels:
     """Pseudo-labels of all unlabelled images on one graph.
@@ -40,6 +41,7 @@ def pseudo_label(
         parameters: of the method.
         temperature: of the probabilities, as in `lib.pseudo_labels.from_scores`.
         confidence: a key of `lib.pseudo_labels.CONFIDENCES`; None for the method's own.
+        probabilities: False leaves them out, as the published ImageNet files do.
         meta: what made them; the method's choices are added as `propagation` and `confidence`.
 
     Raises:
@@ -56,6 +58,7 @@ def pseudo_label(
         {**(meta or {}), **found},
         temperature=temperature,
         confidence=confidence,
+        probabilities=probabilities,
     )
 
 
@@ -72,7 +75,7 @@ def pseudo_label_parts(
 ) -> Iterator[PseudoLabels]:
     """Pseudo-labels in parts, each on a graph of its own together with all labelled images.
 
-    Only one part is held at a time, so that the N x C probabilities of a large set never are.
+    Only one part is held at a time, so that the N x C scores of a large set never are.
 
     Args:
         metric, method, split, labels, num_classes, keywords: as in `pseudo_label`.
@@ -115,15 +118,12 @@ def save_part(
     num_labeled: int | str,
     place: int = 0,
     num_parts: int = 1,
-    *,
-    probabilities: bool = True,
 ) -> Path:
     """Write part number `place` of `num_parts`; chunks of an earlier run are removed before the first.
 
     Args:
         part: what `pseudo_label_parts` yields.
         folder, num_labeled, place, num_parts: as in `part_file`.
-        probabilities: False leaves `pseudo_probs` out, as the published ImageNet files do.
 
     Returns:
         The file.
@@ -133,5 +133,5 @@ def save_part(
         for old in path.parent.iterdir():
             if pseudo_labels.CHUNK.fullmatch(old.name):
                 old.unlink()  # a set of chunks from two runs is none
-    pseudo_labels.save(part if probabilities else replace(part, probabilities=None), path)
+    pseudo_labels.save(part, path)
     return path
