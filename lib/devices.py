@@ -12,7 +12,8 @@ from lib import distributed
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
-def _has_fast_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -80,5 +81,5 @@ def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = Fa
         device = torch.device("cuda", distributed.local_rank())
     else:
         device = torch.device("cuda", int(names[distributed.local_rank()]))
-    bf16 = precision == "bf16" or (precision == "auto" and _has_fast_bf16(device))
+    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return Compute(device, bf16)

@@ -117,7 +117,7 @@ def build_graph(
     *,
     num_neighbors: int | None = None,
     method: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     block_bytes: int = BLOCK_BYTES,
     path: str | Path = "",
     reuse: bool = True,
@@ -176,7 +176,7 @@ def _kept_graph(path: str | Path, origin: Mapping[str, Any]) -> sp.csr_matrix | 
 
 
 def graph_meta(
-    features: Tensor, preset: GraphPreset, *, method: str = "auto", precision: str = "fp32"
+    features: Tensor, preset: GraphPreset, *, method: str = "auto", precision: str = "auto"
 ) -> dict[str, Any]:
     """What a graph is made from: the digest of the features and every choice."""
     search = {"method": method, "precision": precision}

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lib.cells import CELLS_PER_ROOT, search_cells
+from lib.devices import has_fast_bf16
 from lib.search import BLOCK_BYTES, FIRST, search
 from lib.seeding import generator
 
 METHODS = ("auto", "exact", "ivf", "faiss")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search takes minutes
+HALF_FROM = 20_000  # rows, from which the faster products are worth the second ranking
 RECALL = 0.97  # aimed at by the approximate search
 SAMPLED_ROWS = 512  # whose exact neighbours the recall is measured against
 FAISS_PROBES = 32
@@ -87,6 +89,12 @@ def _measured_recall(
     return _recall(values[picked, others], exact[:, others])
 
 
+def _precision_for(precision: str, n: int, device: torch.device) -> str:
+    if precision == "auto":
+        return "bf16" if n >= HALF_FROM and has_fast_bf16(device) else "fp32"
+    return precision
+
+
 def _whole(rows: slice | None, n: int) -> slice:
     start, stop, step = (rows or slice(None)).indices(n)
     if step != 1 or stop <= start:
@@ -119,7 +127,7 @@ def nearest_neighbors(
     scale_rank: int = 0,
     block_bytes: int = BLOCK_BYTES,
     method: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     rows: slice | None = None,
     recall: float = RECALL,
     seed: int = 0,
@@ -136,8 +144,8 @@ def nearest_neighbors(
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.cells`), or
             exact where that is faster; "faiss", where it is installed; "auto", exact below `EXACT_BELOW`
             rows.
-        precision: of the products of the exact search, "fp32", or "bf16" with half as many candidates
-            again ranked in float32 (faster where the hardware multiplies bfloat16).
+        precision: of the products of the exact search: "fp32"; "bf16" with half as many candidates
+            again ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
         rows: those to find neighbours for, a slice of step 1; all if None. The cells of "ivf" are the
             same in every process that is given the same features and seed.
         recall: aimed at by "ivf".
@@ -155,6 +163,7 @@ def nearest_neighbors(
     """
     _check(features, k, precision)
     method, rows = _method_for(method, len(features), features.device), _whole(rows, len(features))
+    precision = _precision_for(precision, len(features), features.device)
     features = features.detach()  # the threads do not inherit no_grad
     k = min(k, len(features) if include_self else len(features) - 1)
     rank = min(scale_rank, len(features) - 1)

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--search", choices=SEARCHES, default="auto", help="of the neighbours; ivf is approximate"
     )
     parser.add_argument(
-        "--search-precision", choices=PRECISIONS, default="fp32", help="of its products"
+        "--search-precision", choices=PRECISIONS, default="auto", help="of its products"
     )
     parser.add_argument("--rng-seed", type=int, default=0, help="seed of the split")
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")

@@ -214,9 +214,9 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search-precision",
         choices=PRECISIONS,
-        default="fp32",
-        help="of the exact search's products; bf16 ranks half as many candidates again in fp32, and is "
-        "faster where the hardware multiplies bfloat16",
+        default="auto",
+        help="of the exact search's products; bf16 ranks half as many candidates again in fp32; auto: bf16 "
+        "for many images where the hardware multiplies it",
     )
     group.add_argument(
         "--block-mib",

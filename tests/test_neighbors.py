@@ -331,7 +331,7 @@ def test_missing_faiss_says_what_to_do(monkeypatch):
     ("options", "words"),
     [
         ({"method": "hnsw"}, "take one of auto, exact, ivf, faiss"),
-        ({"precision": "fp16"}, "take one of fp32, bf16"),
+        ({"precision": "fp16"}, "take one of auto, fp32, bf16"),
         ({"rows": slice(4, 4)}, "one row at least"),
         ({"rows": slice(0, 4, 2)}, "step 1"),
     ],
@@ -339,3 +339,17 @@ def test_missing_faiss_says_what_to_do(monkeypatch):
 def test_impossible_search_says_why(options, words):
     with pytest.raises(ValueError, match=words):
         nearest_neighbors(blobs(2, 5)[0], 3, include_self=False, **options)
+
+
+def test_automatic_precision_is_bfloat16_for_many_rows_where_it_is_fast(monkeypatch):
+    asked = []
+    search = lib.neighbors.search
+    monkeypatch.setattr(
+        lib.neighbors, "search", lambda *a, **b: asked.append(b.get("precision")) or search(*a, **b)
+    )
+    for fast, enough, wanted in ((True, 50, "bf16"), (True, 1000, "fp32"), (False, 50, "fp32")):
+        monkeypatch.setattr(lib.neighbors, "has_fast_bf16", lambda _, fast=fast: fast)
+        monkeypatch.setattr(lib.neighbors, "HALF_FROM", enough)
+        asked.clear()
+        nearest_neighbors(blobs(2, 50)[0], 3, include_self=False)
+        assert asked[0] == wanted

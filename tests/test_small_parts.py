@@ -105,7 +105,7 @@ def test_an_impossible_device_is_refused(gpus, message):
 
 def test_precision_is_automatic_unless_it_is_forced(monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(devices, "_has_fast_bf16", lambda _, fast=fast: fast)
+        monkeypatch.setattr(devices, "has_fast_bf16", lambda _, fast=fast: fast)
         assert devices.select("cpu", "auto").bf16 is fast
         assert devices.select("cpu", "bf16").bf16 is True
         assert devices.select("cpu", "fp32").bf16 is False
