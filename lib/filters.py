@@ -44,6 +44,7 @@ from lib.spectral import (
 TILE = 64  # columns at a time: their rows stay in cache during a product
 POWER, CUTOFF, DEGREE, TIME, ALPHA = 20, 0.20, 40, 20.0, 0.99  # of the filters, where none is given
 TOLERANCE = 1e-4  # of conjugate gradients: residual over right-hand side
+EPS = float(np.finfo(np.float32).eps)
 MAX_ITERATIONS = 2000
 SOLVER_STEPS = 20  # of conjugate gradients, as a rule
 ROWS = 8192  # worked on at a time where a copy of all answers would not fit
@@ -93,7 +94,8 @@ class GraphOperator:
             columns = _pseudo_inverse(self, columns)
             columns = columns / columns.norm(dim=0)
         quotient = (columns * (columns - self.product(columns))).sum(dim=0)
-        return float(quotient.min())
+        # rounding can put an almost disconnected part at 0 or below
+        return max(float(torch.nan_to_num(quotient).min()), EPS)
 
     @cached_property
     def project_out(self) -> Product:
@@ -170,23 +172,24 @@ def conjugate_gradients(
     solution, direction = torch.zeros_like(columns), residual.clone()
     square = residual.square().sum(dim=0)
     target = square * tolerance**2
-    for _ in range(max_iterations):
+    for steps in range(1, max_iterations + 1):
         if (square <= target).all():
             return solution * size
         image = apply(direction)
         curvature = (direction * image).sum(dim=0)
-        # a column that is done stands still: 0 / 0 there
-        step = torch.where(
-            (square > target) & (curvature > 0), square / curvature, torch.zeros_like(square)
-        )
+        # a column stands still when it is done, and where A x is rounding: it would be blown up
+        alive = (square > target) & (curvature > EPS * direction.square().sum(dim=0))
+        if not alive.any():
+            break
+        step = torch.where(alive, square / curvature, torch.zeros_like(square))
         solution += step * direction
         residual -= step * image
         before, square = square, residual.square().sum(dim=0)
-        ratio = torch.where(before > 0, square / before, torch.zeros_like(square))
+        ratio = torch.where(alive, square / before, torch.zeros_like(square))
         direction = residual + ratio * direction
     worst = float((square / target.clamp_min(1e-37)).max().sqrt()) * tolerance
     warnings.warn(
-        f"conjugate gradients stopped after {max_iterations} steps at a residual of {worst:.1e}; the "
+        f"conjugate gradients stopped after {steps} steps at a residual of {worst:.1e}; the "
         "graph is close to falling apart: take more neighbours per image, or another filter",
         stacklevel=2,
     )

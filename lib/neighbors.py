@@ -1,7 +1,9 @@
 """Nearest neighbours of every image by cosine: exact by blocks, approximate by cells, or by FAISS."""
 
+import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ METHODS = ("auto", "exact", "ivf", "faiss")
 PRECISIONS = ("auto", "fp32", "bf16")
 EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search takes minutes
 HALF_FROM = 20_000  # rows, from which the faster products are worth the second ranking
+LEAST_OF_HALF = 0.995  # recall below which bfloat16 is not taken by itself
+KEPT_BYTES = 2**30  # of neighbours held, where only the first and the last of them are wanted
 RECALL = 0.97  # aimed at by the approximate search
 SAMPLED_ROWS = 512  # whose exact neighbours the recall is measured against
 FAISS_PROBES = 32
@@ -95,6 +99,47 @@ def _precision_for(precision: str, n: int, device: torch.device) -> str:
     return precision
 
 
+def _require_memory(rows: slice, wanted: int) -> None:
+    needed = 8 * (rows.stop - rows.start) * wanted
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > available:
+        raise ValueError(
+            f"{wanted} neighbours of each image take {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} "
+            "are free: take a graph without a scale of so many neighbours (cifar), or chunks"
+        )
+
+
+def _exact(
+    features: Tensor,
+    wanted: int,
+    k: int,
+    rows: slice,
+    own_value: float,
+    block_bytes: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and places of the first k of `wanted` neighbours, and the cosine of the last of them."""
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
+    for first in range(rows.start, rows.stop, size):
+        part = torch.arange(first, min(first + size, rows.stop))
+        values, places = search(
+            features[first : first + len(part)],
+            features,
+            wanted,
+            own=part,
+            own_value=own_value,
+            precision=precision,
+            block_bytes=block_bytes,
+            progress="neighbours",
+        )
+        kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, -1].clone()))
+    if len(kept) == 1:
+        return kept[0]
+    whole = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+    return whole[0], whole[1], whole[2]
+
+
 def _whole(rows: slice | None, n: int) -> slice:
     start, stop, step = (rows or slice(None)).indices(n)
     if step != 1 or stop <= start:
@@ -163,32 +208,42 @@ def nearest_neighbors(
     """
     _check(features, k, precision)
     method, rows = _method_for(method, len(features), features.device), _whole(rows, len(features))
-    precision = _precision_for(precision, len(features), features.device)
     features = features.detach()  # the threads do not inherit no_grad
     k = min(k, len(features) if include_self else len(features) - 1)
     rank = min(scale_rank, len(features) - 1)
     wanted = max(k, rank + include_self)
     own_value = FIRST if include_self else -torch.inf
-    limits = {"own_value": own_value, "block_bytes": block_bytes}
     found = None
     if method == "ivf":
+        _require_memory(rows, wanted)
+        limits = {"own_value": own_value, "block_bytes": block_bytes}
         found = search_cells(features, wanted, rows=rows, recall=recall, seed=seed, **limits)
     elif method == "faiss":
+        _require_memory(rows, wanted)
         found = _by_faiss(features, wanted, rows, own_value=own_value)
-    if found is None:  # asked for, or faster
-        own = torch.arange(rows.start, rows.stop)
-        limits |= {"own": own, "precision": precision, "progress": "neighbours"}
-        found = search(features[rows], features, wanted, **limits)
-        method = "exact"
-    values, indexes = found
     reached = 1.0
-    if method != "exact" or precision != "fp32":
+    if found is not None:
+        values, indexes, scales = *found, found[0][:, -1]
         reached = _measured_recall(features, values, rows, own_value, seed, wanted)
+    else:  # asked for, or faster
+        method, chosen = "exact", _precision_for(precision, len(features), features.device)
+        exact = partial(_exact, features, wanted, k, rows, own_value, block_bytes)
+        values, indexes, scales = exact(chosen)
+        if chosen != "fp32":
+            reached = _measured_recall(features, values, rows, own_value, seed, k)
+        # crowds that bfloat16 cannot tell apart
+        if precision == "auto" and reached < LEAST_OF_HALF:
+            values, indexes, scales = exact("fp32")
+            reached = 1.0
     if reached < 0.95:
         warnings.warn(
             f"{method} search found {reached:.1%} of the nearest neighbours", stacklevel=2
         )
-    scales = values[:, rank - 1 + include_self].clone() if rank else torch.empty(0)
+    if not rank:
+        scales = torch.empty(0)
+    elif rank + include_self < wanted:
+        scales = values[:, rank - 1 + include_self]
+    scales = scales.clone()
     values, indexes = values[:, :k].contiguous(), indexes[:, :k].contiguous()
     if include_self:
         values[:, 0] = 1.0

@@ -156,7 +156,9 @@ def search(
     # wide enough for the group maxima to pay, unless nearly everything is wanted
     tile = min(len(columns), max(TILE, 4 * GROUP * wanted))
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    at_once = max(1, min(block_bytes // (4 * tile * threads), len(queries)))
+    # of one query: its products, or the candidates that are ranked again
+    width = max(tile, wanted * columns.shape[1]) if half else tile
+    at_once = max(1, min(block_bytes // (4 * width * threads), len(queries)))
     at_once = min(at_once, ROWS) if device.type == "cpu" else at_once
     values = torch.empty(len(queries), k)
     places = torch.empty(len(queries), k, dtype=torch.int32)

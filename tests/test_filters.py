@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import lib.filters
 from lib.filters import (
     FILTERS,
+    WITHOUT_NULL,
     Seeds,
     chebyshev_filter,
     conjugate_gradients,
@@ -24,6 +25,7 @@ from lib.filters import (
     step_coefficients,
 )
 from lib.graph import build_graph
+from lib.propagation.normalized_cut import propagate_filter
 from lib.spectral import laplacian_spectrum, project
 
 RESPONSE = {  # g(lambda); without a value at 0 where the null space is left out
@@ -264,3 +266,18 @@ def test_what_few_eigenvectors_leave_out_is_within_the_bound(seed, name, k):
     whole = filter_each(graph_operator(matrix, self_loops="drop"), seeds, name)[0]
     left_out = ((whole - part[0]).norm(dim=0) / part[0].norm(dim=0)).max()
     assert float(left_out) <= bound + 5e-3
+
+
+@pytest.mark.parametrize("weight", [1e-8, 1e-10])
+@pytest.mark.parametrize("name", WITHOUT_NULL)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_components_that_nearly_fall_apart_give_finite_scores(name, weight):
+    clique = np.ones((6, 6)) - np.eye(6)
+    affinity = scipy.linalg.block_diag(clique, clique, clique)
+    affinity[0, 6] = affinity[6, 0] = weight
+    operator = graph_operator(sp.csr_matrix(affinity.astype(np.float32)))
+    labeled, labels = torch.tensor([0, 6, 12]), torch.arange(3)
+    scores = propagate_filter(operator, labeled, labels, 3, filter=name)
+    assert torch.isfinite(scores).all()
+    assert operator.smallest_eigenvalue > 0
+    assert scores[12:].argmax(dim=1).tolist() == [2] * 6  # the component that is apart

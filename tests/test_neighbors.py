@@ -194,6 +194,7 @@ def test_cells_find_what_they_say_they_find(include_self):
 
 def test_all_cells_searched_are_exact(monkeypatch):
     monkeypatch.setattr(lib.cells, "PROBES", 10**6)
+    monkeypatch.setattr(lib.cells, "WORTHWHILE", 2.0)  # otherwise exact search would take over
     features, _ = blobs(5, 60)
     found = nearest_neighbors(features, 7, include_self=False, method="ivf")
     values, columns = dense_neighbors(features, 7)
@@ -256,7 +257,8 @@ def test_candidates_are_merged_into_the_neighbours_of_their_rows():
 
 
 @pytest.mark.parametrize("kind", ["constant", "two points", "more neighbours than a cell holds"])
-def test_cells_of_degenerate_features_have_neighbours_enough(kind):
+def test_cells_of_degenerate_features_have_neighbours_enough(kind, monkeypatch):
+    monkeypatch.setattr(lib.cells, "WORTHWHILE", 2.0)  # otherwise exact search would take over
     features, _ = blobs(2, 20, spread=0.05)
     if kind == "constant":
         features = features[:1].repeat(40, 1)
@@ -353,3 +355,36 @@ def test_automatic_precision_is_bfloat16_for_many_rows_where_it_is_fast(monkeypa
         asked.clear()
         nearest_neighbors(blobs(2, 50)[0], 3, include_self=False)
         assert asked[0] == wanted
+
+
+def test_crowds_that_bfloat16_cannot_tell_apart_are_searched_in_float32(monkeypatch):
+    monkeypatch.setattr(lib.neighbors, "has_fast_bf16", lambda _: True)
+    monkeypatch.setattr(lib.neighbors, "HALF_FROM", 0)
+    features, _ = blobs(1, 400, dim=16, spread=0.003)
+    half = nearest_neighbors(features, 5, include_self=False, precision="bf16")
+    assert half.recall < 0.9  # or this would show nothing
+    found = nearest_neighbors(features, 5, include_self=False)
+    exact = nearest_neighbors(features, 5, include_self=False, precision="fp32")
+    assert torch.equal(found.indexes, exact.indexes)
+    assert found.recall == 1
+
+
+def test_far_neighbours_that_only_set_the_scale_are_not_kept(monkeypatch):
+    features, _ = blobs(5, 60)
+    whole = nearest_neighbors(features, 4, include_self=True, scale_rank=200)
+    sizes = []
+    search = lib.neighbors.search
+    monkeypatch.setattr(
+        lib.neighbors, "search", lambda q, *a, **b: sizes.append(len(q)) or search(q, *a, **b)
+    )
+    monkeypatch.setattr(lib.neighbors, "KEPT_BYTES", 12 * 201 * 70)
+    parts = nearest_neighbors(features, 4, include_self=True, scale_rank=200)
+    assert sizes == [70, 70, 70, 70, 20]
+    assert torch.equal(parts.indexes, whole.indexes)
+    torch.testing.assert_close(parts.scale_similarities, whole.scale_similarities)
+
+
+def test_more_neighbours_than_memory_holds_are_refused(monkeypatch):
+    monkeypatch.setattr(lib.neighbors.os, "sysconf", lambda _: 100)  # 10,000 bytes
+    with pytest.raises(ValueError, match=r"GiB.*chunks"):
+        nearest_neighbors(blobs(5, 60)[0], 9, include_self=False, method="ivf")
