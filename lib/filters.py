@@ -172,7 +172,9 @@ def conjugate_gradients(
     solution, direction = torch.zeros_like(columns), residual.clone()
     square = residual.square().sum(dim=0)
     target = square * tolerance**2
-    for steps in range(1, max_iterations + 1):
+    steps = 0
+    while steps < max_iterations:
+        steps += 1
         if (square <= target).all():
             return solution * size
         image = apply(direction)

@@ -39,6 +39,7 @@ BASIS_FACTOR = 4  # times k: columns of the basis
 BASIS_BYTES = 4 * 2**30
 BLOCK_TOLERANCE = 1e-2  # leaves eigenvalues of L 1e-4 off on real features
 RESTARTS = 10
+LARGE_RESIDUAL = 0.02  # of an eigenvector; on real features it is below 1e-3
 DENSITY_STEPS, DENSITY_COLUMNS = 20, 8  # of the Lanczos runs that show where the eigenvalues lie
 ROUNDING = 1e-5  # norms below are rounding, in float32 products of operators of norm 1
 ROWS = 8192  # of a basis turned in place at a time
@@ -458,7 +459,8 @@ def laplacian_spectrum(
             shreds).
 
     Warns:
-        UserWarning: where the graph falls apart, naming the number of components.
+        UserWarning: where the graph falls apart, naming the number of components; where the vectors are not
+            accurate.
     """
     in_laplacian, in_degrees = self_loop_choice(self_loops)
     if solver not in SOLVERS:
@@ -486,6 +488,12 @@ def laplacian_spectrum(
         residual = _residual(on_host, values, vectors)
     # rounding can put an almost disconnected part at 0 or below
     laplacian_values = np.maximum(1 - values.astype(np.float64), np.finfo(np.float32).eps)
+    if residual > LARGE_RESIDUAL:
+        warnings.warn(
+            f"the eigenvectors are known to a residual of {residual:.1e} only, for want of a gap between "
+            "eigenvalues: take another number of eigenvectors, or a larger basis",
+            stacklevel=2,
+        )
     return Spectrum(laplacian_values, vectors, components, null, seed_degrees, residual)
 
 

@@ -405,3 +405,11 @@ def test_products_in_another_order_are_the_same_products():
     x = torch.randn(60, 3)
     product = reordered_operator(csr_operator(turned), order)
     torch.testing.assert_close(product(x), torch.from_numpy(matrix @ x.numpy()))
+
+
+def test_eigenvectors_that_are_not_accurate_are_announced(monkeypatch):
+    monkeypatch.setattr(lib.spectral, "RESTARTS", 0)
+    graph = build_graph(blobs(5, 200, spread=2.0)[0], "cifar", num_neighbors=5)
+    with pytest.warns(UserWarning, match="known to a residual of"):
+        found = laplacian_spectrum(graph, 60, solver="block", basis_bytes=1)
+    assert found.residual > lib.spectral.LARGE_RESIDUAL
