@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
-            args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
+            *(args.dataset, args.data_dir),
+            image_size=args.image_size,
+            num_workers=distributed.own_workers(args.num_workers),
         )
     source = args.pseudo_file or args.pseudo_dir
 
@@ -67,7 +69,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save
-    options.writable_folder("--model-root", folder)
+    is_new = not run.progress.step
+    options.open_run_folder("--model-root", folder, finetuning.LAST, is_new=is_new)
     command = options.resume_command(folder / finetuning.LAST)
     files = Files(folder, Path(args.log_root) / args.exp_name, command)
     return finetuning.train(run, files, finetune_ops())

@@ -32,6 +32,7 @@ from lib import devices, distributed, finetuning, options, provenance
 from lib.distributed import say
 from lib.finetuning import MATHEMATICS, Files, Settings
 from lib.schedule import IMAGENET_FINETUNE_DROPS
+from models import IMAGENET_ARCHITECTURES
 
 __all__ = ["MATHEMATICS", "build_parser", "main"]
 
@@ -39,7 +40,11 @@ SMALLEST_CROP = 0.08  # share of the area, as everyone trains ImageNet classifie
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.finetuning_parser(__doc__, resumes="this run's own checkpoint to continue")
+    parser = options.finetuning_parser(
+        __doc__,
+        resumes="this run's own checkpoint to continue",
+        architectures=", ".join(IMAGENET_ARCHITECTURES),
+    )
     parser.set_defaults(
         dataset="folder",
         data_dir="",
@@ -64,11 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     options.check_finetuning(args, build_parser())
     options.require_data_dir(args)
+    options.require_imagenet_network(args, "cifar-semi.py")
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What is asked for, on what data; a bad pseudo-label file ends here
     check_options(args)
+    options.keep_dummy_apart(args, build_parser(), "model_root", "log_root")
     settings = options.values(args, Settings)
     folder = Path(args.model_root) / args.exp_name
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
@@ -78,7 +85,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train, test = build_datasets(
             *(args.dataset, args.data_dir),
             image_size=args.image_size,
-            num_workers=args.num_workers,
+            num_workers=distributed.own_workers(args.num_workers),
             in_memory=False,
         )
     source = args.pseudo_file or args.pseudo_dir
@@ -96,7 +103,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save
-    options.writable_folder("--model-root", folder)
+    is_new = not run.progress.step
+    options.open_run_folder("--model-root", folder, finetuning.LAST, is_new=is_new)
     command = options.resume_command(folder / finetuning.LAST)
     files = Files(folder, Path(args.log_root) / args.exp_name, command)
     ops = [RandomResizedCrop(SMALLEST_CROP), RandomHorizontalFlip()]

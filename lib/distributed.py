@@ -153,6 +153,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def own_workers(num_workers: int) -> int:
+    """This process's share of `num_workers` image-reading processes on each machine, rounded up."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") if under_torchrun() else None
+    return -(-num_workers // (int(here) if here else share().size))
+
+
 def under_torchrun() -> bool:
     """Whether a launcher such as torchrun started this process and tells it where the others are."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -15,7 +15,14 @@ from datasets.files import Resizing
 from datasets.transforms import Augmentation
 from lib import backbones, checkpoint
 from lib.devices import Compute, select
-from lib.distributed import all_gather_rows, is_main, share, share_buffers
+from lib.distributed import (
+    all_gather_rows,
+    any_process,
+    is_main,
+    own_workers,
+    share,
+    share_buffers,
+)
 from lib.files import sha256_of
 from lib.loader import in_order
 from models import build_model
@@ -279,14 +286,23 @@ def _of_backbone(
     return _Extraction(found.model, data, cache, key, _unclaimed_digest(data), options)
 
 
+def _kept(wanted: _Extraction) -> Tensor | None:
+    """Kept features, if they are of this network and these images."""
+    if not wanted.cache.is_file():
+        return None
+    rows, _, meta = read(wanted.cache)
+    same = all(meta.get(name) == value for name, value in wanted.key.items())
+    return rows if same else None
+
+
 def _once(wanted: _Extraction, compute: Compute | None, num_workers: int) -> FeatureSet:
     """Kept features where they are of this network and these images, else extracted and kept."""
     data, cache = wanted.data, wanted.cache
     facts = (data.targets, data.num_classes, wanted.digest, data.classes)
-    if cache.is_file():
-        rows, _, meta = read(cache)
-        if all(meta.get(name) == value for name, value in wanted.key.items()):
-            return FeatureSet(rows, *facts)
+    kept = _kept(wanted)
+    missing = any_process(kept is None)  # a rank without the file must not extract alone
+    if kept is not None and not missing:
+        return FeatureSet(kept, *facts)
     compute = compute or select()
     model = compute.prepare(wanted.model)
     rows = extract(model, data, compute, num_workers=num_workers, **wanted.options)
@@ -321,13 +337,15 @@ def obtain(
         checkpoint_file: a checkpoint of phase 1; or weights of a backbone, none: the library's own.
         architecture: the network of phase 1, where the file does not name it; or a backbone, as
             `lib.backbones.build` knows them: `torchvision:resnet50`, `timm:...`.
-        dataset, data_dir, num_workers: as in `datasets.build_datasets`.
+        dataset, data_dir: as in `datasets.build_datasets`.
+        num_workers: processes that decode image files, on each machine.
         image_size: side of the images; None: as in training. Backbones have their own, always.
         compute: device to extract on.
 
     Raises:
         ValueError: if neither file nor backbone is given, or one does not fit.
     """
+    num_workers = own_workers(num_workers)
     places = {"dataset": dataset, "data_dir": data_dir, "num_workers": num_workers}
     if features:
         return _from_file(features, image_size=image_size or SMALL_SIZE, **places)

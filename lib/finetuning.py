@@ -20,10 +20,11 @@ from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
 from lib import checkpoint, engine, interruption, provenance, pseudo_labels
 from lib.devices import Compute
-from lib.distributed import is_main, parallel, say, share, share_buffers
+from lib.distributed import is_main, own_workers, parallel, say, share_buffers
 from lib.loader import Batches
 from lib.log import Writer, main_log
 from lib.meters import Clock, Mean, speed
+from lib.pretraining import is_metric, say_precision
 from lib.pseudo_labels import PseudoLabels
 from lib.sampler import num_batches
 from lib.schedule import Drops, learning_rate
@@ -42,7 +43,7 @@ class Settings:
     Attributes:
         batch_size: images of a batch over all processes; `iter_size` batches make an optimizer step.
         finetune: train the last layer alone.
-        num_workers: processes that read image files, over all processes of the machine.
+        num_workers: processes that read image files, on each machine.
         stop_after: steps of this start after which to save and stop; 0: none.
     """
 
@@ -213,10 +214,6 @@ def require_classes(path: str, state: Mapping[str, Any], classes: Sequence[str])
         raise ValueError(f"{path} was trained for other classes than these: {different}")
 
 
-def _is_metric(state: Mapping[str, Any]) -> bool:
-    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
-
-
 def load_weights(path: str, model: nn.Module, classes: Sequence[str]) -> None:
     """Take the weights of another network, and its last layer where that classifies the same classes.
 
@@ -231,7 +228,7 @@ def load_weights(path: str, model: nn.Module, classes: Sequence[str]) -> None:
     head = f"{model.head_name}.weight"
     fits = head in weights and weights[head].shape == model.state_dict()[head].shape
     same = pseudo_labels.class_names(state) in ([], list(classes))
-    keep = fits and same and not _is_metric(state)
+    keep = fits and same and not is_metric(state)
     report = checkpoint.load_weights(model, weights, source=path, keep_head=keep)
     say(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
 
@@ -253,7 +250,7 @@ def evaluate_file(
     if test is None:
         raise ValueError("--eval needs test images: DIR/test/<class>/* or DIR/val/<class>/*")
     state = checkpoint.load_dict(path)
-    if _is_metric(state):
+    if is_metric(state):
         raise ValueError(
             f"{path} is a metric of phase 1, no classifier: --test-only of the scripts in unsupervised/ "
             "measures it, this script without --eval trains a classifier from it"
@@ -271,11 +268,6 @@ def _evaluate(
 ) -> dict[str, float]:
     workers = own_workers(settings.num_workers)
     return engine.evaluate(model, test, compute, gray=settings.input_gray, num_workers=workers)
-
-
-def own_workers(num_workers: int) -> int:
-    """The share of one process of the processes that read images, rounded up."""
-    return -(-num_workers // share().size)
 
 
 def find_start(resume: str, folder: Path) -> str:
@@ -299,7 +291,7 @@ def is_own_run(path: str) -> bool:
     """
     try:
         state = checkpoint.load_dict(path)
-        return "step" in state and not _is_metric(state)
+        return "step" in state and not is_metric(state)
     except ValueError as error:
         other = Path(path).with_name(BEST)
         if not other.is_file() or other.name == Path(path).name:
@@ -382,6 +374,7 @@ def continue_run(run: Run, path: str) -> None:
     state = checkpoint.load_dict(path, *OWN_KEYS)
     require_classes(path, state, run.train.classes)
     provenance.require_same(state["meta"], run.meta, MATHEMATICS)
+    say_precision(state["meta"], run.meta)
     if state["examples"] != run.examples.digest:
         raise ValueError(f"{path} was trained on other images or labels than these")
     weights = checkpoint.model_weights(state, path)

@@ -167,7 +167,7 @@ class Batches:
     when the run was interrupted.
 
     Attributes:
-        waited_s: seconds that the loop over these batches has waited for them so far.
+        waited_s: seconds spent waiting for images so far; augmenting them does not count.
     """
 
     def __init__(
@@ -206,18 +206,14 @@ class Batches:
         return _Job(indexes[mine], [rows[mine] for rows in drawn], mine.start, total)
 
     def _batches(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
-        for job, images in self._source(jobs):
-            yield _finished(job, images, self._remaining, self.compute)
-
-    def _timed(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
-        batches = self._batches(jobs)
+        items = self._source(jobs)
         while True:
             start = time.perf_counter()
-            batch = next(batches, None)
+            item = next(items, None)
             self.waited_s += time.perf_counter() - start
-            if batch is None:
+            if item is None:
                 return
-            yield batch
+            yield _finished(*item, self._remaining, self.compute)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Every image once, in an order drawn for the epoch; the last batch may be short.
@@ -227,7 +223,7 @@ class Batches:
         """
         order = permutation(self.length, self.seed, epoch).split(self.batch_size)
         start = epoch * self.per_epoch
-        return self._timed(
+        return self._batches(
             self._job(order[place], start + place) for place in range(first, len(order))
         )
 
@@ -240,7 +236,7 @@ class Batches:
         """
         ahead, behind = (Stream(len(indexes), self.batch_size, self.seed) for _ in range(2))
         steps = range(first, stop)
-        batches = self._timed(self._job(indexes[ahead.batch(step)], step) for step in steps)
+        batches = self._batches(self._job(indexes[ahead.batch(step)], step) for step in steps)
         for step, batch in zip(steps, batches, strict=True):
             rows = slice(batch.first, batch.first + len(batch.indexes))
             yield batch, behind.batch(step)[rows]

@@ -24,11 +24,12 @@ from lib.devices import PRECISIONS
 from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
 from lib.split import parse_num_labeled
-from models import SMALL_ARCHITECTURES
+from models import IMAGENET_ARCHITECTURES, SMALL_ARCHITECTURES
 
 Values = TypeVar("Values", bound=Any)
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 WITHOUT_FILES = ("patches", "dummy")  # data sets that no folder is needed for
+SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times; BatchNorm needs more than one place
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -67,7 +68,7 @@ def add_data(
         dest="num_workers",
         type=int,
         default=2,
-        help="processes that decode image files (folder)",
+        help="processes that decode image files (folder), on each machine",
     )
 
 
@@ -110,7 +111,8 @@ def add_compute(group_of: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpus",
         default="0",
-        help="CUDA device numbers, a process each (0,1,2,3), or cpu; without CUDA always the CPU. "
+        help="CUDA device numbers, a process each (0,1,2,3), or cpu (cpu,cpu: two processes); numbers "
+        "without CUDA mean one process on the CPU. "
         "Under torchrun every process takes the device of its LOCAL_RANK",
     )
     group.add_argument(
@@ -213,15 +215,18 @@ def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser)
         warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")
 
 
-def finetuning_parser(manual: str | None, *, resumes: str) -> argparse.ArgumentParser:
+def finetuning_parser(
+    manual: str | None, *, resumes: str, architectures: str = SMALL_ARCHITECTURES
+) -> argparse.ArgumentParser:
     """The options of phase 3, with the defaults of `cifar-semi.py`.
 
     Args:
         resumes: what --resume takes, for its help.
+        architectures: what --architecture takes, for its help.
     """
     options = parser(manual)
     add_data(options, "--data_dir", "--dataDir")
-    network = add_model(options)
+    network = add_model(options, known=architectures)
     network.add_argument("--finetune", action="store_true", help="train the last layer only")
     network.add_argument(
         "--input-gray", action="store_true", help="gray input, for a colorization backbone"
@@ -338,7 +343,8 @@ def add_dummy(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="dummy",
         default=argparse.SUPPRESS,  # that of --dataset
-        help="--dataset dummy: random images made on the fly, to measure the speed without data",
+        help="--dataset dummy: random images made on the fly, to measure the speed without data; the default "
+        "folders get -dummy at the end",
     )
 
 
@@ -348,6 +354,37 @@ def require_data_dir(args: argparse.Namespace) -> None:
         raise ValueError(
             "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
         )
+
+
+def require_imagenet_network(args: argparse.Namespace, small: str) -> None:
+    """Raise ValueError where no network for ImageNet can be made, or none for images of that size.
+
+    Args:
+        small: the script for small images.
+    """
+    if args.architecture not in IMAGENET_ARCHITECTURES:
+        known = ", ".join(IMAGENET_ARCHITECTURES)
+        raise ValueError(
+            f"--arch {args.architecture}: take one of {known}; for small images there is {small}"
+        )
+    if args.image_size < SMALLEST_SIDE:
+        raise ValueError(
+            f"--image-size {args.image_size}: these networks take {SMALLEST_SIDE} pixels at least; for "
+            f"small images there is {small}"
+        )
+
+
+def keep_dummy_apart(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, *names: str
+) -> None:
+    """Give a run without data its own folders, where the user names none: not those of real runs.
+
+    Args:
+        names: the options for folders, replaced in `args` where they have their defaults.
+    """
+    for name in names if args.dataset == "dummy" else ():
+        if getattr(args, name) == parser.get_default(name):
+            setattr(args, name, f"{parser.get_default(name)}-dummy")
 
 
 def num_labeled(text: str) -> int | str:
@@ -450,6 +487,24 @@ def writable_folder(option: str, path: str | Path) -> Path:
         raise ValueError(
             f"{option}: cannot write to the folder {path}: {error.strerror}"
         ) from error
+
+
+def open_run_folder(option: str, folder: Path, last: str, *, is_new: bool) -> None:
+    """Rank 0 proves that a run can write to its folder, and says what a new run will replace there.
+
+    Args:
+        option: the one that gave the folder.
+        last: name of the checkpoint that a run keeps writing.
+        is_new: it does not continue a checkpoint.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not distributed.is_main():
+        return
+    writable_folder(option, folder)
+    if is_new and (folder / last).is_file():
+        warn(f"{folder / last} will be replaced by a new run; --resume auto continues it instead")
 
 
 def _guarded(

@@ -1,6 +1,6 @@
 """Phase 1 as unsupervised/cifar.py and unsupervised/imagenet.py run it: one loop, one kind of state."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -216,13 +216,18 @@ def load_network(
     say(f"{source}: {report}")
 
 
+def is_metric(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of phase 1, its last layer an embedding and no classifier."""
+    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
+
+
 def load_backbone(model: nn.Module, source: str) -> None:
-    """`--pretrained`: the weights of another run; its last layer too, where that has our shape."""
+    """`--pretrained`: weights of another network; of phase 1 the last layer too, where it has our shape."""
     state = checkpoint.load_dict(source)
     name = f"{model.head_name}.weight"
     head = checkpoint.model_weights(state, source).get(name)
     same = head is not None and head.shape == model.state_dict()[name].shape
-    load_network(model, state, source, keep_head=same)
+    load_network(model, state, source, keep_head=same and is_metric(state))
 
 
 def find_checkpoint(resume: str, folder: Path, names: Iterable[str], *, needed: bool) -> str:
@@ -235,6 +240,13 @@ def find_checkpoint(resume: str, folder: Path, names: Iterable[str], *, needed: 
     if needed and not source:
         raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
     return source
+
+
+def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """One line where a run goes on in another `--precision`: allowed, but not to the same bits."""
+    before = saved.get("options", {}).get("precision", now["options"]["precision"])
+    if before != now["options"]["precision"]:
+        say(f"--precision was {before}, is {now['options']['precision']}: goes on in that")
 
 
 def resume(
@@ -257,8 +269,10 @@ def resume(
             data.
     """
     state = checkpoint.load_dict(source, "optimizer", "epoch", "lemniscate")
-    if "meta" in state:
+    if {"meta", "criterion"} & state.keys():  # what we write and published files lack
+        state = checkpoint.load_dict(source, "meta", "criterion", "best_acc")
         provenance.require_same(state["meta"], files.meta, mathematics)
+        say_precision(state["meta"], files.meta)
         load_network(run.model, state, source)
         parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
         engine.restore(source, ((part, state[name]) for name, part in parts.items()))
@@ -449,7 +463,7 @@ def train(
             where = {"first_step": run.step, "iter_size": settings.iter_size}
             steps = engine.pretrain(model, *parts, todo, schedule, compute, **where)
             measured = _train_epoch(run, steps, per_epoch, batches, stop, print_freq)
-            engine.require_finite(run.step, run.model, run.bank)
+            engine.require_finite(run.step, run.model, run.bank, run.criterion)
             if measured is None:
                 _save(run, files, images)
                 write("stop", run.step, reason=stop.reason)

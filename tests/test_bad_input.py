@@ -293,12 +293,19 @@ def own_run(world, tmp_path) -> Path:
     return tmp_path / "own" / "exp" / "ckpt.pth.tar"
 
 
-@pytest.mark.parametrize("key", ["acc", "best_acc", "optimizer", "examples", "meta"])
+@pytest.mark.parametrize("key", ["acc", "best_acc", "optimizer", "examples"])
 def test_finetuning_continues_no_checkpoint_that_lacks_a_part(refused, own_run, key):
     state = checkpoint.load_dict(own_run)
     del state[key]
     checkpoint.save(state, own_run)
     assert f"has no {key}" in refused(finetuning, "--resume", own_run)
+
+
+def test_finetuning_does_not_guess_which_run_a_checkpoint_is_of(refused, own_run):
+    state = checkpoint.load_dict(own_run)
+    del state["meta"]
+    checkpoint.save(state, own_run)
+    assert "does not say what run it is" in refused(finetuning, "--resume", own_run)
 
 
 def test_another_option_makes_another_run_and_is_named(refused, world, own_run):

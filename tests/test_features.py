@@ -192,6 +192,20 @@ def test_an_extraction_is_kept_and_used_again_bit_for_bit(phase1):
     assert torch.allclose(first.features, one_by_one(phase1["model"], phase1["set"]), atol=1e-5)
 
 
+def test_features_that_another_process_lacks_are_extracted_with_it(phase1, monkeypatch):
+    obtain(phase1)
+    asked = []
+
+    def of_two(missing):  # as if the other process saw no file
+        asked.append(missing)
+        return True
+
+    monkeypatch.setattr(features, "any_process", of_two)
+    obtain(phase1)
+    assert asked == [False]
+    assert phase1["extractions"] == 2
+
+
 def test_kept_features_are_not_used_for_another_checkpoint(phase1):
     first = obtain(phase1)
     other = network()

@@ -98,14 +98,14 @@ def world(tmp_path_factory) -> Path:
     """`pictures/`, chunks of pseudo-labels, a published metric and a classifier of other classes."""
     root = tmp_path_factory.mktemp("imagenet")
     make_folder(root / "pictures")
-    train, _ = build_datasets("folder", root / "pictures", image_size=32, in_memory=False)
+    train, _ = build_datasets("folder", root / "pictures", image_size=40, in_memory=False)
     split = labeled_split(train.targets, LABELS, 4)
     votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
     meta = {"data_digest": train.digest, "classes": list(train.classes)}
     for number, unlabeled in enumerate(cut_into_chunks(split, CHUNKS)):
         part = Split(split.labeled, unlabeled)
         part = pseudo_labels.from_probabilities(votes, part, meta)
-        save_part(part, root, LABELS, number, CHUNKS, probabilities=False)
+        save_part(part, root, LABELS, number, CHUNKS)
     weights = build_model("resnet18", 128, imagenet=True, normalize=True).state_dict()
     metric = {
         "state_dict": {f"module.{name}": value for name, value in weights.items()},
@@ -122,7 +122,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def words(world: Path, folder: Path) -> list[object]:
-    data = ("--data-dir", world / "pictures", "--image-size", 32, "-j", 0, "--precision", "fp32")
+    data = ("--data-dir", world / "pictures", "--image-size", 40, "-j", 0, "--precision", "fp32")
     files = ("--model-root", folder, "--log-root", folder / "log", "--exp-name", "e")
     short = ("--num-labeled", LABELS, "--max-iters", 4, "-b", 8, "--gpus", "cpu")
     return [*data, *files, *short]
@@ -151,7 +151,7 @@ def examples_of(world: Path, *more: object) -> shared.Examples:
     """What a command line would train on."""
     line = ["--data-dir", world / "pictures", "--num-labeled", LABELS, *more]
     args = imagenet.build_parser().parse_args([str(w) for w in line])
-    train, _ = build_datasets("folder", world / "pictures", image_size=32, in_memory=False)
+    train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
     parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     return shared.choose_examples(train, parts, options.values(args, shared.Settings))
 
@@ -193,7 +193,7 @@ def test_a_single_file_is_the_ranking_of_its_chunks(world, tmp_path):
 
 def test_without_pseudo_labels_exactly_the_labelled_images_are_trained_on(world):
     examples = examples_of(world)
-    train, _ = build_datasets("folder", world / "pictures", image_size=32, in_memory=False)
+    train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
     assert torch.equal(examples.indexes, labeled_split(train.targets, LABELS, 4).labeled)
     assert torch.equal(examples.labels, train.targets[examples.indexes])
 
@@ -294,7 +294,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_uninterrupted_one_bit_for_
         (("--pseudo-dir", "CHUNKS", "--pseudo-file", "CHUNKS"), "name one of them"),
         (("--pseudo-dir", "CHUNKS", "--num-labeled", 12), "made with 8 labelled images"),
         (("--pseudo-dir", "/nowhere"), "/nowhere is no folder"),
-        (("--arch", "wrn-28-2"), "wrn-28-2 is a network for small images"),
+        (("--arch", "wrn-28-2"), "--arch wrn-28-2: take one of resnet18"),
         (("--iter-size", 0), "--iter-size 0: must be positive"),
         (("--stop-after", -1), "--stop-after -1: must not be negative"),
         (("--eval",), "--eval measures a checkpoint"),
@@ -357,7 +357,7 @@ def test_the_script_measures_its_speed_without_data(tmp_path):
     line = (
         "--dummy",
         "--image-size",
-        32,
+        40,
         "-b",
         32,
         "--max-iters",
@@ -369,12 +369,28 @@ def test_the_script_measures_its_speed_without_data(tmp_path):
     output = assert_ok(run_script("imagenet-semi.py", *line, "--gpus", "cpu", cwd=tmp_path))
     assert "dummy: 13000 labelled and 0 pseudo-labelled images of 50000, 1000 classes" in output
     assert "% of the time waiting for images)" in output
-    assert (tmp_path / "checkpoint" / "imagenet" / "exp" / "ckpt.pth.tar").is_file()
+    assert (tmp_path / "checkpoint" / "imagenet-dummy" / "exp" / "ckpt.pth.tar").is_file()
     (line, *_) = [
-        x for x in log_lines(tmp_path / "tensorboard/imagenet/exp") if x["event"] == "train"
+        x for x in log_lines(tmp_path / "tensorboard/imagenet-dummy/exp") if x["event"] == "train"
     ]
     assert 0 <= line["data_wait"] <= 1
     assert line["images_per_s"] > 0
+
+
+def test_two_processes_make_the_run_of_one_and_rank_0_alone_writes(finetune, world, tmp_path):
+    # with --finetune BatchNorm keeps its statistics, which alone depend on the number of processes
+    line = ("--pretrained", world / "metric.pth.tar", "--finetune", "--iter-size", 2)
+    line += ("--eval-freq", 2, "--lr", 1)
+    one, two = finetune(*line), tmp_path / "two"
+    command = (*words(world, two), *line, "--gpus", "cpu,cpu")
+    output = assert_ok(run_script("imagenet-semi.py", *command))
+    assert output.count("last accuracy") == 1
+    assert {p.name for p in (two / "e").iterdir()} == {"ckpt.pth.tar", "ckpt.best.pth.tar"}
+    for name, value in last(one)["net"].items():
+        torch.testing.assert_close(last(two)["net"][name], value, rtol=1e-4, atol=1e-6)
+    assert last(one)["net"]["fc.bias"].abs().max() > 1e-2  # there was something to learn
+    for key in ("step", "acc", "best_acc", "examples", "classes"):
+        assert_same(last(two)[key], last(one)[key])
 
 
 def test_a_missing_folder_of_images_ends_with_code_2_and_one_message(tmp_path):

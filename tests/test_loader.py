@@ -257,6 +257,27 @@ def test_an_image_that_cannot_be_read_ends_the_epoch_with_its_path_and_index(num
     assert "Traceback" not in str(caught.value)
 
 
+def test_augmenting_is_no_waiting_for_images(data, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("lib.loader.time.perf_counter", lambda: now[0])
+
+    def augment(images, rows):
+        now[0] += 5
+        return images.float()
+
+    batches = batches_of(data, instance_ops(), 5)
+    read = batches._source
+
+    def slowly(jobs):
+        for item in read(jobs):
+            now[0] += 1
+            yield item
+
+    monkeypatch.setattr(batches, "_source", slowly)
+    monkeypatch.setattr(batches, "_remaining", augment)
+    assert len(list(batches.epoch(0))) == batches.waited_s
+
+
 def test_a_worker_that_is_killed_ends_the_epoch_with_a_message(in_files):
     batches = batches_of(in_files, instance_ops(), 1, num_workers=1)
     epoch = batches.epoch(0)

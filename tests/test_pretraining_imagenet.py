@@ -4,6 +4,7 @@ import math
 import os
 import random
 import subprocess
+import time
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from conftest import ROOT, assert_ok, assert_refused, run_script
 from test_pretraining import assert_same, call, deterministic, log_lines, make_folder, without_meta
 
 from datasets import FileSet, build_datasets
-from lib import checkpoint, features, knn
+from lib import checkpoint, distributed, features, knn
 from lib import pretraining as loop
 from lib.devices import Compute
 from lib.options import load_script
+from lib.sampler import permutation
 from models import IMAGENET_ARCHITECTURES, build_model
 
 imagenet = load_script("unsupervised/imagenet.py")
@@ -186,6 +188,29 @@ def test_pretrained_takes_weights_alone_and_the_last_layer_only_where_it_fits(fi
     assert "2 missing (fc.weight, fc.bias)" in capsys.readouterr().out
 
 
+def test_pretrained_leaves_out_the_last_layer_of_a_classifier_even_where_it_has_our_shape(tmp_path):
+    classifier, model = (build_model("resnet18", 128, imagenet=True) for _ in range(2))
+    head = model.fc.weight.clone()
+    checkpoint.save({"state_dict": classifier.state_dict()}, tmp_path / "c.pth.tar")
+    loop.load_backbone(model, str(tmp_path / "c.pth.tar"))
+    assert torch.equal(model.conv1.weight, classifier.conv1.weight)
+    assert torch.equal(model.fc.weight, head)
+
+
+def test_a_normaliser_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
+    begin = loop.start
+
+    def broken(*words, **keywords):
+        run = begin(*words, **keywords)
+        run.criterion.register_buffer("spoiled", torch.tensor(math.nan))
+        return run
+
+    monkeypatch.setattr(imagenet.pretraining, "start", broken)
+    with pytest.raises(FloatingPointError, match="spoiled is not finite after step 1"):
+        run(pictures, tmp_path, "--stop-after", 1)
+    assert not list(tmp_path.glob("*.pth.tar"))
+
+
 def test_start_epoch_numbers_the_first_epoch_of_a_new_run(pictures, tmp_path):
     run(pictures, tmp_path, "--epochs", 10, "--start-epoch", 9)
     start, epoch = log_lines(tmp_path / "log")
@@ -299,7 +324,7 @@ def test_the_shell_script_has_the_published_settings(tmp_path):
 
     log = tmp_path / "log"
     venv = fake_venv(tmp_path / "venv", log)
-    assert_ok(shell("/my images", "--arch", "resnet50", VENV=str(venv)))
+    assert_ok(shell("/my images", VENV=str(venv)))
     words = log.read_text().replace("/my images", "images").split()
     assert words[0] == "unsupervised/imagenet.py"
     args = imagenet.build_parser().parse_args(words[1:])
@@ -308,11 +333,11 @@ def test_the_shell_script_has_the_published_settings(tmp_path):
     assert changed == {
         "architecture": "resnet50",
         "gpus": "0,1,2,3",
-        "num_workers": 8,
+        "num_workers": 32,
         "auto_resume": True,
     }
     assert shell(VENV=str(venv)).returncode == 2
-    assert "41.0% nearest-neighbour" in assert_ok(shell("--help"))
+    assert "ResNet-50, 46.8% nearest-neighbour" in assert_ok(shell("--help"))
 
 
 @pytest.mark.slow
@@ -328,6 +353,74 @@ def test_twenty_random_interruptions_end_in_the_same_bits(pictures, tmp_path, wo
     assert starts >= 20
     both = [without_meta(last(tmp_path / name)) for name in ("whole", "cut")]
     assert_same(*both)
+
+
+def with_still_statistics(*words, **keywords):
+    """The script's network, its BatchNorm as in evaluation: what is left is the same for any processes."""
+    model = build_network(*words, **keywords)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda _=True, module=module: module
+    return model
+
+
+build_network = loop.build_network
+
+
+class StillRun:
+    """A run of the script with such a network, as something that can be sent to another process."""
+
+    def __init__(self, *words):
+        self.words = [str(word) for word in words]
+
+    def __call__(self):
+        loop.build_network = with_still_statistics
+        try:
+            call(imagenet, *self.words)
+        finally:
+            loop.build_network = build_network
+        return 0
+
+
+def test_two_processes_make_the_run_of_one_but_for_batchnorm(pictures, tmp_path):
+    # 52 images in batches of 6: rank 0 of two has 2 rows of the last one
+    line = ("--data-dir", pictures, *SMALL, "-b", 6, "--epochs", 1, "--nce-z", "moving-average")
+    runs = {}
+    for name, gpus in (("one", "cpu"), ("two", "cpu,cpu")):
+        files = ("--model-dir", tmp_path / name, "--log-dir", tmp_path / name / "log")
+        start = StillRun(*line, *files, "--gpus", gpus)
+        assert distributed.run(start, gpus) == 0
+        runs[name] = last(tmp_path / name)
+    one, two = runs["one"], runs["two"]
+    assert (two["step"], two["epoch"]) == (one["step"], one["epoch"]) == (9, 1)
+    torch.manual_seed(0)
+    begin = build_model("resnet18", 128, imagenet=True, normalize=True)
+    for name, value in begin.named_parameters():
+        moved = (one["state_dict"][name] - value).norm()
+        assert moved > 0, name
+        assert (two["state_dict"][name] - one["state_dict"][name]).norm() < 0.01 * moved, name
+    rows = (run["lemniscate"]["memory"] for run in (two, one))
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-4)
+    sums = (torch.tensor(run["loss_sums"]) for run in (two, one))
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
+    z = (run["criterion"]["z"] for run in (two, one))
+    torch.testing.assert_close(*z, rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_an_image_that_one_process_alone_cannot_read_ends_them_all_with_one_message(tmp_path):
+    pictures = make_folder(tmp_path / "pictures")
+    train, _ = build_datasets("folder", pictures, image_size=40, in_memory=False)
+    second = permutation(len(train), 0, 0)[8:16]  # of two in a batch of 16
+    broken = pictures / train.paths[int(second[3])]
+    broken.write_bytes(b"no picture")
+    files = ("--model-dir", tmp_path / "run", "--log-dir", tmp_path / "run" / "log")
+    line = ("--data-dir", pictures, *SMALL, *files, "--gpus", "cpu,cpu")
+    start = time.monotonic()
+    assert_refused(run_script("unsupervised/imagenet.py", *line), broken.name, "cannot be read")
+    assert time.monotonic() - start < 60
+    assert not list((tmp_path / "run").glob("*.pth.tar"))
 
 
 @pytest.mark.slow

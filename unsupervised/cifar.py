@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
-            args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
+            *(args.dataset, args.data_dir),
+            image_size=args.image_size,
+            num_workers=distributed.own_workers(args.num_workers),
         )
     pretraining.check_images(len(train), args.nce_k)
     ops = instance_ops(args.transform_crop, args.transform_scale)
@@ -91,8 +93,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if source:
         per_epoch = settings.steps_per_epoch(len(train))
         pretraining.resume(run, source, files, per_epoch, MATHEMATICS)
-    if distributed.is_main():
-        options.writable_folder("--model-dir", folder)
+    options.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 
     # 4. Train
     command = options.resume_command

@@ -2,7 +2,7 @@
 
 The published runs (nearest-neighbour accuracy 41.0% with resnet18, 46.8% with resnet50), on four GPUs:
 
-    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 --gpus 0,1,2,3 -j 8
+    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 --gpus 0,1,2,3 -j 32
 
 DIR holds train/<class>/*, val/<class>/* and, where there are images without labels, unlabeled/**; labels
 are only used to measure. --batch-size is the total over all GPUs. On several machines, on each of them:
@@ -42,7 +42,6 @@ from models import IMAGENET_ARCHITECTURES
 __all__ = ["MATHEMATICS", "build_parser", "main"]
 
 LAST, BEST, NUMBERED = "ckpt.pth.tar", "model_best.pth.tar", "ckpt-{epoch}.pth.tar"
-SMALLEST_SIDE = 33  # the networks shrink an image 32 times; BatchNorm needs more than one place
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--pretrained",
         default="",
         metavar="FILE",
-        help="weights to start from; its last layer too, where that has our shape",
+        help="weights to start from; of phase 1, the last layer too where that has our shape",
     )
     options.add_dummy(parser)
     return parser
@@ -97,15 +96,8 @@ def check_options(args: argparse.Namespace) -> None:
     options.check_pretraining(args, parser)
     options.require_positive(args, "val_batch_size")
     options.require_not_negative(args, "print_freq", "save_freq", "start_epoch")
-    if args.architecture not in IMAGENET_ARCHITECTURES:
-        known = ", ".join(IMAGENET_ARCHITECTURES)
-        raise ValueError(f"--arch {args.architecture}: take one of {known}")
     options.require_data_dir(args)
-    if args.image_size < SMALLEST_SIDE:
-        raise ValueError(
-            f"--image-size {args.image_size}: these networks take {SMALLEST_SIDE} pixels at least; for "
-            "small images there is unsupervised/cifar.py"
-        )
+    options.require_imagenet_network(args, "unsupervised/cifar.py")
     if args.auto_resume and args.resume not in ("", "auto"):
         raise ValueError("--auto-resume and --resume FILE name two checkpoints; give one")
     if args.test_only and args.evaluate:
@@ -131,18 +123,18 @@ def load_measured(args, model, train, source: str):
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
+    options.keep_dummy_apart(args, build_parser(), "model_dir", "log_dir")
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
             *(args.dataset, args.data_dir),
             image_size=args.image_size,
-            num_workers=args.num_workers,
+            num_workers=workers,
             in_memory=False,
         )
     pretraining.check_images(len(train), args.nce_k)
-    images = Images(
-        train, test, instance_ops(gray_first=True), args.num_workers, args.val_batch_size
-    )
+    images = Images(train, test, instance_ops(gray_first=True), workers, args.val_batch_size)
     settings, folder = options.values(args, Settings), Path(args.model_dir)
     say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
@@ -169,8 +161,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         run.epoch, run.step = args.start_epoch, args.start_epoch * per_epoch
         if args.pretrained:
             pretraining.load_backbone(model, args.pretrained)
-    if distributed.is_main():
-        options.writable_folder("--model-dir", folder)
+    options.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 
     # 4. Train
     return pretraining.train(
