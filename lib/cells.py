@@ -25,6 +25,7 @@ SAMPLED_ROWS = 512  # whose exact neighbours the margin is measured with
 ROWS_PER_CELL = 16  # of the k-means sample
 KMEANS_ROUNDS = 5
 TARGETS = 256  # cells compared with a block of rows at a time
+MERGE_BYTES = 64 * 2**20  # of neighbours and candidates at a time
 WORTHWHILE = 0.5  # of all pairs of rows: where the cells save less, exact search is faster
 
 
@@ -196,7 +197,7 @@ def _choose_margin(
     """How far below its K-th cosine a row's cosine with a centroid may lie, for that cell to be searched.
 
     Returns:
-        The margin that finds `recall` of the exact neighbours of a sample of all rows (-inf: no second
+        The margin that finds `recall` of the exact neighbours of a sample of all rows (+inf: no second
         round is needed), and the share of all pairs of rows that are then compared.
     """
     places, worst, searched = _sample(cells, k, own_value, budget, seed)
@@ -216,10 +217,17 @@ def _merge(found: Found, rows: Tensor, values: Tensor, places: Tensor) -> None:
     """Put new candidates among the neighbours of their rows; rows: n, rising, of `found`."""
     k = found.values.shape[1]
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
+    width = k + int(counts.max())
+    if 8 * width * len(touched) > MERGE_BYTES and len(touched) > 1:
+        # in halves, until a row with far more candidates than the others widens few of them
+        middle = int(counts[: len(touched) // 2].sum())
+        for half in (slice(middle), slice(middle, None)):
+            _merge(found, rows[half], values[half], places[half])
+        return
     first = counts.cumsum(0) - counts
     column = torch.arange(len(rows)) - first.repeat_interleave(counts)
     row = torch.arange(len(touched)).repeat_interleave(counts)
-    wide = torch.full((len(touched), k + int(counts.max())), -torch.inf)
+    wide = torch.full((len(touched), width), -torch.inf)
     ids = torch.zeros_like(wide, dtype=torch.int32)
     wide[:, :k], ids[:, :k] = found.values[touched], found.places[touched]
     wide[row, k + column], ids[row, k + column] = values, places

@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lib import archives, interruption, options, transfer
+from lib import archives, checkpoint, interruption, options, transfer
 from lib.files import put_in_place, sha256_of, write_whole
 from lib.transfer import PassingError, RefusedError, Rules, StoppedError
 
@@ -179,7 +179,8 @@ def is_there(file: Published, folder: Path, records: Records, *, thorough: bool 
     not recorded are looked at, and recorded as first seen.
 
     Raises:
-        ValueError: if some are missing beside others, or one is not what was recorded or no such file.
+        ValueError: if some are missing beside others, one is not what was recorded or no such file, or a
+            folder holds pseudo-labels of our own under the name of published ones.
     """
     present = [name for name in file.results if (folder / name).exists()]
     if not present and not (file.members and (folder / file.folder).exists()):
@@ -193,11 +194,19 @@ def is_there(file: Published, folder: Path, records: Records, *, thorough: bool 
     facts = {}
     for name in present:
         facts[name] = _still(folder / name, recorded.get(name), thorough)
+        if file.members and name not in recorded:
+            _refuse_own(folder / name)
         if not file.members:
             check_digest(file, records, facts[name]["bytes"], facts[name]["sha256"])
     if facts != recorded:
         _record(file, records, facts)
     return True
+
+
+def _refuse_own(path: Path) -> None:
+    """Refuse pseudo-labels that phase 2 wrote here: recorded, they would pass for the published ones."""
+    if "meta" in checkpoint.load_dict(path):
+        raise ValueError(f"{path.parent} was not unpacked by this script: move it away")
 
 
 def _still(path: Path, known: Mapping[str, Any] | None, thorough: bool) -> dict[str, Any]:

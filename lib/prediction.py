@@ -163,7 +163,7 @@ def predict(
         num_workers: processes that decode image files, of each process.
 
     Raises:
-        ValueError: naming a picture that cannot be read.
+        ValueError: naming a picture that cannot be read, or if the network's outputs are not finite.
     """
     model = compute.prepare(classifier.model).eval()
     top = min(top, len(classifier.classes))
@@ -177,6 +177,8 @@ def predict(
         for images in _batches(classifier, data, compute, batch_size, num_workers):
             with compute.autocast():
                 outputs = model(images)
+            if not outputs.isfinite().all():
+                raise ValueError("the network gives NaN or infinity; the checkpoint is damaged")
             best = outputs.float().softmax(dim=1).topk(top, dim=1)
             labels.append(best.indices)
             confidence.append(best.values)

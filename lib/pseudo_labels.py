@@ -77,6 +77,12 @@ def class_names(meta: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
+def _table_names(meta: Mapping[str, Any]) -> list[str]:
+    """The class names that stand for one number each, for a table; empty where two classes share one."""
+    names = class_names(meta)
+    return names if len(set(names)) == len(names) else []
+
+
 def listed(names: Sequence[str]) -> str:
     """Names for a message, no more than a line of them."""
     more = len(names) - SHOWN
@@ -326,7 +332,7 @@ def load_chunks(folder: str | Path) -> list[PseudoLabels]:
     files = _chunk_files(Path(folder))
     parts = [load(file) for file in files]
     checks = {
-        "other labelled images": lambda p: p.labeled.sort().values.tolist(),
+        "other labelled images": _sorted_labeled,
         "another data set": lambda p: p.meta.get("data_digest", ""),
     }
     problems = []
@@ -338,6 +344,10 @@ def load_chunks(folder: str | Path) -> list[PseudoLabels]:
     if problems:
         raise ValueError(f"{folder} is no one set of chunks: {'; '.join(problems)}")
     return parts
+
+
+def _sorted_labeled(pseudo: PseudoLabels) -> list[int]:
+    return pseudo.labeled.sort().values.tolist()
 
 
 def _chunk_files(folder: Path) -> list[Path]:
@@ -401,7 +411,7 @@ def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if any(not torch.equal(part.labeled, first.labeled) for part in parts):
+    if any(_sorted_labeled(part) != _sorted_labeled(first) for part in parts):
         raise ValueError("these chunks belong to different sets of labelled images")
     confidence = torch.cat([part.confidence for part in parts])
     order = confidence.argsort(descending=True, stable=True)
@@ -559,9 +569,10 @@ def from_scores(
 def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ()) -> None:
     """Write pseudo-labels as a table with the columns `COLUMNS`, most confident first.
 
-    Labels are class names where `meta` records them. An image that is labelled has no confidence, one
-    that got no pseudo-label has no label and the confidence 0. A first line that starts with # holds
-    `meta`. Probabilities and the order of `unlabeled` are not kept; all else comes back by `from_csv`.
+    Labels are class names where `meta` records them and no two are the same, else numbers. An image that
+    is labelled has no confidence, one that got no pseudo-label has no label and the confidence 0. A first
+    line that starts with # holds `meta`. Probabilities and the order of `unlabeled` are not kept; all
+    else comes back by `from_csv`.
 
     Args:
         paths: file of each image of the training set, for the column path; none: empty.
@@ -569,7 +580,7 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     Raises:
         ValueError: if it cannot be written, or the paths are fewer than the images.
     """
-    names = class_names(pseudo.meta)
+    names = _table_names(pseudo.meta)
     places = pseudo.indexes.tolist()
     labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
     confidence = [f"{value:.9g}" for value in pseudo.confidence.tolist()]  # all of a float32
@@ -587,7 +598,8 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     files = [paths[place] for place in places] if paths else [""] * len(places)
     writer.writerows(zip(places, files, labels, confidence, strict=True))
     try:
-        write_whole(buffer.getvalue().encode(), Path(path))
+        # a file name need not be UTF-8, the table is
+        write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
@@ -606,7 +618,7 @@ def from_csv(path: str | Path) -> PseudoLabels:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     try:
         meta, table = _csv_meta(text)
-        rows = _csv_rows(table, class_names(meta), first_line=text.count("\n") - table.count("\n"))
+        rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
         labeled = [row.index for row in rows if row.confidence is None]
         given = [row for row in rows if row.confidence is not None and row.label is not None]
         given.sort(key=lambda row: -row.confidence)

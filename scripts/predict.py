@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import FileSet
 from lib import devices, options, prediction, report
-from lib.distributed import is_main
+from lib.distributed import is_main, own_workers
 from lib.files import write_whole
 from lib.prediction import Predictions
 
@@ -46,7 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
         "-b", "--batch-size", type=int, default=128, help="pictures at a time, of each process"
     )
     parser.add_argument(
-        "-j", "--num-workers", type=int, default=2, help="processes that decode the pictures"
+        "-j",
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes that decode the pictures, on each machine",
     )
     options.add_compute(parser)
     return parser
@@ -92,13 +96,14 @@ def main(args: argparse.Namespace) -> None:
         *(classifier, data, compute),
         top=args.top,
         batch_size=args.batch_size,
-        num_workers=args.num_workers,
+        num_workers=own_workers(args.num_workers),
     )
 
     # 3. The table, and how it looks
     if is_main():
         text = prediction.table(data.paths, predictions, classifier.classes)
-        write_whole(text.encode("utf-8"), Path(args.output))
+        # a file name need not be UTF-8, the table is
+        write_whole(text.encode("utf-8", errors="backslashreplace"), Path(args.output))
         print(f"{args.output}: {len(data)} pictures")
         if args.report:
             print(f"report: {write_report(args, predictions, data)}")

@@ -32,7 +32,6 @@ again, and a run with another method or number of labels uses them too.
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -46,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from datasets import build_datasets
+from datasets import DataSet, build_datasets
 from lib import devices, distributed, features, options, plots, provenance, pseudo_labels, report
 from lib.backbones import is_external
 from lib.curves import Curve, confidence_precision
@@ -57,7 +56,8 @@ from lib.graph import PRESETS
 from lib.neighbors import METHODS as SEARCHES
 from lib.neighbors import PRECISIONS
 from lib.propagation import METHODS, Metric
-from lib.propagation.algorithms import ALGORITHMS, FILTER_BY
+from lib.propagation.algorithms import ALGORITHMS, FILTER_BY, check_parameters
+from lib.propagation.choose import cross_validate
 from lib.propagation.chunks import pseudo_label_parts, save_part
 from lib.propagation.kept import Kept
 from lib.propagation.workers import lead, serve
@@ -70,6 +70,10 @@ from models import SMALL_ARCHITECTURES
 PARAMETERS = (
     *("k", "knn_temperature", "num_eigenvectors", "clamp", "filter", "filter_by", "cutoff"),
     *("degree", "time", "power", "alpha"),
+)
+GRAPH_OPTIONS = (
+    *("graph", "num_neighbors", "graph_file", "self_loops", "search", "search_precision"),
+    *("block_mib", "solver", "basis_mib", "work_dir", "fresh"),
 )
 ARCHITECTURES = (
     f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, with "
@@ -254,6 +258,30 @@ def check_options(args: argparse.Namespace) -> None:
         options.warn_unused(args, build_parser(), why, "image_size")
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
+    run = ALGORITHMS[args.method].run if args.method in ALGORITHMS else cross_validate
+    check_parameters(args.method, run, method_parameters(args))
+    if not needs_graph(args.method):
+        why = f"with --method {args.method}, which needs no graph"
+        options.warn_unused(args, build_parser(), why, *GRAPH_OPTIONS)
+    if distributed.is_main():
+        check_folders(args)
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Prove that what will be made can be written, before hours of extraction."""
+    options.writable_folder("--save-path", args.save_path)
+    if needs_graph(args.method):
+        options.writable_folder("--work-dir", work_folder(args))
+        if args.graph_file:
+            options.writable_folder("--graph-file", Path(args.graph_file).parent)
+
+
+def work_folder(args: argparse.Namespace) -> Path:
+    return Path(args.work_dir or Path(args.save_path) / "work")
+
+
+def needs_graph(method: str) -> bool:
+    return method not in ALGORITHMS or ALGORITHMS[method].needs_graph
 
 
 def method_parameters(args: argparse.Namespace) -> dict:
@@ -315,8 +343,8 @@ def label(args: argparse.Namespace, metric: Metric, n: int | str, found: Feature
     """Pseudo-labels of one number of labels, written part by part; all without probabilities, and where."""
     split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
     prior = [1 / found.num_classes] * found.num_classes if args.class_prior == "uniform" else None
-    own = Path(metric.kept.folder) / str(n)
     if args.chunks > 1:
+        own = Path(metric.kept.folder) / str(n)
         metric = replace(metric, kept=replace(metric.kept, folder=own))
     parts = []
     found_parts = pseudo_label_parts(
@@ -341,16 +369,12 @@ def label(args: argparse.Namespace, metric: Metric, n: int | str, found: Feature
         )  # those of all numbers of labels would not fit
     if args.chunks > 1:
         file = file.with_name(f"{args.chunks}_*.pth.tar")
-        shutil.rmtree(own, ignore_errors=True)  # ten graphs of each number would fill a disk
+        metric.kept.discard()  # ten graphs of each number would fill a disk
     return pseudo_labels.merged(parts), file
 
 
-def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta: dict) -> None:
-    """The curve, contact sheets and report.html; sheets need the images themselves."""
-    pictures, sheets = {}, {}
-    if curves:
-        plots.confidence_precision(curves, args.method).savefig(folder / "curve.png", dpi=120)
-        pictures["curve.png"] = "Precision of the most confident share"
+def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
+    """The images that the features are of; None, and a warning, where they are not at hand."""
     side = report.MOST_SIDE if args.dataset == "folder" else features.SMALL_SIZE
     try:
         data, _ = build_datasets(
@@ -361,10 +385,28 @@ def write_report(args, folder: Path, done: dict[str, PseudoLabels], curves, meta
             in_memory=False,  # a folder's images are read where a sheet shows them
         )
     except ValueError as error:
-        print(f"warning: no contact sheets without the images: {error}", file=sys.stderr)
-        data = None
+        options.warn(f"no contact sheets without the images: {error}")
+        return None
+    # a folder's digest tells how it is read, too: features of the same images may have another one
+    recorded = "" if args.dataset == "folder" else found.digest
+    if len(data) != len(found.features) or (recorded and recorded != data.digest):
+        options.warn(
+            "no contact sheets: the features are not of this data set (--dataset, --data-dir, --image-size)"
+        )
+        return None
+    return data
+
+
+def write_report(
+    args, folder: Path, done: dict[str, PseudoLabels], curves, meta: dict, data: DataSet | None
+) -> None:
+    """The curve, contact sheets where there are images, and report.html."""
+    pictures, sheets = {}, {}
+    if curves:
+        plots.confidence_precision(curves, args.method).savefig(folder / "curve.png", dpi=120)
+        pictures["curve.png"] = "Precision of the most confident share"
     for name, pseudo in tqdm(done.items(), desc="contact sheets", leave=False, disable=None):
-        if data is not None and len(data) == len(pseudo.labeled) + len(pseudo.unlabeled):
+        if data is not None:
             written = report.write_sheets(pseudo, data, folder / f"sheets_{name}")
             sheets[name] = [(c, f"sheets_{name}/{file}", n) for c, file, n in written]
     facts = {"method": args.method, "graph": args.graph, "git commit": meta["git_commit"]}
@@ -391,8 +433,7 @@ def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: 
 def label_all(args: argparse.Namespace, metric: Metric, found: FeatureSet, meta: dict):
     """Pseudo-labels of every number of labels, their curves and results; prints the table."""
     done, curves, results = {}, {}, {}
-    needs_graph = args.method not in ALGORITHMS or ALGORITHMS[args.method].needs_graph
-    if needs_graph and args.chunks == 1:
+    if needs_graph(args.method) and args.chunks == 1:
         metric.affinity  # noqa: B018 - made here, so that the table has the time of the labels
     print("labels  precision     AUC  seconds  file")
     for n in args.num_labeled:
@@ -411,7 +452,7 @@ def label_all(args: argparse.Namespace, metric: Metric, found: FeatureSet, meta:
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     # 1. Features: read, or extracted once and kept beside the checkpoint
     check_options(args)
-    work = Path(args.work_dir or Path(args.save_path) / "work")
+    work, folder = work_folder(args), Path(args.save_path)
     with ending_at_once(work):
         compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
         found = features.obtain(
@@ -431,7 +472,6 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
         # 2. Propagation; the graph and its spectrum serve every number of labels
         with lead(compute.device) as workers:
-            folder = options.writable_folder("--save-path", args.save_path)
             meta = provenance.record(vars(args), found.digest)
             meta["classes"] = list(found.classes)
             shape = f"{len(found.features)} x {found.features.shape[1]}"
@@ -443,7 +483,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         record = {"results": results, "meta": meta}
         write_whole(json.dumps(record, indent=1).encode(), folder / "results.json")
         if args.report:
-            write_report(args, folder, done, curves, meta)
+            write_report(args, folder, done, curves, meta, images_of(args, found))
         return results
 
 

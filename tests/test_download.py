@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from lib import download, options, transfer
+from lib import checkpoint, download, options, transfer
 from lib.download import Published, Records, is_there, obtain
 from lib.transfer import Rules
 
@@ -625,6 +625,25 @@ def test_my_own_pseudo_labels_are_never_overwritten(server, tmp_path):
     assert server.asked == []
 
 
+def test_a_whole_folder_of_my_own_does_not_pass_for_the_published_one(server, tmp_path):
+    for name in PSEUDOS.results:
+        checkpoint.save({"pseudo_labels": torch.zeros(2), "meta": {}}, tmp_path / name)
+    before = kept(tmp_path)
+    with pytest.raises(ValueError, match="was not unpacked by this script: move it away"):
+        fetch(server, tmp_path, PSEUDOS)
+    assert kept(tmp_path) == before
+    assert Records(tmp_path).get(PSEUDOS.path) == {}
+    assert server.asked == []
+
+
+def test_a_whole_folder_unpacked_by_hand_is_recorded(server, tmp_path):
+    (tmp_path / "pseudos" / "nc").mkdir(parents=True)
+    for name, data in UNPACKED.items():
+        (tmp_path / name).write_bytes(data)
+    assert fetch(server, tmp_path, PSEUDOS) == "there already"
+    assert set(Records(tmp_path).get(PSEUDOS.path)["files"]) == set(UNPACKED)
+
+
 # ---- the command
 
 
@@ -795,6 +814,14 @@ def test_the_commands_that_make_such_files_are_ours(make):
     python, script, *words = shlex.split(make)
     assert python == "python"
     options.load_script(script).build_parser().parse_args(words)
+
+
+def test_no_command_writes_into_the_folder_of_another_published_file():
+    files = download.read_manifest()[1]
+    for file in files:
+        for other in files:
+            if other.path != file.path:
+                assert f"--save-path checkpoint/{other.folder}" not in file.make, file.path
 
 
 # ---- kills

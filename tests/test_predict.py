@@ -139,6 +139,24 @@ def test_names_that_need_quotes_come_back_from_the_table():
     assert rows[1:] == [['a, "b"', "z", "0.500000"], ["c\nd", "x,y", "1.000000"]]
 
 
+def test_a_file_name_that_is_no_utf_8_does_not_lose_the_table(world, tmp_path):
+    shutil.copytree(world / "pictures" / "test", tmp_path / "new")
+    picture = tmp_path / "new" / "red" / "2.png"
+    picture.rename(picture.with_name("caf\udce9.png"))  # its name in Latin-1
+    rows = run(world, tmp_path / "out.csv", "--images", tmp_path / "new")
+    assert len(rows) == 20
+    assert r"red/caf\udce9.png" in [row["path"] for row in rows]
+
+
+def test_outputs_that_are_no_numbers_are_refused(world, tmp_path):
+    state = checkpoint.load_dict(world / "ckpt.pth.tar")
+    next(iter(state["net"].values())).fill_(torch.nan)
+    checkpoint.save(state, tmp_path / "nan.pth.tar")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        run(world, tmp_path / "out.csv", "--checkpoint", tmp_path / "nan.pth.tar")
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_the_report_shows_every_class_that_was_found(world, tmp_path):
     rows = run(world, tmp_path / "out.csv", "--report")
     page = (tmp_path / "out.html").read_text()

@@ -264,6 +264,15 @@ def test_chunks_that_are_done_leave_nothing_in_the_work_folder(features, tmp_pat
     assert len(list((tmp_path / "num_labeled_20").iterdir())) == 2
 
 
+def test_a_file_of_the_users_in_the_work_folder_stays(features, tmp_path):
+    mine = tmp_path / "scratch" / "20" / "notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20, "--chunks", 2)
+    call(*words, "--num-eigenvectors", 12, "--work-dir", tmp_path / "scratch")
+    assert list(mine.parent.iterdir()) == [mine]
+
+
 def test_chunks_that_were_interrupted_continue_with_their_graphs(
     features, tmp_path, capsys, monkeypatch
 ):
@@ -345,6 +354,45 @@ def test_the_report_shows_a_sheet_of_every_class(features, tmp_path, capsys):
         assert len(np.unique(np.asarray(Image.open(tmp_path / file).convert("L")))) > 20
     assert (tmp_path / "curve.png").stat().st_size > 5000
     assert str(tmp_path / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["images", "number"])
+def test_images_that_the_features_are_not_of_are_not_shown(features, tmp_path, capsys, other):
+    state = checkpoint.load_dict(features)
+    rows, targets = state["train_features"], state["train_labels"]
+    found = FeatureSet(rows, targets, 10, "0123456789abcdef")
+    if other == "number":
+        found = FeatureSet(rows[::2], targets[::2], 10)
+    checkpoint.save(found.state(), tmp_path / "other.pth.tar")
+    words = ("--features", tmp_path / "other.pth.tar", "--dataset", "patches", "--method", "knn")
+    call(*words, "--num-labeled", 20, "--save-path", tmp_path, "--report")
+    assert "no contact sheets: the features are not of this data set" in capsys.readouterr().err
+    assert (tmp_path / "report.html").is_file()
+    assert list(tmp_path.glob("sheets_*")) == []
+
+
+def test_graph_options_are_said_to_be_useless_without_a_graph(features, tmp_path, capsys):
+    words = ("--features", features, "--method", "knn", "--num-labeled", 20)
+    call(*words, "--save-path", tmp_path, "--graph", "imagenet", "--solver", "block")
+    said = capsys.readouterr().err
+    assert "--graph has no effect with --method knn" in said
+    assert "--solver has no effect" in said
+    assert "--search " not in said
+
+
+@pytest.mark.parametrize("option", ["--save-path", "--work-dir", "--graph-file"])
+def test_a_folder_that_cannot_be_written_is_refused_before_features_are_made(tmp_path, option):
+    (tmp_path / "file").touch()
+    given = {"--save-path": tmp_path / "out", option: tmp_path / "file" / "below" / "x"}
+    words = [word for pair in given.items() for word in pair]
+    with pytest.raises(ValueError, match=f"{option}: cannot write"):
+        call("--features", tmp_path / "not looked for.pth.tar", *words)
+
+
+@pytest.mark.parametrize("words", [("knn", "--alpha", 0.5), ("filter", "--power", 2)])
+def test_parameters_are_checked_before_features_are_made(tmp_path, words):
+    with pytest.raises(ValueError, match="has no parameter"):
+        call("--features", tmp_path / "none", "--save-path", tmp_path, "--method", *words)
 
 
 def test_frames_of_a_sheet_tell_right_from_wrong(features, tmp_path):

@@ -369,6 +369,15 @@ def test_graph_and_spectrum_are_made_once_for_all(monkeypatch):
     assert beginning.vectors.shape == (75, 9)
 
 
+def test_a_spectrum_that_is_read_from_its_file_needs_no_product(tmp_path):
+    metric, _, _ = task()
+    first, second = (replace(metric, kept=Kept(tmp_path), _largest=[]) for _ in range(2))
+    computed, read = first.spectrum(9), second.spectrum(9)
+    np.testing.assert_array_equal(read.vectors, computed.vectors)
+    assert "product" in vars(first)
+    assert "product" not in vars(second)
+
+
 def test_a_filter_through_eigenvectors_is_chosen_only_where_it_is_cheap_and_exact(monkeypatch):
     metric, split, targets = task(spread=0.2)
     labels, said = targets[split.labeled], []

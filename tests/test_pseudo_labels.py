@@ -1,6 +1,7 @@
 """Pseudo-label values and files: what is refused, what is chosen, the published formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -493,6 +494,16 @@ def other_labels(folder):
     checkpoint.save(state, folder / "3_1.pth.tar")
 
 
+def test_chunks_may_list_their_labelled_images_in_any_order(tmp_path):
+    parts = chunks(tmp_path, [2, 3])
+    turned = replace(parts[1], labeled=parts[1].labeled.flip(0))
+    pseudo_labels.save(turned, tmp_path / "2_1.pth.tar")
+    merged = pseudo_labels.merged(pseudo_labels.load_chunks(tmp_path))
+    assert sorted(merged.indexes.tolist()) == [4, 5, 6, 7, 8]
+    with pytest.raises(ValueError, match="different sets of labelled images"):
+        pseudo_labels.merged([parts[0], replace(parts[1], labeled=torch.arange(3))])
+
+
 def other_data(folder):
     state = checkpoint.load_dict(folder / "3_2.pth.tar")
     checkpoint.save(state | {"meta": {"data_digest": "bb22"}}, folder / "3_2.pth.tar")
@@ -603,6 +614,24 @@ def test_a_table_says_names_paths_and_what_is_labelled(tmp_path):
     assert again.unlabeled.tolist() == [4, 1, 3]
     with pytest.raises(ValueError, match="4 paths for the image with index 4"):
         pseudo_labels.to_csv(pseudo, tmp_path / "p.csv", paths=["a.png"] * 4)
+
+
+def test_classes_of_the_same_name_keep_their_numbers_in_a_table(tmp_path):
+    some = torch.arange(2)
+    classes = {"classes": ["crane", "dog", "crane"]}
+    pseudo = PseudoLabels(some, some, torch.tensor([0.9, 0.5]), some[:0], some, meta=classes)
+    pseudo_labels.to_csv(pseudo, tmp_path / "p.csv")
+    assert pseudo_labels.from_csv(tmp_path / "p.csv").labels.tolist() == [0, 1]
+    text = (tmp_path / "p.csv").read_text()
+    (tmp_path / "p.csv").write_text(text.replace("0,,0,0.", "0,,crane,0."))
+    with pytest.raises(ValueError, match="the label 'crane' is no number"):
+        pseudo_labels.from_csv(tmp_path / "p.csv")
+
+
+def test_a_path_that_is_no_utf_8_does_not_lose_the_table(tmp_path):
+    names = ["a\udce9.png", "b.png", "c.png"]  # as the system hands out a name in Latin-1
+    pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "p.csv", paths=names)
+    assert r"a\udce9.png" in (tmp_path / "p.csv").read_text(encoding="utf-8")
 
 
 def test_a_table_of_another_tool_may_be_in_any_order_and_have_more_columns(tmp_path):

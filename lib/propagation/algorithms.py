@@ -118,14 +118,18 @@ class Metric:
         """The first `num_vectors` eigenvectors: cut from those computed before, where they suffice."""
         # compared with what was asked for: the solver may have found fewer, and there are no more
         if not self._largest or self._largest[0][0] < num_vectors:
-            wanted = (laplacian_spectrum, self.affinity, num_vectors)
             path = self.kept.file("spectrum", self.features)
-            found = obtain_spectrum(self.kept, path, *wanted, **self._shared, **self.solver)
+            key = {"self_loops": self.self_loops, **self.solver}
+            compute = partial(self._compute_spectrum, num_vectors)
+            found = obtain_spectrum(self.kept, path, compute, self.affinity, num_vectors, **key)
             self._largest[:] = [(num_vectors, found)]
         whole = self._largest[0][1]
         return replace(
             whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
         )
+
+    def _compute_spectrum(self, num_vectors: int) -> Spectrum:
+        return laplacian_spectrum(self.affinity, num_vectors, **self._shared, **self.solver)
 
     def votes(self, *labeled: Any, **options: Any) -> Tensor:
         """`lib.knn.classify` of every image, or what does the same in several processes."""
@@ -316,12 +320,15 @@ def run_algorithm(
 
 
 def check_parameters(method: str, run: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the `parameters` that are no keywords of `run`."""
+    """Raise ValueError naming the `parameters` that are no keywords of `run`, or not of its filter."""
     known = inspect.signature(run).parameters
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     strange = [name for name in parameters if name not in known and not accepts_any]
     if strange:
         raise ValueError(f"{method} has no parameter {', '.join(strange)}")
+    if run is _filter:
+        own = {name: value for name, value in parameters.items() if name not in known}
+        check_filter(parameters.get("filter", known["filter"].default), **own)
 
 
 def others(num_images: int, labeled: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Graph and spectrum in files, so that a run that was killed continues from what is on the disk."""
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from lib import checkpoint
 from lib.graph import features_digest
 from lib.spectral import Spectrum
 
+KINDS = ("graph", "spectrum")
+SUFFIX = ".pth.tar"
 ENTRIES = {  # of a spectrum file: name and number of dimensions
     "values": 1,
     "vectors": 2,
@@ -54,37 +57,48 @@ class Kept:
             return self.graph
         if not self.folder:
             return ""
-        return Path(self.folder) / f"{kind}-{features_digest(features)}.pth.tar"
+        return Path(self.folder) / f"{kind}-{features_digest(features)}{SUFFIX}"
+
+    def discard(self) -> None:
+        """Remove what is kept in `folder`, and the folder where nothing else lies in it."""
+        if not self.folder:
+            return
+        for kind in KINDS:
+            for file in Path(self.folder).glob(f"{kind}-*"):
+                if file.name.removesuffix(".tmp").endswith(SUFFIX):
+                    file.unlink()
+        with contextlib.suppress(OSError):  # it holds what is not ours, or nothing was kept
+            Path(self.folder).rmdir()
 
 
 def obtain_spectrum(
     kept: Kept,
     path: str | Path,
-    compute: Callable[..., Spectrum],
+    compute: Callable[[], Spectrum],
     affinity: sp.csr_matrix,
     num_vectors: int,
     **choices: Any,
 ) -> Spectrum:
-    """`compute(affinity, num_vectors, **choices)`, or what it gave before and is still in the file.
+    """What `compute` gives, or what it gave before and is still in the file.
 
     Args:
         kept: whether to use it.
         path: the file; empty keeps none.
-        compute: `lib.spectral.laplacian_spectrum`.
-        choices: its keywords. `product` and `device` change nothing; all others count as the key.
+        compute: called only where the file does not do.
+        affinity, num_vectors, choices: of `lib.spectral.laplacian_spectrum`, the key of the file: all that
+            change the result.
 
     Raises:
         ValueError: as `compute`, or for a file that holds no spectrum or cannot be written.
     """
-    counted = {k: v for k, v in choices.items() if k not in ("product", "device")}
-    key = _spectrum_key(affinity, num_vectors, counted) if path else {}
+    key = _spectrum_key(affinity, num_vectors, choices) if path else {}
     if path and kept.reuse and Path(path).is_file():
         found, meta = load_spectrum(path)
         if meta == key:
             kept.say(f"{len(found.values)} eigenvectors: read from {path}")
             return found
     start = time.perf_counter()
-    spectrum = compute(affinity, num_vectors, **choices)
+    spectrum = compute()
     seconds = time.perf_counter() - start
     if path:
         save_spectrum(spectrum, path, key)
