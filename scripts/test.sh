@@ -2,13 +2,23 @@
 # Run the checks of this repository: ruff, shellcheck, then the tests. Further words go to pytest:
 #
 #   bash scripts/test.sh                  the quick suite, under four minutes on two cores
-#   bash scripts/test.sh -m slow          the slow one
-#   bash scripts/test.sh -m ''            both, as continuous integration does
+#   bash scripts/test.sh slow             the slow one: kills, resumes, fuzzing, the whole quickstart
+#   bash scripts/test.sh all              one after the other, as continuous integration does
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+suite=quick
+case "${1:-}" in
+    quick | slow | all) suite=$1 && shift ;;
+esac
 bash scripts/setup.sh test
 bin=${VENV:-.venv}/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/shellcheck" scripts/*.sh .ci/run
-exec "$bin/python" -m pytest "$@"
+if [ "$suite" != slow ]; then
+    # a process for each core, one thread in each
+    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --maxprocesses 8 "$@"
+fi
+if [ "$suite" != quick ]; then
+    "$bin/python" -m pytest -m slow "$@" # one at a time: these start processes of their own
+fi

@@ -2,11 +2,13 @@
 
 import json
 
+import pytest
 from conftest import assert_ok, assert_refused, run_script
 
 SCRIPT = "scripts/benchmark_input.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_input_compares_speed_and_pixels_with_torchvision(tmp_path):
     output = tmp_path / "numbers.json"
     words = ("--images", 12, "--rounds", 1, "--batch-size", 6, "--output", output)
@@ -28,6 +30,7 @@ def test_the_benchmark_of_the_input_compares_speed_and_pixels_with_torchvision(t
     assert record["meta"]["options"]["images"] == 12
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_missing_cannot_be_measured(tmp_path):
     result = run_script(SCRIPT, "--data-dir", tmp_path / "missing")
     assert_refused(result, "missing", "does not exist")

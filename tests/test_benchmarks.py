@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from conftest import assert_ok, assert_refused, run_script
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
     words = ("--images", 450, 900, "--classes", 3, "--num-labeled", 30, 90)
     output, picture = tmp_path / "numbers.json", tmp_path / "growth.png"

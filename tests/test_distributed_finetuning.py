@@ -227,6 +227,7 @@ def test_two_processes_of_the_script_make_the_run_of_one_and_rank_0_alone_writes
     assert not [name for name in state(tmp_path)["net"] if name.startswith("module.")]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_two_processes_under_torchrun_goes_on_in_one(world, alone, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     line = words(tmp_path, world, "--gpus", "cpu")
@@ -239,6 +240,7 @@ def test_a_run_stopped_in_two_processes_under_torchrun_goes_on_in_one(world, alo
     assert lines == [x for x in logged(alone) if x["event"] in ("train", "test")]
 
 
+@pytest.mark.slow
 def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(world, tmp_path):
     line = words(tmp_path, world, "--gpus", "cpu,cpu", "-b", 15)
     assert_refused(run_script("cifar-semi.py", *line), "--batch-size 15", "2 processes", "take 14")

@@ -237,6 +237,7 @@ def words(pictures, folder, *more):
     return ["unsupervised/cifar.py", *data, *TINY, *files, *more]
 
 
+@pytest.mark.slow
 def test_two_processes_speak_with_one_voice(pictures, tmp_path):
     two = tmp_path / "two"
     output = assert_ok(run_script(*words(pictures, two, "--gpus", "cpu,cpu", "--epochs", 2)))

@@ -106,6 +106,7 @@ def test_every_row_is_that_of_one_process(n, size):
         assert all(part.start % ROWS == 0 for part in parts)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_script(features, folders, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     words = ("--features", features, "--gpus", "cpu", "--save-path", tmp_path)
@@ -118,6 +119,7 @@ def test_torchrun_starts_the_script(features, folders, tmp_path):
     assert torch.equal(alone.labels[by_image[0]], together.labels[by_image[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -289,6 +289,7 @@ def run_until_finished(
     return codes
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_lose_nothing(finetune, world, tmp_path):
     words = (*STOPPED, "--max-iters", 300, "--eval-freq", 10, "--print-freq", 7)
     words += ("--pseudo-file", world / "pseudo.pth.tar", "--finetune")

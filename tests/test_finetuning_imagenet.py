@@ -263,6 +263,7 @@ def test_pretrained_weights_of_a_classifier_come_whole_where_it_is_for_these_cla
     assert "the last layer is a new one" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
     finetune, world, capsys
 ):
@@ -377,6 +378,7 @@ def test_the_script_measures_its_speed_without_data(tmp_path):
     assert line["images_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one_and_rank_0_alone_writes(finetune, world, tmp_path):
     # with --finetune BatchNorm keeps its statistics, which alone depend on the number of processes
     line = ("--pretrained", world / "metric.pth.tar", "--finetune", "--iter-size", 2)

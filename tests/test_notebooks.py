@@ -169,6 +169,7 @@ def test_pictures_are_written_and_shown(executed, name):
     assert len(shown) == len(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_another_method_spreads_the_labels_of_the_same_images(executed, metric, tmp_path, name):
     words = {"dataset": "patches", "checkpoint": str(metric), "num_labeled": [50]}
@@ -241,6 +242,7 @@ def unlabeled(tmp_path_factory) -> tuple[Path, Path]:
     return data, file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_without_true_labels_curves_are_left_out_and_files_written(unlabeled, tmp_path, name):
     # through the shell script; `features` skips the extraction: there is no checkpoint at all here

@@ -104,6 +104,7 @@ def test_pictures_are_written_and_shown(in_chunks):
     assert len([o for o in outputs(notebook) if "image/png" in o.get("data", {})]) == 2
 
 
+@pytest.mark.slow
 def test_one_graph_of_everything_gives_one_file_and_shows_its_spectrum(cache, tmp_path):
     run("nc-imagenet", cache, tmp_path, chunks=1, **QUICK)
     assert_picture(tmp_path / "spectral.png")
@@ -117,6 +118,7 @@ def test_one_graph_of_everything_gives_one_file_and_shows_its_spectrum(cache, tm
     assert torch.equal(state["pseudo_labels"], answer.scores.argmax(1)[state["pseudo_indexes"]])
 
 
+@pytest.mark.slow
 def test_nearest_neighbours_and_what_they_say_of_validation_images(cache, tmp_path):
     notebook = run("knn-imagenet", cache, tmp_path, chunks=2, val_features=str(cache["val"]), k=5)
     train, val = checkpoint.load(cache["train"]), checkpoint.load(cache["val"])
@@ -165,6 +167,7 @@ def walk(data: Path, output: Path, size: int, steps: int, chunks: int, **paramet
     return output
 
 
+@pytest.mark.slow
 def test_from_pictures_to_predictions_in_chunks(tmp_path):
     data = make_folder(tmp_path / "pictures")
     output = walk(data, tmp_path, 64, 2, 2, num_neighbors=5, num_eigenvectors=8)

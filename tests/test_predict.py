@@ -182,6 +182,7 @@ def test_large_pictures_are_small_on_a_contact_sheet(world):
     assert first.argmax() == 2  # test/blue/0.png
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_table_of_one(world, tmp_path):
     one = run(world, tmp_path / "one.csv")
     given = ("--checkpoint", world / "ckpt.pth.tar", "--images", world / "pictures" / "test")

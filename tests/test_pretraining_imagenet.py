@@ -383,6 +383,7 @@ class StillRun:
         return 0
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one_but_for_batchnorm(pictures, tmp_path):
     # 52 images in batches of 6: rank 0 of two has 2 rows of the last one
     line = ("--data-dir", pictures, *SMALL, "-b", 6, "--epochs", 1, "--nce-z", "moving-average")

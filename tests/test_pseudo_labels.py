@@ -699,6 +699,7 @@ def test_paths_come_from_the_folder_of_the_images(tmp_path):
         assert path == train.paths[int(index)]
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_there_and_back(tmp_path):
     checkpoint.save(good_state(), tmp_path / "p.pth.tar")
     module = ("-m", "lib.pseudo_labels")
