@@ -57,7 +57,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     source = args.pseudo_file or args.pseudo_dir
 
     # 2. The network; with --eval that is all it takes
-    model = finetuning.build_classifier(settings, train.num_classes, compute)
+    built, pretrained = finetuning.starting_weights(
+        args.architecture, resume, args.pretrained, evaluating=args.eval
+    )
+    model = finetuning.build_classifier(settings, train.num_classes, compute, weights=built)
     if args.eval:
         return finetuning.evaluate_file(resume or args.pretrained, model, test, compute, settings)
 
@@ -65,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     examples = finetuning.choose_examples(train, parts, settings, source=source)
     meta = provenance.record(vars(args), train.digest)
     run = finetuning.Run(settings, compute, model, train, test, examples, meta)
-    finetuning.begin(run, resume, args.pretrained)
+    finetuning.begin(run, resume, pretrained)
     say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save

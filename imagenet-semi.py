@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     options.check_finetuning(args, build_parser())
     options.require_data_dir(args)
-    options.require_imagenet_network(args, "cifar-semi.py")
+    options.require_imagenet_network(args, "cifar-semi.py", external_too=True)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -91,7 +91,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     source = args.pseudo_file or args.pseudo_dir
 
     # 2. The network; with --eval that is all it takes
-    model = finetuning.build_classifier(settings, train.num_classes, compute, imagenet=True)
+    built, pretrained = finetuning.starting_weights(
+        args.architecture, resume, args.pretrained, evaluating=args.eval
+    )
+    model = finetuning.build_classifier(
+        settings, train.num_classes, compute, imagenet=True, weights=built
+    )
     if args.eval:
         return finetuning.evaluate_file(resume or args.pretrained, model, test, compute, settings)
 
@@ -99,7 +104,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     examples = finetuning.choose_examples(train, parts, settings, source=source)
     meta = provenance.record(vars(args), train.digest)
     run = finetuning.Run(settings, compute, model, train, test, examples, meta)
-    finetuning.begin(run, resume, args.pretrained, own_only=True)
+    finetuning.begin(run, resume, pretrained, own_only=True)
     say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save

@@ -132,13 +132,14 @@ def is_external(architecture: str) -> bool:
     return architecture.partition(":")[0] in LIBRARIES and ":" in architecture
 
 
-def build(architecture: str, path: str | Path = "") -> Backbone:
-    """Build a network by its name, with weights.
+def build(architecture: str, path: str | Path = "", *, weighted: bool = True) -> Backbone:
+    """Build a network by its name.
 
     Args:
         architecture: `torchvision:NAME`, `torchvision:NAME@WEIGHTS` or `timm:NAME`.
         path: weights of a local file, a state dict with or without the head; without a file the library's
             own, downloaded the first time.
+        weighted: False leaves it at random weights, for those of a checkpoint of ours.
 
     Raises:
         ValueError: for an unknown name, a library that is not installed, weights that cannot be had or do
@@ -147,9 +148,19 @@ def build(architecture: str, path: str | Path = "") -> Backbone:
     library, _, name = architecture.partition(":")
     if library not in LIBRARIES or not name:
         raise ValueError(f"{architecture!r}: write torchvision:NAME or timm:NAME")
-    found = _from_torchvision(name, path) if library == "torchvision" else _from_timm(name, path)
+    make = _from_torchvision if library == "torchvision" else _from_timm
+    found = make(name, path, weighted)
     found.model.eval()
     return found
+
+
+def classifier(
+    architecture: str, num_classes: int, path: str | Path = "", *, weighted: bool = True
+) -> PooledFeatures:
+    """A network from elsewhere with a new last layer of `num_classes` outputs; arguments as in `build`."""
+    found = build(architecture, path, weighted=weighted)
+    found.model.head = nn.Linear(found.num_features, num_classes)
+    return found.model
 
 
 def _require_known(library: str, name: str, known: Collection[str]) -> None:
@@ -159,7 +170,7 @@ def _require_known(library: str, name: str, known: Collection[str]) -> None:
         raise ValueError(f"{library} has no image classifier {name!r}{hint}")
 
 
-def _from_torchvision(name: str, path: str | Path) -> Backbone:
+def _from_torchvision(name: str, path: str | Path, weighted: bool) -> Backbone:
     name, _, wanted = name.partition("@")
     _require_known("torchvision", name, zoo.list_models(module=zoo))
     if name.startswith(UNSUITABLE):
@@ -176,7 +187,8 @@ def _from_torchvision(name: str, path: str | Path) -> Backbone:
     head = [n for n, module in trunk.named_modules() if isinstance(module, nn.Linear)][-1]
     num_features = trunk.get_submodule(head).in_features
     trunk.set_submodule(head, nn.Identity())
-    _load(trunk, path or _cached(weights.url), (head,))
+    if weighted:
+        _load(trunk, path or _cached(weights.url), (head,))
     view = weights.transforms()
     stats = tuple(view.mean), tuple(view.std)
     preprocessing = Preprocessing(view.crop_size[0], view.resize_size[0], view.interpolation, stats)
@@ -244,12 +256,12 @@ def _import_timm() -> ModuleType:
         ) from error
 
 
-def _from_timm(name: str, path: str | Path) -> Backbone:
+def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
     timm = _import_timm()
     _require_known("timm", name.split(".")[0], timm.list_models())
     try:
         with main_first():
-            trunk = timm.create_model(name, pretrained=not path, num_classes=0)
+            trunk = timm.create_model(name, pretrained=weighted and not path, num_classes=0)
     except (
         Exception
     ) as error:  # a dozen kinds, from several packages, mean that there is no such file
@@ -258,7 +270,7 @@ def _from_timm(name: str, path: str | Path) -> Backbone:
             "them as the local weight file"
         ) from error
     config = timm.data.resolve_model_data_config(trunk)
-    if path:
+    if weighted and path:
         heads = trunk.pretrained_cfg.get("classifier") or ()
         _load(trunk, path, (heads,) if isinstance(heads, str) else tuple(heads))
     num_features = getattr(trunk, "head_hidden_size", trunk.num_features)

@@ -190,13 +190,17 @@ def rebuild(
         ValueError: if it holds no network of `models`, does not name it, or does not fit it.
     """
     weights = checkpoint.model_weights(state, path)
+    name = architecture or state.get("architecture") or state.get("arch") or default
+    if backbones.is_external(name) and "head.weight" in weights:
+        model = backbones.classifier(name, len(weights["head.weight"]), weighted=False)
+        checkpoint.load_weights(model, weights, source=path)
+        return model
     head = next((weights[k] for k in ("fc.weight", "linear.weight") if k in weights), None)
     stem = weights.get("conv1.weight")
     if head is None or stem is None:
         raise ValueError(
             f"{path} holds no network that this project builds, from conv1 to its head"
         )
-    name = architecture or state.get("architecture") or state.get("arch") or default
     if not name:
         raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
     words = {"in_channels": stem.shape[1], "normalize": normalize}

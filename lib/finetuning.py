@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets import UNKNOWN, DataSet
 from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
-from lib import checkpoint, engine, interruption, provenance, pseudo_labels
+from lib import backbones, checkpoint, engine, interruption, provenance, pseudo_labels
 from lib.devices import Compute
 from lib.distributed import is_main, own_workers, parallel, say, share_buffers
 from lib.loader import Batches
@@ -193,13 +193,45 @@ def _most_confident(
 
 
 def build_classifier(
-    settings: Settings, num_classes: int, compute: Compute, *, imagenet: bool = False
+    settings: Settings,
+    num_classes: int,
+    compute: Compute,
+    *,
+    imagenet: bool = False,
+    weights: str | None = None,
 ) -> nn.Module:
-    """The network, initialised from the seed, on its device."""
+    """The network, initialised from the seed, on its device.
+
+    Args:
+        weights: of a network from elsewhere (`lib.backbones`): a local file, "" for the library's own; None
+            leaves it at random ones. Not used by the networks of `models`.
+
+    Raises:
+        ValueError: for an unknown network, or one from elsewhere that shall read gray images.
+    """
     torch.manual_seed(settings.rng_seed)
-    channels = 1 if settings.input_gray else 3
-    model = build_model(settings.architecture, num_classes, in_channels=channels, imagenet=imagenet)
+    name = settings.architecture
+    if not backbones.is_external(name):
+        channels = 1 if settings.input_gray else 3
+        model = build_model(name, num_classes, in_channels=channels, imagenet=imagenet)
+        return compute.prepare(model)
+    if settings.input_gray:
+        raise ValueError(f"--arch {name} reads colour images: leave out --input-gray")
+    model = backbones.classifier(name, num_classes, weights or "", weighted=weights is not None)
     return compute.prepare(model)
+
+
+def starting_weights(
+    architecture: str, resume: str, pretrained: str, *, evaluating: bool
+) -> tuple[str | None, str]:
+    """Which of `--pretrained` the network is built with, and which is loaded into it afterwards.
+
+    A network from elsewhere is built with its weights, unless a checkpoint of phase 3 brings them.
+    """
+    if not backbones.is_external(architecture):
+        return None, pretrained
+    fresh = not evaluating and not (resume and is_own_run(resume))
+    return (pretrained if fresh else None), ""
 
 
 def require_classes(path: str, state: Mapping[str, Any], classes: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from datasets import DATASETS
 from lib import distributed
+from lib.backbones import is_external
 from lib.devices import PRECISIONS
 from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
@@ -356,13 +357,17 @@ def require_data_dir(args: argparse.Namespace) -> None:
         )
 
 
-def require_imagenet_network(args: argparse.Namespace, small: str) -> None:
+def require_imagenet_network(
+    args: argparse.Namespace, small: str, *, external_too: bool = False
+) -> None:
     """Raise ValueError where no network for ImageNet can be made, or none for images of that size.
 
     Args:
         small: the script for small images.
+        external_too: whether networks of `lib.backbones` will do.
     """
-    if args.architecture not in IMAGENET_ARCHITECTURES:
+    external = external_too and is_external(args.architecture)
+    if args.architecture not in IMAGENET_ARCHITECTURES and not external:
         known = ", ".join(IMAGENET_ARCHITECTURES)
         raise ValueError(
             f"--arch {args.architecture}: take one of {known}; for small images there is {small}"

@@ -414,3 +414,34 @@ def test_the_view_of_a_timm_configuration_is_that_of_pillow(mode):
 def test_views_that_are_not_known_are_refused(changes):
     with pytest.raises(ValueError, match="not known here"):
         backbones.timm_preprocessing("x", CONFIG | changes)
+
+
+def test_a_network_from_elsewhere_is_finetuned_continued_measured_and_read_for_predictions(
+    files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["imagenet-semi.py"])
+    script = load_script("imagenet-semi.py")
+    loaded = []
+    read = backbones._load
+    monkeypatch.setattr(backbones, "_load", lambda *a: loaded.append(a[1]) or read(*a))
+
+    def run(*words: object) -> dict[str, float]:
+        common = ("--dataset", "patches", "--image-size", 48, "--arch", "torchvision:resnet18")
+        common += ("--num-labeled", 10, "-b", 4, "--max-iters", 3, "--gpus", "cpu", "--eval-freq", 3)
+        common += ("--model-root", tmp_path, "--log-root", tmp_path / "log", "--finetune", *words)
+        return script.main(script.build_parser().parse_args([str(w) for w in common]))
+
+    weights = files / "resnet18.pth"
+    whole = run("--pretrained", weights, "--exp-name", "whole")
+    run("--pretrained", weights, "--stop-after", 1)
+    assert loaded == [str(weights)] * 2
+    resumed = run("--resume", "auto")  # its own checkpoint holds the weights
+    last = tmp_path / "exp" / "ckpt.pth.tar"
+    measured = run("--eval", "--resume", last)
+    assert len(loaded) == 2
+    assert resumed == whole
+    assert measured["top1"] == resumed["last"]
+    state, given = checkpoint.load_dict(last), checkpoint.load_dict(weights)
+    assert torch.equal(state["net"]["trunk.conv1.weight"], given["conv1.weight"])
+    model = features.rebuild(state, last)
+    assert torch.equal(model.head.weight, state["net"]["head.weight"])
