@@ -202,8 +202,17 @@ def group(backend: str, **where: Any) -> Iterator[None]:
     if "GLOO_SOCKET_IFNAME" not in os.environ and _one_machine() and not _resolves():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a host without a name in any directory
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
-    yield  # nothing after a failure: leaving the group would wait for processes that wait for this one
-    dist.destroy_process_group()
+    together = False
+    try:
+        yield
+        together = True
+    except SystemExit:  # how a stopped run ends, on all of them
+        together = True
+        raise
+    finally:
+        # after the failure of one, leaving NCCL's group would wait for processes that wait for this one
+        if together or "nccl" not in backend:
+            dist.destroy_process_group()
 
 
 def _one_machine() -> bool:
