@@ -427,7 +427,18 @@ def test_a_network_from_elsewhere_is_finetuned_continued_measured_and_read_for_p
 
     def run(*words: object) -> dict[str, float]:
         common = ("--dataset", "patches", "--image-size", 48, "--arch", "torchvision:resnet18")
-        common += ("--num-labeled", 10, "-b", 4, "--max-iters", 3, "--gpus", "cpu", "--eval-freq", 3)
+        common += (
+            "--num-labeled",
+            10,
+            "-b",
+            4,
+            "--max-iters",
+            3,
+            "--gpus",
+            "cpu",
+            "--eval-freq",
+            3,
+        )
         common += ("--model-root", tmp_path, "--log-root", tmp_path / "log", "--finetune", *words)
         return script.main(script.build_parser().parse_args([str(w) for w in common]))
 
