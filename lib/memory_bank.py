@@ -182,6 +182,25 @@ class _Sampled(nn.Module):
             products = torch.einsum("bd,bkd->bk", v, memory[rows])
         return products / self.temperature
 
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        """The sum of the losses of some rows, of `total` in the whole batch."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        total = total or len(indexes)
+        similarities = self.similarities(v, indexes, memory, step, first, total)
+        return self.summed(similarities, len(memory), total) / total
+
 
 class NCE(_Sampled):
     """Noise-contrastive estimation with K uniform negatives (`--nce-k K`).
@@ -214,25 +233,14 @@ class NCE(_Sampled):
         # chosen on the device: to ask whether it is the first batch would wait for it at every step
         self.z.copy_(torch.where(self.z < 0, estimate, later))
 
-    def forward(
-        self,
-        v: Tensor,
-        indexes: Tensor,
-        memory: Tensor,
-        step: int,
-        *,
-        first: int = 0,
-        total: int = 0,
-    ) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
-        total = total or len(indexes)
-        exponentials = self.similarities(v, indexes, memory, step, first, total).exp()
-        self._estimate_z(exponentials, len(memory), total)
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        exponentials = similarities.exp()
+        self._estimate_z(exponentials, num_images, total)
         p = exponentials / self.z
-        noise = self.k / len(memory)
+        noise = self.k / num_images
         positive = torch.log(p[:, 0] / (p[:, 0] + noise + EPS) + EPS)
         negative = torch.log(noise / (p[:, 1:] + noise + EPS) + EPS)
-        return -(positive + negative.sum(dim=1)).sum() / total
+        return -(positive + negative.sum(dim=1)).sum()
 
 
 class InfoNCE(_Sampled):
@@ -244,20 +252,9 @@ class InfoNCE(_Sampled):
     def chance(self, num_images: int) -> float:
         return math.log(1 + self.k)
 
-    def forward(
-        self,
-        v: Tensor,
-        indexes: Tensor,
-        memory: Tensor,
-        step: int,
-        *,
-        first: int = 0,
-        total: int = 0,
-    ) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
-        total = total or len(indexes)
-        logits = self.similarities(v, indexes, memory, step, first, total)
-        return F.cross_entropy(logits, torch.zeros_like(indexes), reduction="sum") / total
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        own = torch.zeros(len(similarities), dtype=torch.int64, device=similarities.device)
+        return F.cross_entropy(similarities, own, reduction="sum")
 
 
 def build_loss(
