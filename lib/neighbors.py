@@ -3,7 +3,6 @@
 import os
 import warnings
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -79,24 +78,43 @@ def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tup
     return values, indexes.gather(1, order).clamp(min=0).int()
 
 
-def _measured_recall(
-    features: Tensor, values: Tensor, rows: slice, own_value: float, seed: int, k: int
-) -> float:
-    """Recall of the first k of `values` on a random sample of the rows, the images themselves left out."""
-    picked = torch.randperm(len(values), generator=generator(seed, "sample", 2))[:SAMPLED_ROWS]
-    ids = picked + rows.start
+def _sampled(rows: slice, seed: int) -> Tensor:
+    """A random sample of these rows that recalls are measured on."""
+    rng = generator(seed, "sample", 2)
+    return torch.randperm(rows.stop - rows.start, generator=rng)[:SAMPLED_ROWS] + rows.start
+
+
+def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
+    """Recall of the first k of `values`, found for the rows `ids`, the images themselves left out."""
     queries = features[ids.to(features.device)]
     exact, _ = search(queries, features, k, own=ids, own_value=own_value)
     others = slice(int(own_value == FIRST), k)
     if others.start == k:
         return 1.0
-    return _recall(values[picked, others], exact[:, others])
+    return _recall(values[:, others], exact[:, others])
 
 
-def _precision_for(precision: str, n: int, device: torch.device) -> str:
-    if precision == "auto":
-        return "bf16" if n >= HALF_FROM and has_fast_bf16(device) else "fp32"
-    return precision
+def _measured_recall(
+    features: Tensor, values: Tensor, rows: slice, own_value: float, seed: int, k: int
+) -> float:
+    """Recall of the first k of `values` on a random sample of the rows."""
+    ids = _sampled(rows, seed)
+    return _recall_at(features, ids, values[ids - rows.start], own_value, k)
+
+
+def _precision_for(precision: str, features: Tensor, k: int, own_value: float, seed: int) -> str:
+    """The precision asked for; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
+    if precision != "auto":
+        return precision
+    if len(features) < HALF_FROM or not has_fast_bf16(features.device):
+        return "fp32"
+    whole = slice(0, len(features))
+    ids = _sampled(whole, seed)
+    queries = features[ids.to(features.device)]
+    values, _ = search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
+    # crowds of images are there that bfloat16 cannot tell apart
+    least = _recall_at(features, ids, values, own_value, k)
+    return "bf16" if least >= LEAST_OF_HALF else "fp32"
 
 
 def _require_memory(rows: slice, wanted: int) -> None:
@@ -109,7 +127,7 @@ def _require_memory(rows: slice, wanted: int) -> None:
         )
 
 
-def _exact(
+def _by_blocks(
     features: Tensor,
     wanted: int,
     k: int,
@@ -221,20 +239,16 @@ def nearest_neighbors(
     elif method == "faiss":
         _require_memory(rows, wanted)
         found = _by_faiss(features, wanted, rows, own_value=own_value)
-    reached = 1.0
     if found is not None:
         values, indexes, scales = *found, found[0][:, -1]
         reached = _measured_recall(features, values, rows, own_value, seed, wanted)
     else:  # asked for, or faster
-        method, chosen = "exact", _precision_for(precision, len(features), features.device)
-        exact = partial(_exact, features, wanted, k, rows, own_value, block_bytes)
-        values, indexes, scales = exact(chosen)
+        method, reached = "exact", 1.0
+        chosen = _precision_for(precision, features, k, own_value, seed)
+        where = (features, wanted, k, rows, own_value, block_bytes)
+        values, indexes, scales = _by_blocks(*where, chosen)
         if chosen != "fp32":
             reached = _measured_recall(features, values, rows, own_value, seed, k)
-        # crowds that bfloat16 cannot tell apart
-        if precision == "auto" and reached < LEAST_OF_HALF:
-            values, indexes, scales = exact("fp32")
-            reached = 1.0
     if reached < 0.95:
         warnings.warn(
             f"{method} search found {reached:.1%} of the nearest neighbours", stacklevel=2
