@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 from datasets.images import Stats
 from datasets.transforms import Augmentation
 from lib import checkpoint, transfer
-from lib.distributed import is_main, main_first
+from lib.distributed import main_first, progress_bar
 from lib.files import put_in_place
 from models.layers import EmbeddingNet
 
@@ -226,8 +225,7 @@ def _cached(url: str) -> Path:
 def _download(url: str, path: Path) -> None:
     """Fetch weights whose name ends in the first digits of their sha256."""
     part = path.with_name(path.name + ".part")
-    hidden = None if is_main() else True
-    with tqdm(desc=path.name, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+    with progress_bar(desc=path.name, unit="B", unit_scale=True) as bar:
 
         def progress(size: int, total: int | None) -> None:
             bar.total = total

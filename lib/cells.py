@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.search import FIRST, in_parallel, product, progress_bar, search, top_k
+from lib.distributed import progress_bar
+from lib.search import FIRST, in_parallel, product, search, top_k
 from lib.seeding import generator
 
 CELLS_PER_ROOT = 8  # cells per square root of N
@@ -158,7 +159,7 @@ def _first_round(
     found = Found(torch.empty(count, k), torch.empty(count, k, dtype=torch.int32), rows.start)
     searched = torch.zeros(len(cells), len(cells), dtype=torch.bool)
     threads = torch.get_num_threads()
-    bar = progress_bar(count, "neighbours, first round")
+    bar = progress_bar(total=count, desc="neighbours, first round", unit="img")
 
     def work(numbers: Iterator[int]) -> None:
         for cell in numbers:
@@ -267,7 +268,7 @@ def _second_round(
     positions = inside.nonzero()[:, 0]  # rows of one cell side by side: they want the same cells
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     at_once = max(1, block_bytes // (8 * TARGETS * threads))
-    bar = progress_bar(count, "neighbours, second round")
+    bar = progress_bar(total=count, desc="neighbours, second round", unit="img")
 
     def work(blocks: Iterator[Tensor]) -> None:
         for block in blocks:

@@ -11,10 +11,8 @@ Any file may be given, also one from a stranger: nothing in it is ever executed.
 import argparse
 import contextlib
 import io
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import unpickling
+from lib.files import free_bytes, write_whole
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel / DDP, torch.compile
 NETWORKS = ("net", "state_dict")  # where CIFAR and ImageNet checkpoints keep their weights
@@ -53,22 +52,10 @@ def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
 
 
 def _replace(path: Path, buffer: io.BytesIO) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(buffer.getbuffer(), path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # half a file on a full disk helps nobody
-            temporary.unlink()
         raise ValueError(
             f"cannot write {path} ({buffer.getbuffer().nbytes} bytes, {_free_bytes(path.parent)} "
             f"free): {error.strerror or error}; whatever stood there before is intact"
@@ -77,7 +64,7 @@ def _replace(path: Path, buffer: io.BytesIO) -> None:
 
 def _free_bytes(folder: Path) -> int | str:
     try:
-        return shutil.disk_usage(folder).free
+        return free_bytes(folder)
     except OSError:
         return "an unknown number"
 
@@ -158,10 +145,20 @@ def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds a {type(state).__name__} where a dict of entries is expected"
         )
+    require_keys(state, path, *keys)
+    return state
+
+
+def require_keys(state: Mapping[str, Any], path: str | Path, *keys: str) -> None:
+    """Raise ValueError naming those of `keys` that what was read from `path` does not hold."""
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {_listed(state, 20)}")
-    return state
+
+
+def is_metric(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of phase 1, its last layer an embedding and no classifier."""
+    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
 
 
 def _listed(names: Iterable[Any], most: int) -> str:

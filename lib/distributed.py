@@ -110,6 +110,16 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
+def progress_bar(*, shown: bool = True, **words: Any) -> tqdm:
+    """A tqdm bar that leaves no trace; shown on rank 0 alone, and only where there is a terminal.
+
+    Args:
+        shown: False keeps it out of sight everywhere.
+        words: of tqdm.
+    """
+    return tqdm(**words, leave=False, disable=None if shown and is_main() else True)
+
+
 def largest(value: int) -> int:
     """The largest of the processes' values, on all of them; a GPU is not waited for."""
     if share().size == 1:

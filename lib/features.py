@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets import DataSet, FileSet, build_datasets
 from datasets.files import Resizing
@@ -20,6 +19,7 @@ from lib.distributed import (
     any_process,
     is_main,
     own_workers,
+    progress_bar,
     share,
     share_buffers,
 )
@@ -64,10 +64,7 @@ def extract(
     batches = in_order(data, augmentation, compute, batch_size=batch_size, num_workers=num_workers)
     mine = share().rows(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
-    hidden = None if is_main() else True
-    with tqdm(
-        total=mine.stop - mine.start, desc="features", unit="img", leave=False, disable=hidden
-    ) as bar:
+    with progress_bar(total=mine.stop - mine.start, desc="features", unit="img") as bar:
         for batch in batches:
             with compute.autocast():
                 rows.append(l2_normalize(model(batch.images)).cpu())

@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from datasets import UNKNOWN, DataSet
 from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
 from lib import backbones, checkpoint, engine, interruption, provenance, pseudo_labels
 from lib.devices import Compute
-from lib.distributed import is_main, own_workers, parallel, say, share_buffers
+from lib.distributed import is_main, own_workers, parallel, progress_bar, say, share_buffers
 from lib.loader import Batches
 from lib.log import Writer, main_log
 from lib.meters import Clock, Mean, speed
-from lib.pretraining import is_metric, say_precision
 from lib.pseudo_labels import PseudoLabels
 from lib.sampler import num_batches
 from lib.schedule import Drops, learning_rate
@@ -230,7 +228,7 @@ def starting_weights(
     """
     if not backbones.is_external(architecture):
         return None, pretrained
-    fresh = not evaluating and not (resume and is_own_run(resume))
+    fresh = not evaluating and not (resume and is_own_run(read_start(resume)))
     return (pretrained if fresh else None), ""
 
 
@@ -246,7 +244,9 @@ def require_classes(path: str, state: Mapping[str, Any], classes: Sequence[str])
         raise ValueError(f"{path} was trained for other classes than these: {different}")
 
 
-def load_weights(path: str, model: nn.Module, classes: Sequence[str]) -> None:
+def load_weights(
+    path: str, state: Mapping[str, Any], model: nn.Module, classes: Sequence[str]
+) -> None:
     """Take the weights of another network, and its last layer where that classifies the same classes.
 
     The last layer of phase 1 is an embedding, that of a classifier is used if it has as many outputs and
@@ -255,12 +255,11 @@ def load_weights(path: str, model: nn.Module, classes: Sequence[str]) -> None:
     Raises:
         ValueError: if anything but the last layer does not fit.
     """
-    state = checkpoint.load_dict(path)
     weights = checkpoint.model_weights(state, path)
     head = f"{model.head_name}.weight"
     fits = head in weights and weights[head].shape == model.state_dict()[head].shape
     same = pseudo_labels.class_names(state) in ([], list(classes))
-    keep = fits and same and not is_metric(state)
+    keep = fits and same and not checkpoint.is_metric(state)
     report = checkpoint.load_weights(model, weights, source=path, keep_head=keep)
     say(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
 
@@ -282,7 +281,7 @@ def evaluate_file(
     if test is None:
         raise ValueError("--eval needs test images: DIR/test/<class>/* or DIR/val/<class>/*")
     state = checkpoint.load_dict(path)
-    if is_metric(state):
+    if checkpoint.is_metric(state):
         raise ValueError(
             f"{path} is a metric of phase 1, no classifier: --test-only of the scripts in unsupervised/ "
             "measures it, this script without --eval trains a classifier from it"
@@ -315,15 +314,19 @@ def find_start(resume: str, folder: Path) -> str:
     return resume
 
 
-def is_own_run(path: str) -> bool:
-    """Whether a file is a checkpoint of phase 3, to be continued, and not just a network's weights.
+def is_own_run(state: Mapping[str, Any]) -> bool:
+    """Whether a file holds a checkpoint of phase 3, to be continued, and not just a network's weights."""
+    return "step" in state and not checkpoint.is_metric(state)
+
+
+def read_start(path: str) -> dict[str, Any]:
+    """What --resume names.
 
     Raises:
         ValueError: if it cannot be read, naming the best checkpoint beside it.
     """
     try:
-        state = checkpoint.load_dict(path)
-        return "step" in state and not is_metric(state)
+        return checkpoint.load_dict(path)
     except ValueError as error:
         other = Path(path).with_name(BEST)
         if not other.is_file() or other.name == Path(path).name:
@@ -377,8 +380,9 @@ def begin(run: Run, resume: str, pretrained: str = "", *, own_only: bool = False
     Raises:
         ValueError: if a file does not fit, or names another run: listing what differs.
     """
-    if resume and is_own_run(resume):
-        continue_run(run, resume)
+    state = read_start(resume) if resume else {}
+    if is_own_run(state):
+        continue_run(run, resume, state)
     elif resume and own_only:
         raise ValueError(
             f"--resume {resume}: this is no run of phase 3 (it has no step); --pretrained takes the weights "
@@ -389,24 +393,25 @@ def begin(run: Run, resume: str, pretrained: str = "", *, own_only: bool = False
             f"{resume} and {pretrained} both hold weights to start from; name one of them"
         )
     elif resume or pretrained:
-        load_weights(resume or pretrained, run.model, run.train.classes)
+        state = state if resume else checkpoint.load_dict(pretrained)
+        load_weights(resume or pretrained, state, run.model, run.train.classes)
 
 
-def continue_run(run: Run, path: str) -> None:
-    """Put a run back where it stopped.
+def continue_run(run: Run, path: str, state: Mapping[str, Any]) -> None:
+    """Put a run back where it stopped, from what the file `path` holds.
 
     Raises:
-        ValueError: if the file does not fit or belongs to another run, listing what differs.
+        ValueError: if it does not fit or belongs to another run, listing what differs.
     """
-    if "meta" not in checkpoint.load_dict(path):
+    if "meta" not in state:
         raise ValueError(
             f"{path} was written by other scripts and does not say what run it is; --pretrained takes its "
             "weights"
         )
-    state = checkpoint.load_dict(path, *OWN_KEYS)
+    checkpoint.require_keys(state, path, *OWN_KEYS)
     require_classes(path, state, run.train.classes)
     provenance.require_same(state["meta"], run.meta, MATHEMATICS)
-    say_precision(state["meta"], run.meta)
+    provenance.say_precision(state["meta"], run.meta)
     if state["examples"] != run.examples.digest:
         raise ValueError(f"{path} was trained on other images or labels than these")
     weights = checkpoint.model_weights(state, path)
@@ -511,10 +516,7 @@ def train(
     """
     settings, progress = run.settings, run.progress
     batches = batches_of(run, ops)
-    hidden = None if is_main() else True
-    bar = tqdm(
-        total=settings.max_iters, initial=progress.step, unit="step", leave=False, disable=hidden
-    )
+    bar = progress_bar(total=settings.max_iters, initial=progress.step, unit="step")
     with main_log(files.log) as write, bar, interruption.watch(settings.stop_after) as stop:
         write("start", first_step=progress.step, meta=run.meta)
         clock = Clock(lambda: batches.waited_s)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets.cifar import CIFAR
 from datasets.files import FileSet
@@ -20,7 +19,7 @@ from datasets.patches import STATS as PATCHES_STATS
 from datasets.transforms import Augmentation
 from lib import checkpoint
 from lib.devices import Compute
-from lib.distributed import all_gather_rows, is_main, share
+from lib.distributed import all_gather_rows, progress_bar, share
 from lib.features import rebuild, recorded_size
 from lib.loader import in_order
 from lib.pseudo_labels import PseudoLabels
@@ -170,10 +169,7 @@ def predict(
     labels = [torch.empty(0, top, dtype=torch.int64, device=compute.device)]
     confidence = [torch.empty(0, top, device=compute.device)]
     mine = share().rows(len(data))
-    hidden = None if is_main() else True
-    with tqdm(
-        total=mine.stop - mine.start, desc="predicting", unit="img", leave=False, disable=hidden
-    ) as bar:
+    with progress_bar(total=mine.stop - mine.start, desc="predicting", unit="img") as bar:
         for images in _batches(classifier, data, compute, batch_size, num_workers):
             with compute.autocast():
                 outputs = model(images)

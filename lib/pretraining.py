@@ -1,6 +1,6 @@
 """Phase 1 as unsupervised/cifar.py and unsupervised/imagenet.py run it: one loop, one kind of state."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation, Op
 from lib import checkpoint, engine, features, interruption, memory_bank, provenance
 from lib.devices import Compute
-from lib.distributed import is_main, parallel, say, share
+from lib.distributed import is_main, parallel, progress_bar, say, share
 from lib.loader import Batches
 from lib.log import Writer, main_log
 from lib.meters import Clock, Mean, speed
@@ -216,18 +215,13 @@ def load_network(
     say(f"{source}: {report}")
 
 
-def is_metric(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of phase 1, its last layer an embedding and no classifier."""
-    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
-
-
 def load_backbone(model: nn.Module, source: str) -> None:
     """`--pretrained`: weights of another network; of phase 1 the last layer too, where it has our shape."""
     state = checkpoint.load_dict(source)
     name = f"{model.head_name}.weight"
     head = checkpoint.model_weights(state, source).get(name)
     same = head is not None and head.shape == model.state_dict()[name].shape
-    load_network(model, state, source, keep_head=same and is_metric(state))
+    load_network(model, state, source, keep_head=same and checkpoint.is_metric(state))
 
 
 def find_checkpoint(resume: str, folder: Path, names: Iterable[str], *, needed: bool) -> str:
@@ -240,13 +234,6 @@ def find_checkpoint(resume: str, folder: Path, names: Iterable[str], *, needed: 
     if needed and not source:
         raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
     return source
-
-
-def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """One line where a run goes on in another `--precision`: allowed, but not to the same bits."""
-    before = saved.get("options", {}).get("precision", now["options"]["precision"])
-    if before != now["options"]["precision"]:
-        say(f"--precision was {before}, is {now['options']['precision']}: goes on in that")
 
 
 def resume(
@@ -270,9 +257,9 @@ def resume(
     """
     state = checkpoint.load_dict(source, "optimizer", "epoch", "lemniscate")
     if {"meta", "criterion"} & state.keys():  # what we write and published files lack
-        state = checkpoint.load_dict(source, "meta", "criterion", "best_acc")
+        checkpoint.require_keys(state, source, "meta", "criterion", "best_acc")
         provenance.require_same(state["meta"], files.meta, mathematics)
-        say_precision(state["meta"], files.meta)
+        provenance.say_precision(state["meta"], files.meta)
         load_network(run.model, state, source)
         parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
         engine.restore(source, ((part, state[name]) for name, part in parts.items()))
@@ -404,10 +391,9 @@ def _train_epoch(
 ) -> dict[str, float] | None:
     """What is left of the epoch at hand: its mean loss and speed, or None where the run shall stop."""
     start = run.epoch * per_epoch
-    hidden = None if is_main() else True
-    words = {"desc": f"epoch {run.epoch + 1}", "unit": "step", "leave": False, "disable": hidden}
+    words = {"desc": f"epoch {run.epoch + 1}", "unit": "step"}
     clock, line_clock = (Clock(lambda: batches.waited_s) for _ in range(2))
-    with tqdm(initial=run.step - start, total=per_epoch, **words) as bar:
+    with progress_bar(initial=run.step - start, total=per_epoch, **words) as bar:
         for step in steps:
             run.loss.update(step.loss, step.batch_size)
             run.step = step.number + 1

@@ -11,6 +11,8 @@ import scipy
 import torch
 import torchvision
 
+from lib.distributed import say
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -67,3 +69,10 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[
         different.append("the images or labels of the data set are not the same")
     if different:
         raise ValueError("this checkpoint belongs to another run: " + "; ".join(different))
+
+
+def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """One line where a run goes on in another `--precision`: allowed, but not to the same bits."""
+    before = saved.get("options", {}).get("precision", now["options"]["precision"])
+    if before != now["options"]["precision"]:
+        say(f"--precision was {before}, is {now['options']['precision']}: goes on in that")

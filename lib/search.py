@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lib import distributed
+from lib.distributed import progress_bar
 
 try:  # holds numpy's BLAS to one thread per core; without it torch's own BLAS is used
     from threadpoolctl import threadpool_limits
@@ -162,7 +161,7 @@ def search(
     at_once = min(at_once, ROWS) if device.type == "cpu" else at_once
     values = torch.empty(len(queries), k)
     places = torch.empty(len(queries), k, dtype=torch.int32)
-    bar = progress_bar(len(queries), progress)
+    bar = progress_bar(shown=bool(progress), total=len(queries), desc=progress, unit="img")
 
     def work(starts: Iterator[int]) -> None:
         buffer = torch.empty(at_once * tile) if device.type == "cpu" and not half else None
@@ -179,8 +178,3 @@ def search(
     with bar:
         in_parallel(work, range(0, len(queries), at_once), device)
     return values, places
-
-
-def progress_bar(total: int, text: str) -> tqdm:
-    hidden = None if text and distributed.is_main() else True  # None: where there is a terminal
-    return tqdm(total=total, desc=text, unit="img", leave=False, disable=hidden)
