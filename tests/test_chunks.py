@@ -10,7 +10,7 @@ from lib import checkpoint, pseudo_labels
 from lib.curves import top_k_hits
 from lib.propagation import Metric, propagate
 from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part, subset
-from lib.split import Split, labeled_split
+from lib.split import Split, cut_into_chunks, labeled_split
 
 FEATURES, TARGETS = blobs(num_classes=5, per_class=40)
 SPLIT = labeled_split(TARGETS, 20, 5)
@@ -31,6 +31,12 @@ def test_nearest_neighbours_do_not_notice_the_chunks():
     first, second = whole.indexes.argsort(), merged.indexes.argsort()
     assert torch.equal(whole.labels[first], merged.labels[second])
     torch.testing.assert_close(whole.probabilities[first], merged.probabilities[second])
+
+
+def test_a_chunk_holds_images_of_every_class():
+    # cut in the order of the true classes, each of five chunks would hold one class
+    for part in cut_into_chunks(SPLIT, 5):
+        assert TARGETS[part].unique().tolist() == [0, 1, 2, 3, 4]
 
 
 def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labelled_images():

@@ -346,6 +346,29 @@ def test_the_best_accuracy_is_remembered_on_resume(finetune, tmp_path):
     assert best.read_bytes() == before
 
 
+def test_the_accuracy_of_the_last_step_is_told_and_not_the_best_on_the_test_images(
+    finetune, capsys
+):
+    file = finetune() / "e" / "ckpt.pth.tar"
+    accuracy = checkpoint.load_dict(file)["acc"]
+    checkpoint.save(checkpoint.load_dict(file) | {"best_acc": 101.0}, file)
+    capsys.readouterr()
+    finetune("--resume", file)
+    assert f"last accuracy {accuracy:.2f}%, best accuracy 101.00%" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_with_its_learning_rates(finetune):
+    words = ("--max-iters", 6, "--print-freq", 1, "--lr-scheduler", "cosine-with-restart")
+    finetune(*words, "--stop-after", 3, name="cut")
+    folders = finetune(*words, name="whole"), finetune(*words, "--resume", "auto", name="cut")
+    whole, cut = (
+        [x["lr"] for x in log_lines(folder / "log" / "e") if x["event"] == "train"]
+        for folder in folders
+    )
+    assert whole == cut
+    assert len(set(whole)) == 6
+
+
 def test_a_finished_run_repeats_its_accuracy(finetune, capsys):
     folder = finetune()
     accuracy = last(folder)["acc"]

@@ -333,6 +333,23 @@ def test_bank_is_updated_after_the_optimizer_step_with_the_embeddings_of_the_bat
     assert torch.allclose(bank.memory, expected, atol=1e-6)
 
 
+def test_the_rows_of_all_processes_move_in_the_bank_of_each(monkeypatch):
+    others = {torch.int64: torch.tensor([5, 7]), torch.float32: unit(2, 8)}
+    monkeypatch.setattr(
+        engine, "all_gather_rows", lambda own, _: torch.cat([own, others[own.dtype]])
+    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    bank, optimizer = MemoryBank(10, 8), torch.optim.SGD(model.parameters(), lr=0.5)
+    start = bank.memory.clone()
+    batch = Batch(torch.randn(2, 3, 2, 2), torch.tensor([3, 1]), total=4)
+    steps = engine.pretrain(
+        *(model, bank, FullSoftmax(0.1), optimizer, [batch], lambda _: 0.5, CPU), first_step=0
+    )
+    assert len(list(steps)) == 1
+    moved = (bank.memory != start).any(dim=1).nonzero()[:, 0]
+    assert moved.tolist() == [1, 3, 5, 7]
+
+
 def test_build_loss_gives_what_the_options_describe():
     assert isinstance(build_loss(0, 0.1, bf16=True), FullSoftmax)
     assert build_loss(0, 0.1, bf16=True).bf16

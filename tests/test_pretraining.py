@@ -87,7 +87,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 
 def deterministic(lines: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """The lines of one event, without what the clock decides."""
-    clock = ("time", "images_per_s", "data_wait")
+    clock = ("time", "images_per_s", "data_wait", "matrix_share")
     return [{k: v for k, v in x.items() if k not in clock} for x in lines if x["event"] == event]
 
 
@@ -280,6 +280,28 @@ def test_a_cosine_ends_at_its_floor_and_is_not_stepped_once_too_early(pretrain):
     assert [x["lr"] for x in log_lines(folder / "log")[1:]] == pytest.approx(rates)
 
 
+def test_every_step_is_taken_at_the_rate_of_its_own_number(pretrain, monkeypatch):
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    pretrain("--epochs", 2, "--lr", 0.5)
+    expected = [1e-5 + (0.5 - 1e-5) * (1 + math.cos(math.pi * s / 8)) / 2 for s in range(8)]
+    assert rates == pytest.approx(expected)
+
+
+def test_measuring_leaves_what_is_trained_as_it_is(pretrain, tmp_path):
+    measured = last(pretrain("--epochs", 2, name="measured"))
+    data = make_folder(tmp_path / "data", test=False)
+    plain = last(pretrain("--epochs", 2, "--data-dir", data, name="plain"))
+    for part in ("net", "optimizer", "lemniscate"):
+        assert_same(measured[part], plain[part], part)
+
+
 @pytest.mark.parametrize(
     ("words", "compared"),
     [
@@ -361,6 +383,12 @@ def test_test_only_needs_the_weights_alone(pretrain, pictures, tmp_path, capsys)
     own = call(pretraining, *words, folder / "ckpt.cifar.pth.tar")
     assert call(pretraining, *words, bare) == own
     assert "tensors loaded" in capsys.readouterr().out
+
+
+def test_test_only_trains_nothing(pretrain, monkeypatch):
+    folder = pretrain("--epochs", 1)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("training began"))
+    pretrain("--epochs", 1, "--test-only", "--resume", folder / "ckpt.cifar.pth.tar")
 
 
 def test_a_folder_without_labels_to_test_on_trains_all_the_same(tmp_path):

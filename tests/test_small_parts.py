@@ -129,6 +129,12 @@ def test_autocast_and_memory_order_follow_the_choice():
     assert weight.dtype == torch.float32
 
 
+def test_a_model_goes_to_the_device_that_was_chosen():
+    # to one that is no hardware, so that a machine with a GPU says the same as one without
+    model = Compute(torch.device("meta"), False).prepare(build_model("wrn-10-1", 4))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def strict_lines(folder):
     """Every line of log.jsonl; NaN and Infinity, which JSON does not know, are errors."""
 
