@@ -212,7 +212,7 @@ class Reader(Dataset):
                 row = None if rows is None else rows[place].tolist()
                 images[place] = read_image(path.read_bytes(), self.image_size, row, self.resizing)
             except Exception as error:  # whatever a broken file makes a decoder raise is reported
-                problems.append(f"image {index}, {path}: {error or type(error).__name__}")
+                problems.append(f"image {index}, {path}: {str(error) or type(error).__name__}")
         if problems or not images:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8), problems
         return default_collate(images), problems

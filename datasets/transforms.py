@@ -5,7 +5,7 @@ calling the operation applies given rows to given images. What an image becomes 
 its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
 B x C x H x W, rows are on the CPU. The parameters are distributed as in torchvision's transforms of the
 same name, and the same parameters give the same pixels (tests/test_transforms.py), up to torchvision's
-rounding to bytes.
+rounding to bytes. `classic` gives that transform itself, for one Pillow image at a time.
 """
 
 import math
@@ -16,7 +16,9 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Generator, Tensor
+from torchvision import transforms
 
 from datasets.images import Stats
 
@@ -25,10 +27,16 @@ CACHED = 2**18  # values that a CPU core keeps at hand: ops on larger batches wa
 RATIO = 4 / 3  # crops are at most so much wider than high, or higher than wide
 
 
+Transform = Callable[[Image], Image]  # draws from torch's global generator
+
+
 class Op(Protocol):
     def draw(self, n: int, generator: Generator) -> Tensor: ...
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor: ...
+
+    def classic(self, size: int) -> Transform:
+        """torchvision's counterpart, to give S x S Pillow images."""
 
 
 def to_gray(images: Tensor) -> Tensor:
@@ -90,8 +98,9 @@ class RandomResizedCrop:
         side = math.sqrt(h * w)
         heights, widths = row[2 : 2 + cls.tries], row[2 + cls.tries :]
         for height, width in zip(heights, widths, strict=True):
-            if height * side <= h and width * side <= w:
-                height, width = max(1, round(height * side)), max(1, round(width * side))
+            # rounded first, as published: in small images more of the crops keep a whole side so
+            height, width = max(1, round(height * side)), max(1, round(width * side))
+            if height <= h and width <= w:
                 top, left = int(row[0] * (h - height + 1)), int(row[1] * (w - width + 1))
                 return min(top, h - height), min(left, w - width), height, width
         height, width = min(h, round(w * RATIO)), min(w, round(h * RATIO))
@@ -116,9 +125,17 @@ class RandomResizedCrop:
         grid = torch.stack([grid_x, grid_y], dim=-1)
         return F.grid_sample(images, grid, align_corners=True, padding_mode="border")
 
+    def classic(self, size: int) -> Transform:
+        scale, ratio = (self.min_scale, self.max_scale), (1 / RATIO, RATIO)
+        return transforms.RandomResizedCrop(size, scale=scale, ratio=ratio)
+
 
 class PadCrop:
     """Reflect-pad by an eighth of the side (4 pixels at 32) and cut the full size at random."""
+
+    @staticmethod
+    def padding(side: int) -> int:
+        return max(1, side // 8)
 
     def draw(self, n: int, generator: Generator) -> Tensor:
         """n x 2: vertical and horizontal place, as fractions of the room."""
@@ -126,13 +143,17 @@ class PadCrop:
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         h, w = images.shape[-2:]
-        pad = max(1, h // 8)
+        pad = self.padding(h)
         padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
         offsets = (rows * (2 * pad + 1)).long().to(images.device, non_blocking=True)
         y = offsets[:, 0, None] + torch.arange(h, device=images.device)
         x = offsets[:, 1, None] + torch.arange(w, device=images.device)
         batch = torch.arange(len(images), device=images.device)[:, None, None]
         return padded.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+    def classic(self, size: int) -> Transform:
+        pad = transforms.Pad(self.padding(size), padding_mode="reflect")
+        return transforms.Compose([pad, transforms.RandomCrop(size)])
 
 
 class RandomHorizontalFlip:
@@ -141,6 +162,9 @@ class RandomHorizontalFlip:
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         return _replaced(images, rows[:, 0] < 0.5, lambda chosen: chosen.flip(3))
+
+    def classic(self, _: int) -> Transform:
+        return transforms.RandomHorizontalFlip()
 
 
 class RandomGrayscale:
@@ -153,6 +177,9 @@ class RandomGrayscale:
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         chosen = rows[:, 0] < self.probability
         return _replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
+
+    def classic(self, _: int) -> Transform:
+        return transforms.RandomGrayscale(self.probability)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -223,6 +250,9 @@ class ColorJitter:
                 images = _replaced(images, chosen == k, self.adjustments[k], factors[:, k])
         return images
 
+    def classic(self, _: int) -> Transform:
+        return transforms.ColorJitter(*[self.strength] * 4)
+
 
 def _empty_channels_last(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
     if device.type != "cpu":
@@ -263,6 +293,13 @@ class Augmentation:
         """One n x k tensor of random numbers per operation, on the CPU on every device."""
         return [op.draw(n, generator) for op in self.ops]
 
+    def classic(self, size: int) -> transforms.Compose:
+        """The same for one Pillow image at a time -> normalised C x S x S float32."""
+        stats = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        gray = [transforms.Grayscale()] if self.gray else []
+        ending = (*gray, transforms.ToTensor(), transforms.Normalize(*stats))
+        return transforms.Compose([*(op.classic(size) for op in self.ops), *ending])
+
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
         """B x 3 x H x W bytes -> normalised float32 in channels-last memory order."""
         n, channels, *size = images.shape
@@ -279,7 +316,8 @@ class Augmentation:
         for op, values in zip(self.ops, rows, strict=True):
             x = op(x, values)
         x = to_gray(x) if self.gray else x
-        return (x - self.mean.to(x.device)).div_(self.std.to(x.device))
+        mean, std = (s.to(x.device, non_blocking=True) for s in (self.mean, self.std))
+        return (x - mean).div_(std)
 
 
 def instance_ops(

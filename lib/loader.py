@@ -1,11 +1,16 @@
-"""Batches of a data set, augmented on the device; each process gets its own rows of every batch."""
+"""Batches of a data set, augmented; each process gets its own rows of every batch.
+
+Of the two loaders, `device` augments whole batches there (datasets/transforms.py), of images that lie there
+as bytes or come from files that workers read; `workers` augments one image at a time in them
+(datasets/classic.py), as published.
+"""
 
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import tee
@@ -18,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import DataSet
+from datasets.classic import ClassicReader
 from datasets.files import FileSet, Reader
 from datasets.transforms import Augmentation
 from lib.devices import Compute
@@ -25,6 +31,7 @@ from lib.distributed import share
 from lib.sampler import Stream, num_batches, permutation
 from lib.seeding import generator
 
+LOADERS = ("device", "workers")
 FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 15 MB at 224 pixels
 
 
@@ -50,7 +57,10 @@ class Batch:
 
 
 class _Job(NamedTuple):
-    """A batch before its images are there: whose, the random numbers of each operation, its place."""
+    """A batch before its images are there: whose, its random numbers, its place.
+
+    Those are one tensor per operation that is still to be applied, or the seeds of a classic chain.
+    """
 
     indexes: Tensor
     rows: list[Tensor]
@@ -59,11 +69,12 @@ class _Job(NamedTuple):
 
 
 Source = Callable[[Iterator[_Job]], Iterator[tuple[_Job, Tensor]]]
+Remaining = Callable[[Tensor, Sequence[Tensor]], Tensor]  # what the device does to the images
 
 
 def _in_memory(images: Tensor, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
     for job in jobs:
-        yield job, images[job.indexes.to(images.device) % len(images)]
+        yield job, images[job.indexes.to(images.device, non_blocking=True) % len(images)]
 
 
 class _Requests:
@@ -76,14 +87,16 @@ class _Requests:
         return self.coming
 
 
-class _FromFiles:
-    """A source that reads files, in `num_workers` processes that live as long as it does."""
+class _FromWorkers:
+    """A source that reads images in `num_workers` processes that live as long as it does."""
 
-    def __init__(self, data: FileSet, crop: bool, compute: Compute, num_workers: int) -> None:
-        """`crop`: the first operation of the augmentation is the reader's."""
-        self.crop, self.requests = crop, _Requests()
+    def __init__(
+        self, reader: Reader | ClassicReader, draws: bool, compute: Compute, num_workers: int
+    ) -> None:
+        """`draws`: the first random numbers of a job are the reader's."""
+        self.draws, self.requests = draws, _Requests()
         self.loader = DataLoader(
-            Reader(data),
+            reader,
             batch_size=None,
             sampler=self.requests,
             num_workers=num_workers,
@@ -96,14 +109,14 @@ class _FromFiles:
 
     def __call__(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
         ahead, jobs = tee(jobs)
-        self.requests.coming = ((job.indexes, job.rows[0] if self.crop else None) for job in ahead)
+        self.requests.coming = ((job.indexes, job.rows[0] if self.draws else None) for job in ahead)
         for job, (images, problems) in zip(jobs, _surviving(self.loader), strict=True):
             if problems:
                 listed = "\n  ".join(problems[:10])
                 raise ValueError(
                     f"{len(problems)} images of a batch cannot be read; repair or remove them:\n  {listed}"
                 )
-            yield job._replace(rows=job.rows[self.crop :]), images
+            yield job._replace(rows=job.rows[self.draws :]), images
 
 
 def _unchanged(item: Any) -> Any:
@@ -154,9 +167,48 @@ def _surviving(loader: DataLoader) -> Iterator[Any]:
         yield item
 
 
-def _finished(job: _Job, images: Tensor, augmentation: Augmentation, compute: Compute) -> Batch:
-    images = augmentation(images.to(compute.device, non_blocking=True), job.rows)
-    return Batch(images, job.indexes.to(compute.device), job.first, job.total)
+def _seeds(n: int, generator: torch.Generator) -> list[Tensor]:
+    return [torch.randint(2**63 - 1, (n,), generator=generator)]
+
+
+def _channels_last(images: Tensor, _: Sequence[Tensor]) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _finished(job: _Job, images: Tensor, remaining: Remaining, compute: Compute) -> Batch:
+    images = remaining(images.to(compute.device, non_blocking=True), job.rows)
+    return Batch(images, job.indexes.to(compute.device, non_blocking=True), job.first, job.total)
+
+
+def with_loader(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint records of its run; one from before there was a choice had the first of `LOADERS`."""
+    return {**meta, "options": {"loader": LOADERS[0], **meta.get("options", {})}}
+
+
+class _Pipeline(NamedTuple):
+    """From indexes to a batch: the random numbers of n images, their source, what remains to be done."""
+
+    draw: Callable[[int, torch.Generator], list[Tensor]]
+    source: Source
+    remaining: Remaining
+
+
+def _augmented_in_workers(
+    data: DataSet, augmentation: Augmentation, compute: Compute, num_workers: int
+) -> _Pipeline:
+    reader = ClassicReader(data, augmentation)
+    return _Pipeline(_seeds, _FromWorkers(reader, True, compute, num_workers), _channels_last)
+
+
+def _augmented_on_device(
+    data: DataSet, augmentation: Augmentation, compute: Compute, num_workers: int
+) -> _Pipeline:
+    if not isinstance(data, FileSet):
+        source = partial(_in_memory, data.images.to(compute.device))
+        return _Pipeline(augmentation.draw, source, augmentation)
+    crop = augmentation.starts_with_crop
+    files = _FromWorkers(Reader(data), crop, compute, num_workers)
+    return _Pipeline(augmentation.draw, files, augmentation.without_crop())
 
 
 class Batches:
@@ -179,21 +231,25 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         num_workers: int = 0,
+        loader: str = "device",
     ) -> None:
-        """`batch_size` is the total over all processes; `num_workers` of this one read files, if any."""
+        """
+        Args:
+            batch_size: the total over all processes.
+            num_workers: processes of this one that read images, if they are in files or with `workers`.
+            loader: one of `LOADERS`; each has random numbers of its own, of the same distribution.
+        """
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be positive")
-        self.augmentation, self.compute = augmentation, compute
-        self.batch_size, self.seed, self.length = batch_size, seed, len(data)
-        self.waited_s = 0.0
-        self._remaining = augmentation
-        self._source: Source
-        if isinstance(data, FileSet):
-            crop = augmentation.starts_with_crop
-            self._remaining = augmentation.without_crop()
-            self._source = _FromFiles(data, crop, compute, num_workers)
-        else:
-            self._source = partial(_in_memory, data.images.to(compute.device))
+        if loader not in LOADERS:
+            raise ValueError(f"unknown loader {loader!r}: take one of {', '.join(LOADERS)}")
+        self.compute, self.batch_size, self.seed = compute, batch_size, seed
+        self.length, self.waited_s = len(data), 0.0
+        self._draw, self._source, self._remaining = (
+            _augmented_in_workers(data, augmentation, compute, num_workers)
+            if loader == "workers"
+            else _augmented_on_device(data, augmentation, compute, num_workers)
+        )
 
     @property
     def per_epoch(self) -> int:
@@ -202,7 +258,7 @@ class Batches:
     def _job(self, indexes: Tensor, step: int) -> _Job:
         """This process's part of the images `indexes` as batch number `step`."""
         total, mine = len(indexes), share().rows(len(indexes))
-        drawn = self.augmentation.draw(total, generator(self.seed, "augmentation", step))
+        drawn = self._draw(total, generator(self.seed, "augmentation", step))
         return _Job(indexes[mine], [rows[mine] for rows in drawn], mine.start, total)
 
     def _batches(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
@@ -257,7 +313,7 @@ def in_order(
     assert not augmentation.ops, "evaluation must not augment"
     source: Source
     if isinstance(data, FileSet):
-        source = _FromFiles(data, False, compute, num_workers)
+        source = _FromWorkers(Reader(data), False, compute, num_workers)
         batch_size = min(batch_size, FILES_AT_ONCE)
     else:
         source = partial(_in_memory, data.images)

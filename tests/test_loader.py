@@ -1,9 +1,11 @@
 """Batches: a function of the seed and the step, every image once an epoch, its own rows.
 
-The same holds for images in memory and in files, for any number of processes and of workers.
+The same holds for images in memory and in files, for any number of processes and of workers, and for both
+loaders.
 """
 
 import os
+import random
 import signal
 import time
 
@@ -26,7 +28,7 @@ from datasets.transforms import (
 )
 from lib.devices import Compute
 from lib.distributed import Share
-from lib.loader import Batches, in_order
+from lib.loader import LOADERS, Batches, in_order
 from lib.seeding import generator
 
 CPU = Compute(torch.device("cpu"), bf16=False)
@@ -44,11 +46,9 @@ def noisy(n=23):
     return ImageSet("noisy", images, torch.zeros(n).long(), ("a",), STATS)
 
 
-def batches_of(data, ops=(), batch_size=5, seed=0, num_workers=0):
-    augmentation = Augmentation(ops, STATS)
-    return Batches(
-        data, augmentation, CPU, batch_size=batch_size, seed=seed, num_workers=num_workers
-    )
+def batches_of(data, ops=(), batch_size=5, seed=0, num_workers=0, loader="device"):
+    words = {"batch_size": batch_size, "seed": seed, "num_workers": num_workers, "loader": loader}
+    return Batches(data, Augmentation(ops, STATS), CPU, **words)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,11 @@ def in_files(tmp_path_factory):
 @pytest.fixture(params=["memory", "files"])
 def data(request):
     return request.getfixturevalue("in_files") if request.param == "files" else noisy(13)
+
+
+@pytest.fixture(params=LOADERS)
+def loader(request):
+    return request.param
 
 
 def as_rank(monkeypatch, rank, size):
@@ -94,27 +99,27 @@ def test_an_epoch_visits_every_image_once_the_short_last_batch_included():
         assert torch.equal(values(batch), batch.indexes)
 
 
-def test_a_batch_reached_from_another_start_is_the_same():
+def test_a_batch_reached_from_another_start_is_the_same(loader):
     data, indexes = noisy(), torch.tensor([2, 3, 5, 7, 11, 13, 17])
-    straight = list(batches_of(data, instance_ops()).stream(indexes, 0, 12))
-    resumed = list(batches_of(data, instance_ops()).stream(indexes, 8, 12))
+    words = {"ops": instance_ops(), "loader": loader}
+    straight = list(batches_of(data, **words).stream(indexes, 0, 12))
+    resumed = list(batches_of(data, **words).stream(indexes, 8, 12))
     for (batch, positions), (again, again_positions) in zip(straight[8:], resumed, strict=True):
         assert torch.equal(batch.images, again.images)
         assert torch.equal(batch.indexes, again.indexes)
         assert torch.equal(positions, again_positions)
-    epochs = batches_of(data, instance_ops())
+    epochs = batches_of(data, **words)
     list(epochs.epoch(0))
-    for batch, again in zip(
-        epochs.epoch(3), batches_of(data, instance_ops()).epoch(3), strict=True
-    ):
+    for batch, again in zip(epochs.epoch(3), batches_of(data, **words).epoch(3), strict=True):
         assert torch.equal(batch.images, again.images)
         assert torch.equal(batch.indexes, again.indexes)
 
 
-def test_the_last_batch_of_an_epoch_and_the_first_of_the_next_are_augmented_differently():
+def test_the_last_batch_of_an_epoch_and_the_first_of_the_next_are_augmented_differently(loader):
     data = noisy(10)
     data.images[:] = data.images[0]
-    seen = [b.images for e in (0, 1) for b in batches_of(data, [PadCrop()], 5).epoch(e)]
+    batches = batches_of(data, [PadCrop()], 5, loader=loader)
+    seen = [b.images for e in (0, 1) for b in batches.epoch(e)]
     for i, a in enumerate(seen):
         for b in seen[i + 1 :]:
             assert not torch.equal(a, b)
@@ -128,14 +133,12 @@ def test_stream_positions_point_into_the_given_indexes():
         assert torch.equal(values(batch), batch.indexes)
 
 
-def test_seeds_give_other_orders_and_other_augmentation():
+def test_seeds_give_other_orders_and_other_augmentation(loader):
     data = noisy()
-    one, two = (next(batches_of(data, finetune_ops(), seed=s).epoch(0)) for s in (0, 1))
+    seeded = [batches_of(data, finetune_ops(), seed=s, loader=loader) for s in (0, 1)]
+    one, two = (next(batches.epoch(0)) for batches in seeded)
     assert not torch.equal(one.indexes, two.indexes)
-    chosen = torch.arange(5)
-    one, two = (
-        next(batches_of(data, finetune_ops(), seed=s).stream(chosen, 0, 1))[0] for s in (0, 1)
-    )
+    one, two = (next(batches.stream(torch.arange(5), 0, 1))[0] for batches in seeded)
     assert not torch.equal(one.images, two.images)
 
 
@@ -153,28 +156,30 @@ def test_evaluation_must_not_augment():
         next(in_order(numbered(), Augmentation(finetune_ops(), STATS), CPU))
 
 
-def test_an_impossible_batch_size_is_refused():
+def test_an_impossible_batch_size_and_an_unknown_loader_are_refused():
     with pytest.raises(ValueError, match="batch size 0"):
         batches_of(numbered(), batch_size=0)
+    with pytest.raises(ValueError, match="unknown loader 'gpu': take one of device, workers"):
+        batches_of(numbered(), loader="gpu")
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 3])
-def test_an_epoch_can_be_entered_at_any_batch(data, first):
-    whole = list(batches_of(data, instance_ops()).epoch(2))
+def test_an_epoch_can_be_entered_at_any_batch(data, first, loader):
+    whole = list(batches_of(data, instance_ops(), loader=loader).epoch(2))
     assert len(whole) == 3
-    assert_same(batches_of(data, instance_ops()).epoch(2, first), whole[first:])
+    assert_same(batches_of(data, instance_ops(), loader=loader).epoch(2, first), whole[first:])
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, monkeypatch):
+def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, loader, monkeypatch):
     indexes = torch.tensor([1, 4, 6, 12, 7])
-    whole = list(batches_of(data, instance_ops()).epoch(1))
-    streamed = list(batches_of(data, instance_ops()).stream(indexes, 1, 4))
+    batches = batches_of(data, instance_ops(), loader=loader)
+    whole, streamed = list(batches.epoch(1)), list(batches.stream(indexes, 1, 4))
     epochs, streams = [], []
     for rank in range(size):
         as_rank(monkeypatch, rank, size)
-        epochs.append(list(batches_of(data, instance_ops()).epoch(1)))
-        streams.append(list(batches_of(data, instance_ops()).stream(indexes, 1, 4)))
+        epochs.append(list(batches.epoch(1)))
+        streams.append(list(batches.stream(indexes, 1, 4)))
     for batch, parts in zip(whole, zip(*epochs, strict=True), strict=True):
         assert torch.equal(torch.cat([part.indexes for part in parts]), batch.indexes)
         assert torch.allclose(torch.cat([part.images for part in parts]), batch.images, atol=1e-5)
@@ -184,6 +189,8 @@ def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, monkeypa
     for (batch, positions), parts in zip(streamed, zip(*streams, strict=True), strict=True):
         assert torch.equal(torch.cat([rows for _, rows in parts]), positions)
         assert torch.equal(torch.cat([part.indexes for part, _ in parts]), batch.indexes)
+        images = torch.cat([part.images for part, _ in parts])
+        assert torch.allclose(images, batch.images, atol=1e-5)
         for part, rows in parts:
             assert torch.equal(indexes[rows], part.indexes)
 
@@ -228,29 +235,39 @@ def test_images_in_files_without_a_crop_start_from_the_central_view(in_files):
         assert any(turned)
 
 
-def test_the_number_of_workers_changes_nothing(in_files):
-    before = torch.get_rng_state()
-    alone, helped = (batches_of(in_files, instance_ops(), 3, num_workers=n) for n in (0, 2))
+@pytest.mark.parametrize(
+    ("held", "loader"), [("files", "device"), ("files", "workers"), ("memory", "workers")]
+)
+def test_the_number_of_workers_changes_nothing(in_files, held, loader):
+    data = in_files if held == "files" else noisy(13)
+    before = torch.get_rng_state(), random.getstate()
+    alone, helped = (
+        batches_of(data, instance_ops(), 3, num_workers=n, loader=loader) for n in (0, 2)
+    )
     assert_same(helped.epoch(0), alone.epoch(0))
     abandoned = helped.epoch(1)
     next(abandoned)
     assert_same(helped.epoch(4, first=1), alone.epoch(4, first=1))  # what was ahead is forgotten
-    augmentation = Augmentation((), STATS)
-    assert_same(
-        in_order(in_files, augmentation, CPU, 4, 1), in_order(in_files, augmentation, CPU, 4)
-    )
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
     assert helped.waited_s > 0
 
 
+def test_the_number_of_workers_does_not_change_what_is_evaluated(in_files):
+    plain = Augmentation((), STATS)
+    assert_same(in_order(in_files, plain, CPU, 4, 1), in_order(in_files, plain, CPU, 4))
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_image_that_cannot_be_read_ends_the_epoch_with_its_path_and_index(num_workers, tmp_path):
+def test_an_image_that_cannot_be_read_ends_the_epoch_with_its_path_and_index(
+    num_workers, loader, tmp_path
+):
     for i in range(6):
         Image.new("RGB", (20, 20), (i, i, i)).save(tmp_path / f"{i}.png")
     (tmp_path / "4.png").write_bytes(b"no image")
     paths = tuple(f"{i}.png" for i in range(6))
     data = FileSet("files", tmp_path, paths, torch.zeros(6).long(), ("a",), STATS, 16)
-    batches = batches_of(data, instance_ops(), 2, num_workers=num_workers)
+    batches = batches_of(data, instance_ops(), 2, num_workers=num_workers, loader=loader)
     with pytest.raises(ValueError, match=rf"image 4, {tmp_path}/4\.png: ") as caught:
         list(batches.epoch(0))
     assert "1 images of a batch" in str(caught.value)
