@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib import distributed
 
@@ -37,6 +37,17 @@ class Compute:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model there, its weights in channels-last order (the fast one everywhere)."""
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def take(self, x: Tensor) -> Tensor:
+        """`x` on the device. A GPU copies it while it works on what it was given before."""
+        if self.device.type != "cuda":
+            return x.to(self.device)
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until the device has done what it was given: before a clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else "fp32"

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from datasets import UNKNOWN, DataSet
 from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
-from lib import backbones, checkpoint, engine, interruption, provenance, pseudo_labels
+from lib import backbones, checkpoint, engine, interruption, provenance, pseudo_labels, throughput
 from lib.devices import Compute
 from lib.distributed import is_main, own_workers, parallel, progress_bar, say, share_buffers
-from lib.loader import Batches
+from lib.loader import LOADERS, Batches, with_loader
 from lib.log import Writer, main_log
 from lib.meters import Clock, Mean, speed
 from lib.pseudo_labels import PseudoLabels
@@ -41,8 +41,11 @@ class Settings:
     Attributes:
         batch_size: images of a batch over all processes; `iter_size` batches make an optimizer step.
         finetune: train the last layer alone.
-        num_workers: processes that read image files, on each machine.
+        num_workers: processes that read image files or work for `loader`, on each machine.
+        loader: one of `LOADERS`.
         stop_after: steps of this start after which to save and stop; 0: none.
+        profile: steps to trace into the folder of the log; 0: none.
+        compile: one of `throughput.COMPILE_MODES`; empty: the network as it is.
     """
 
     architecture: str
@@ -62,16 +65,19 @@ class Settings:
     class_balanced: bool
     confidence_weighted: bool
     num_workers: int = 0
+    loader: str = LOADERS[0]
     eval_freq: int = 500
     print_freq: int = 100
     stop_after: int = 0
+    profile: int = 0
+    compile: str = ""
 
 
 # Options that make a run what it is: resuming with another value would be another run.
 MATHEMATICS = (
     *("dataset", "image_size", "input_gray", "architecture", "lr", "lr_scheduler", "batch_size"),
     *("iter_size", "weight_decay", "max_iters", "rng_seed", "criterion", "finetune", "num_labeled"),
-    *("pseudo_ratio", "pseudo_per_chunk", "confidence_weighted", "class_balanced"),
+    *("pseudo_ratio", "pseudo_per_chunk", "confidence_weighted", "class_balanced", "loader"),
 )
 
 
@@ -410,7 +416,7 @@ def continue_run(run: Run, path: str, state: Mapping[str, Any]) -> None:
         )
     checkpoint.require_keys(state, path, *OWN_KEYS)
     require_classes(path, state, run.train.classes)
-    provenance.require_same(state["meta"], run.meta, MATHEMATICS)
+    provenance.require_same(with_loader(state["meta"]), run.meta, MATHEMATICS)
     provenance.say_precision(state["meta"], run.meta)
     if state["examples"] != run.examples.digest:
         raise ValueError(f"{path} was trained on other images or labels than these")
@@ -471,6 +477,7 @@ def batches_of(run: Run, ops: Sequence[Op]) -> Batches:
         batch_size=settings.batch_size,
         seed=settings.rng_seed,
         num_workers=own_workers(settings.num_workers),
+        loader=settings.loader,
     )
 
 
@@ -517,13 +524,22 @@ def train(
     settings, progress = run.settings, run.progress
     batches = batches_of(run, ops)
     bar = progress_bar(total=settings.max_iters, initial=progress.step, unit="step")
-    with main_log(files.log) as write, bar, interruption.watch(settings.stop_after) as stop:
+    work = _arithmetic(run)
+    if settings.compile:
+        run.model.compile(mode=settings.compile)
+    with (
+        main_log(files.log) as write,
+        bar,
+        interruption.watch(settings.stop_after) as stop,
+        throughput.traced(settings.profile, files.log) as after_step,
+    ):
         write("start", first_step=progress.step, meta=run.meta)
-        clock = Clock(lambda: batches.waited_s)
+        clock = Clock(lambda: batches.waited_s, work.share)
         for step in steps_left(run, batches, drops):
             progress.count(step)
             clock.count(step.batch_size)
             bar.update()
+            after_step()
             stopping, is_last = stop.requested(), progress.step == settings.max_iters
             if is_last or progress.step % settings.print_freq == 0:
                 report_training(run, write, step.lr, clock)
@@ -540,6 +556,12 @@ def train(
         finish(run, write, files, stop)
     stop.exit()
     return {"last": progress.accuracy, "best": progress.best}
+
+
+def _arithmetic(run: Run) -> throughput.Arithmetic:
+    size = run.train.image_size
+    shape = (1 if run.settings.input_gray else 3, size, size)
+    return throughput.arithmetic(run.model, shape, run.compute)
 
 
 def finish(run: Run, write: Writer, files: Files, stop: interruption.Stop) -> None:

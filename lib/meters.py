@@ -38,10 +38,15 @@ class Clock:
 
     Args:
         waited: gives the seconds spent waiting for images so far.
+        matrix_share: images per second -> the part of the hardware's matrix rate that they use.
     """
 
-    def __init__(self, waited: Callable[[], float]) -> None:
-        self._waited_so_far = waited
+    def __init__(
+        self,
+        waited: Callable[[], float],
+        matrix_share: Callable[[float], float] | None = None,
+    ) -> None:
+        self._waited_so_far, self._matrix_share = waited, matrix_share
         self._restart()
 
     def _restart(self) -> None:
@@ -52,10 +57,12 @@ class Clock:
         self._images += images
 
     def lap(self) -> dict[str, float]:
-        """`images_per_s` and `data_wait`, the share of waiting, since the last lap."""
+        """Since the last lap `images_per_s`, `data_wait`, the share of waiting, and `matrix_share`."""
         seconds = time.perf_counter() - self._since
         waited = self._waited_so_far() - self._waited
         speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
+        if self._matrix_share:
+            speed["matrix_share"] = self._matrix_share(speed["images_per_s"])
         self._restart()
         return speed
 
@@ -68,5 +75,7 @@ class Clock:
 
 def speed(values: dict[str, float]) -> str:
     """The end of a progress line, from what `Clock.lap` gave."""
-    waiting = f"{100 * values['data_wait']:.0f}% of the time waiting for images"
-    return f"{values['images_per_s']:.0f} img/s ({waiting})"
+    parts = [f"{100 * values['data_wait']:.0f}% of the time waiting for images"]
+    if "matrix_share" in values:
+        parts.append(f"{100 * values['matrix_share']:.0f}% of the matrix rate")
+    return f"{values['images_per_s']:.0f} img/s ({', '.join(parts)})"

@@ -22,9 +22,11 @@ from datasets import DATASETS
 from lib import distributed
 from lib.backbones import is_external
 from lib.devices import PRECISIONS
+from lib.loader import LOADERS
 from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
 from lib.split import parse_num_labeled
+from lib.throughput import COMPILE_MODES, WARM_UP, require_compiler
 from models import IMAGENET_ARCHITECTURES, SMALL_ARCHITECTURES
 
 Values = TypeVar("Values", bound=Any)
@@ -69,7 +71,7 @@ def add_data(
         dest="num_workers",
         type=int,
         default=2,
-        help="processes that decode image files (folder), on each machine",
+        help="processes that decode image files (folder) or work for --loader workers, on each machine",
     )
 
 
@@ -107,7 +109,8 @@ def add_optimization(
     return group
 
 
-def add_compute(group_of: argparse.ArgumentParser) -> None:
+def add_compute(group_of: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where and how to compute."""
     group = group_of.add_argument_group("computing")
     group.add_argument(
         "--gpus",
@@ -128,6 +131,39 @@ def add_compute(group_of: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a GPU too, the same command gives the same bits, at some loss of speed; on the CPU it "
         "does anyway",
+    )
+    return group
+
+
+def add_training_compute(group_of: argparse.ArgumentParser) -> None:
+    """`add_compute`, and what only training knows."""
+    group = add_compute(group_of)
+    group.add_argument(
+        "--loader",
+        choices=LOADERS,
+        default=LOADERS[0],
+        help="what augments training images. device: whole batches there, of images that lie there as bytes, "
+        "or that --num-workers processes decode from files; workers: one image at a time, by torchvision on "
+        "Pillow images in those processes, as published. Both draw from one distribution, but not the same "
+        "numbers; workers is slower and there to compare",
+    )
+    group.add_argument(
+        "--compile",
+        nargs="?",
+        choices=COMPILE_MODES,
+        const=COMPILE_MODES[0],
+        default="",
+        help="let torch.compile make the kernels: a minute or so at the start, then faster steps on a GPU; "
+        "reduce-overhead also records them as CUDA graphs, which pays for small networks. Results differ "
+        "in the last bits",
+    )
+    group.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help=f"trace so many steps, after {WARM_UP} to warm up, into the folder of the log, and print the "
+        "costliest operations; 0: none",
     )
 
 
@@ -176,7 +212,7 @@ def pretraining_parser(
     optimization.add_argument("--momentum", type=float, default=0.9, help="of SGD")
     optimization.add_argument("--epochs", type=int, default=600, help="passes over the images")
     _add_memory_bank(options)
-    add_compute(options)
+    add_training_compute(options)
     add_stopping(options)
     files = options.add_argument_group("files")
     files.add_argument(
@@ -248,7 +284,7 @@ def finetuning_parser(
     )
     _add_steps(options)
     _add_labels(options)
-    add_compute(options)
+    add_training_compute(options)
     add_stopping(options)
     _add_run_files(options)
     return options
@@ -431,7 +467,9 @@ def _require(
 def check_common(args: argparse.Namespace) -> None:
     """Refuse values of the shared options that no run can work with."""
     require_positive(args, "lr", "batch_size", "image_size")
-    require_not_negative(args, "num_workers", "weight_decay", "rng_seed")
+    require_not_negative(args, "num_workers", "weight_decay", "rng_seed", "profile")
+    if args.compile:
+        require_compiler()
     if args.rng_seed >= 2**63:
         raise ValueError(f"--rng-seed {args.rng_seed}: must be below 2**63")
     size = distributed.share().size
@@ -450,6 +488,8 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     require_share(args, "pseudo_ratio")
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
+    if args.eval:
+        warn_unused(args, parser, "with --eval", "loader")
     if args.pretrained and not Path(args.pretrained).is_file():
         raise ValueError(f"--pretrained {args.pretrained}: there is no such file")
     if args.pseudo_file and args.pseudo_dir:

@@ -136,3 +136,22 @@ def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
         axes.grid(which="both", alpha=0.3)
     axes.legend()
     return figure
+
+
+def training_curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Tensor]]]) -> Figure:
+    """Mean and range over the seeds of what training logs, one line per variant.
+
+    Args:
+        panels: title -> variant -> steps (T) and values, seeds x T.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, variants) in zip(row, panels.items(), strict=True):
+        for place, (name, (steps, values)) in enumerate(variants.items()):
+            axes.plot(steps, values.mean(dim=0), color=f"C{place}", linewidth=1, label=name)
+            low, high = values.min(dim=0).values, values.max(dim=0).values
+            axes.fill_between(steps, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel="optimizer steps")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch.optim import Optimizer
 
 from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation, Op
-from lib import checkpoint, engine, features, interruption, memory_bank, provenance
+from lib import checkpoint, engine, features, interruption, memory_bank, provenance, throughput
 from lib.devices import Compute
 from lib.distributed import is_main, parallel, progress_bar, say, share
-from lib.loader import Batches
+from lib.loader import LOADERS, Batches, with_loader
 from lib.log import Writer, main_log
 from lib.meters import Clock, Mean, speed
 from lib.sampler import num_batches
@@ -60,18 +61,22 @@ class Settings:
 
 
 # Options that make a run what it is: resuming with another value would be another run.
-MATHEMATICS = ("dataset", "image_size", *(field.name for field in fields(Settings)))
+MATHEMATICS = ("dataset", "image_size", "loader", *(field.name for field in fields(Settings)))
 
 
 @dataclass(frozen=True)
 class Images:
-    """What to train and to measure on, how it is augmented and read (`num_workers` of each process)."""
+    """What to train and to measure on, how it is augmented and read (`num_workers` of each process).
+
+    `loader` is one of `lib.loader.LOADERS`.
+    """
 
     train: DataSet
     test: DataSet | None
     ops: list[Op]
     num_workers: int = 0
     val_batch_size: int = 500
+    loader: str = LOADERS[0]
 
     @property
     def reading(self) -> dict[str, int]:
@@ -258,7 +263,7 @@ def resume(
     state = checkpoint.load_dict(source, "optimizer", "epoch", "lemniscate")
     if {"meta", "criterion"} & state.keys():  # what we write and published files lack
         checkpoint.require_keys(state, source, "meta", "criterion", "best_acc")
-        provenance.require_same(state["meta"], files.meta, mathematics)
+        provenance.require_same(with_loader(state["meta"]), files.meta, mathematics)
         provenance.say_precision(state["meta"], files.meta)
         load_network(run.model, state, source)
         parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
@@ -385,14 +390,15 @@ def _train_epoch(
     run: Run,
     steps: Iterator[engine.Step],
     per_epoch: int,
-    batches: Batches,
+    new_clock: Callable[[], Clock],
+    after_step: Callable[[], None],
     stop: interruption.Stop,
     print_freq: int,
 ) -> dict[str, float] | None:
     """What is left of the epoch at hand: its mean loss and speed, or None where the run shall stop."""
     start = run.epoch * per_epoch
     words = {"desc": f"epoch {run.epoch + 1}", "unit": "step"}
-    clock, line_clock = (Clock(lambda: batches.waited_s) for _ in range(2))
+    clock, line_clock = new_clock(), new_clock()
     with progress_bar(initial=run.step - start, total=per_epoch, **words) as bar:
         for step in steps:
             run.loss.update(step.loss, step.batch_size)
@@ -400,6 +406,7 @@ def _train_epoch(
             clock.count(step.batch_size)
             line_clock.count(step.batch_size)
             bar.update()
+            after_step()
             if print_freq and (run.step - start) % print_freq == 0:
                 line = f"epoch {run.epoch + 1:4d}  step {run.step - start:5d}/{per_epoch}"
                 line += f"  loss {run.loss.value:.4f}  lr {step.lr:.5f}"
@@ -421,6 +428,8 @@ def train(
     *,
     stop_after: int = 0,
     print_freq: int = 0,
+    profile: int = 0,
+    compile_mode: str = "",
     command: Callable[[Path], str] = str,
 ) -> dict[str, float]:
     """Train to the end, measuring and saving after each epoch, or until a signal or `stop_after` steps.
@@ -428,6 +437,8 @@ def train(
     Args:
         stop_after: steps of this start; 0: all.
         print_freq: steps between lines within an epoch; 0: none.
+        profile: steps to trace into the folder of the log; 0: none.
+        compile_mode: one of `throughput.COMPILE_MODES`; empty: the network as it is.
         command: how to continue a checkpoint, for the message of a run that was stopped.
 
     Returns:
@@ -435,20 +446,30 @@ def train(
     """
     augmentation = Augmentation(images.ops, images.train.stats)
     words = {"batch_size": settings.batch_size, "seed": settings.rng_seed}
-    words["num_workers"] = images.num_workers
+    words |= {"num_workers": images.num_workers, "loader": images.loader}
     batches = Batches(images.train, augmentation, compute, **words)
     per_epoch = settings.steps_per_epoch(len(images.train))
     parts = run.bank, run.criterion, run.optimizer
     schedule = settings.schedule(len(images.train), imagenet=files.imagenet)
+    work = _arithmetic(run, images, compute)
+    if compile_mode:
+        run.model.compile(mode=compile_mode)
     model, values = parallel(run.model), {}
-    with main_log(files.log_folder) as write, interruption.watch(stop_after) as stop:
+    with (
+        main_log(files.log_folder) as write,
+        interruption.watch(stop_after) as stop,
+        throughput.traced(profile, files.log_folder) as after_step,
+    ):
         write("start", first_epoch=run.epoch, first_step=run.step, meta=files.meta)
         while run.epoch < settings.epochs:
             done = (run.step - run.epoch * per_epoch) * settings.iter_size
             todo = batches.epoch(run.epoch, done)
             where = {"first_step": run.step, "iter_size": settings.iter_size}
             steps = engine.pretrain(model, *parts, todo, schedule, compute, **where)
-            measured = _train_epoch(run, steps, per_epoch, batches, stop, print_freq)
+            measured = _train_epoch(
+                *(run, steps, per_epoch, partial(Clock, lambda: batches.waited_s, work.share)),
+                *(after_step, stop, print_freq),
+            )
             engine.require_finite(run.step, run.model, run.bank, run.criterion)
             if measured is None:
                 _save(run, files, images)
@@ -463,6 +484,12 @@ def train(
         last = files.folder / files.last
         say(f"last checkpoint: {last}" if values else "this run is already finished")
     return values
+
+
+def _arithmetic(run: Run, images: Images, compute: Compute) -> throughput.Arithmetic:
+    shape = (3, images.train.image_size, images.train.image_size)
+    loss = run.criterion.flops(*run.bank.memory.shape)
+    return throughput.arithmetic(run.model, shape, compute, more_per_image=loss)
 
 
 def _finish_epoch(

@@ -36,7 +36,7 @@ from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lib import devices, features, options, plots, provenance
+from lib import devices, features, options, plots, provenance, throughput
 from lib.graph import affinity, chosen_preset
 from lib.neighbors import METHODS as SEARCHES
 from lib.neighbors import PRECISIONS, nearest_neighbors
@@ -77,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--search-precision", choices=PRECISIONS, default="auto", help="of its products"
+    )
+    parser.add_argument(
+        "--gpus", default="cpu", metavar="DEVICE", help="0: our variants on that CUDA device; cpu"
     )
     parser.add_argument("--rng-seed", type=int, default=0, help="seed of the split")
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
@@ -206,6 +209,7 @@ VARIANTS: dict[str, Callable[..., Answer]] = {
     "scikit-learn": scikit_learn,
 }
 DEFAULT = ["literal", "nc", "filter", "knn"]
+NOT_OURS = ("literal", "scikit-learn")
 
 
 def _forget_peak() -> None:
@@ -223,13 +227,14 @@ def _peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
-def _measured(connection, name: str, *problem: object) -> None:
+def _measured(connection, name: str, device: torch.device, rows: Tensor, *problem: object) -> None:
     """Run one variant in this process and send its seconds, answers and memory."""
     warnings.simplefilter("ignore", UserWarning)  # components are reported once, by the parent
     _forget_peak()
     before = _peak_mib()
-    seconds, answers, recall = VARIANTS[name](*problem)
-    answers = {count: classes.numpy() for count, classes in answers.items()}
+    rows = rows if name in NOT_OURS else rows.to(device)
+    seconds, answers, recall = VARIANTS[name](rows, *problem)
+    answers = {count: classes.cpu().numpy() for count, classes in answers.items()}
     connection.send((seconds, answers, recall, before, _peak_mib()))
     connection.close()
 
@@ -251,17 +256,6 @@ def run_variant(name: str, *problem: object) -> dict:
     memory = {"peak_mib": peak, "added_mib": max(1.0, peak - before)}
     memory["recall"] = recall
     return {"seconds": seconds, "total_s": sum(seconds.values()), **memory, "answers": answers}
-
-
-def matrix_rate(side: int = 4096, repeats: int = 5) -> float:
-    """Best float32 matrix product of several, in operations per second, on all threads."""
-    left, right = torch.rand(side, side), torch.rand(side, side)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
 
 
 def precision(answers: Tensor, targets: Tensor, unlabeled: Tensor) -> float:
@@ -308,7 +302,8 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
     for name in args.variants:
         if not fits(name, len(rows)):
             continue
-        run = run_variant(name, rows, splits, num_classes, args.num_neighbors, search)
+        device = devices.select(args.gpus).device
+        run = run_variant(name, device, rows, splits, num_classes, args.num_neighbors, search)
         answers = run.pop("answers")
         literal_answers = answers if name == "literal" else literal_answers
         run["precision"] = {
@@ -334,9 +329,9 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
     return found
 
 
-def compare(found: dict, rows: Tensor) -> dict[str, float]:
-    """Ratios to the literal steps, and the floor of an exact graph on this machine."""
-    rate = matrix_rate()
+def compare(found: dict, rows: Tensor, gpus: str) -> dict[str, float]:
+    """Ratios to the literal steps, and the floor of an exact graph in float32 on this machine."""
+    rate = throughput.matrix_rate(devices.select(gpus, "fp32"))
     floor = 2 * len(rows) ** 2 * rows.shape[1] / rate
     print(f"floor of an exact graph: 2 N^2 D at {rate / 1e9:.0f} GFLOP/s = {floor:.1f} s")
     literal_run = found.get("literal")
@@ -370,10 +365,10 @@ def main(args: argparse.Namespace) -> dict:
     runs, floors = {}, {}
     for rows, targets in sets:
         print(
-            f"{len(rows)} x {rows.shape[1]} features, {num_classes} classes; {devices.select('cpu')}"
+            f"{len(rows)} x {rows.shape[1]} features, {num_classes} classes; {devices.select(args.gpus)}"
         )
         runs[len(rows)] = measure(args, rows, targets, num_classes)
-        floors[len(rows)] = compare(runs[len(rows)], rows)
+        floors[len(rows)] = compare(runs[len(rows)], rows, args.gpus)
     record = {"variants": runs[len(sets[-1][0])], "sizes": runs, "floors": floors}
     record |= {"growth": growth(runs), "meta": provenance.record(vars(args))}
     if args.picture:

@@ -1,9 +1,16 @@
 """The benchmark scripts run through their command lines; what they print is compared, never the time."""
 
 import json
+import statistics
+from dataclasses import replace
 
 import pytest
-from conftest import assert_ok, assert_refused, run_script
+import torch
+from conftest import ROOT, assert_ok, assert_refused, run_script
+from PIL import Image
+
+from lib.memory_bank import build_loss
+from lib.options import load_script
 
 
 @pytest.mark.slow
@@ -31,3 +38,78 @@ def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
 def test_features_without_labels_cannot_be_measured(tmp_path):
     result = run_script("scripts/benchmark_propagation.py", "--features", tmp_path / "missing")
     assert_refused(result, "missing", "does not exist")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
+    output = tmp_path / "numbers.json"
+    words = ("--arch", "wrn-10-1", "--tasks", "pretrain-cifar", "finetune-cifar", "-b", 8)
+    words += ("--variants", "literal", "ours", "bare", "--rounds", 2, "--steps", 1)
+    printed = assert_ok(run_script("scripts/benchmark_training.py", *words, "--output", output))
+    record = json.loads(output.read_text())
+    assert record["matrix_rate"] > 0
+    for name in ("pretrain-cifar", "finetune-cifar"):
+        found = record["tasks"][name]
+        assert {len(found["images_per_s"][v]) for v in ("literal", "ours", "bare")} == {2}
+        assert printed.count(f"| {name} |") == 3
+        for variant, speeds in found["images_per_s"].items():
+            rate = statistics.median(speeds) * found["flops_per_image"] / record["matrix_rate"]
+            assert found["matrix_share"][variant] == pytest.approx(rate)
+            assert found["peak_mib"][variant]["resident"] > 100
+
+
+@pytest.mark.slow
+def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
+    output = tmp_path / "numbers.json"
+    words = ("--tasks", "pretrain-imagenet", "finetune-imagenet", "--arch", "resnet18", "-b", 2)
+    words += ("--rounds", 1, "--steps", 1, "--output", output)
+    assert_ok(run_script("scripts/benchmark_training.py", *words))
+    tasks = json.loads(output.read_text())["tasks"]
+    assert all(
+        min(speeds) > 0 for found in tasks.values() for speeds in found["images_per_s"].values()
+    )
+
+
+def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    benchmark = load_script("scripts/benchmark_training.py")
+    task = replace(benchmark.TASKS["pretrain-imagenet"], num_images=50, nce_k=6)
+    drawn = {}
+
+    def draw(prob, alias, count):
+        drawn["all"] = torch.randint(50, (count,))
+        return drawn["all"]
+
+    monkeypatch.setattr(benchmark, "_draw", draw)
+    monkeypatch.setattr(benchmark, "_update", lambda memory, *_: drawn.setdefault("memory", memory))
+    v = torch.nn.functional.normalize(torch.randn(4, 128), dim=1)
+    own, other = v.clone().requires_grad_(), v.clone().requires_grad_()
+    indexes = torch.tensor([3, 1, 40, 7])
+    value = benchmark._published_loss(task, torch.device("cpu"))(own, indexes)
+    value.backward()
+    rows = drawn["all"].view(4, -1)
+    monkeypatch.setattr("lib.memory_bank.draw_negatives", lambda *_, **__: rows[:, 1:])
+    criterion = build_loss(6, task.nce_t)
+    again = criterion(other, indexes, drawn["memory"], 0)
+    again.backward()
+    assert value.item() == pytest.approx(again.item(), rel=1e-4)
+    torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_curves_of_all_variants_are_compared_over_the_seeds(tmp_path):
+    words = ("--image-size", 8, "--seeds", 2, "--epochs", 2, "--max-iters", 12, "-b", 256)
+    words += ("--output-dir", tmp_path)
+    printed = assert_ok(run_script("scripts/compare_training.py", *words))
+    results = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    assert len(results) == 4
+    for title, rows in results.items():
+        assert printed.count(f"| {title} |") == 2
+        for row in rows:
+            assert row["difference"] == pytest.approx(row["means"][0] - row["means"][1])
+            assert 0 <= row["p"] <= 1
+    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    before = (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns
+    assert_ok(run_script("scripts/compare_training.py", *words))
+    assert (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns == before
+    assert_refused(run_script("scripts/compare_training.py", *words, "--seeds", 1), "--seeds")

@@ -190,7 +190,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The lines of the log without what the clock and rounding decide."""
-    left_out = ("time", "images_per_s", "data_wait", "meta", "loss")
+    left_out = ("time", "images_per_s", "data_wait", "matrix_share", "meta", "loss")
     return [
         {k: v for k, v in x.items() if k not in left_out} for x in log_lines(folder / "log" / "e")
     ]

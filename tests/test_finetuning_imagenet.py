@@ -68,6 +68,9 @@ OURS = {
     "--stop-after": 0,
     "--precision": "auto",
     "--deterministic": False,
+    "--compile": "",
+    "--loader": "device",
+    "--profile": 0,
 }
 
 
@@ -369,7 +372,8 @@ def test_the_script_measures_its_speed_without_data(tmp_path):
     )
     output = assert_ok(run_script("imagenet-semi.py", *line, "--gpus", "cpu", cwd=tmp_path))
     assert "dummy: 13000 labelled and 0 pseudo-labelled images of 50000, 1000 classes" in output
-    assert "% of the time waiting for images)" in output
+    assert "% of the time waiting for images, " in output
+    assert "% of the matrix rate)" in output
     assert (tmp_path / "checkpoint" / "imagenet-dummy" / "exp" / "ckpt.pth.tar").is_file()
     (line, *_) = [
         x for x in log_lines(tmp_path / "tensorboard/imagenet-dummy/exp") if x["event"] == "train"

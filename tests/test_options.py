@@ -65,6 +65,9 @@ PRETRAINING_OURS = {
     "--momentum": 0.9,
     "--stop-after": 0,
     "--deterministic": False,
+    "--compile": "",
+    "--loader": "device",
+    "--profile": 0,
     "--rng-seed": 0,
     "--gpus": "0",
     "--precision": "auto",
@@ -84,6 +87,9 @@ FINETUNING_OURS = {
     "--iter-size": 1,
     "--stop-after": 0,
     "--deterministic": False,
+    "--compile": "",
+    "--loader": "device",
+    "--profile": 0,
 }
 SCRIPTS = [(pretraining, PRETRAINING, PRETRAINING_OURS), (finetuning, FINETUNING, FINETUNING_OURS)]
 CASES = [
@@ -160,7 +166,7 @@ def test_options_that_change_the_mathematics_are_options(script):
     # what only decides where a run computes, writes, or stops to look
     free = {"data_dir", "num_workers", "gpus", "precision", "resume", "model_dir", "log_dir"}
     free |= {"test_only", "model_root", "log_root", "exp_name", "eval", "eval_freq", "print_freq"}
-    free |= {"stop_after", "deterministic"}
+    free |= {"stop_after", "deterministic", "compile", "profile"}
     free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path
     assert set(script.MATHEMATICS) == known.keys() - free
 

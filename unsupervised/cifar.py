@@ -58,6 +58,8 @@ def check_options(args: argparse.Namespace) -> None:
     options.check_pretraining(args, parser)
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
+    if args.test_only:
+        options.warn_unused(args, parser, "with --test-only", "loader")
     if args.transform_crop == "PadCrop":
         options.warn_unused(args, parser, "with PadCrop", "transform_scale")
 
@@ -66,15 +68,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
     compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
-            *(args.dataset, args.data_dir),
-            image_size=args.image_size,
-            num_workers=distributed.own_workers(args.num_workers),
+            *(args.dataset, args.data_dir), image_size=args.image_size, num_workers=workers
         )
     pretraining.check_images(len(train), args.nce_k)
     ops = instance_ops(args.transform_crop, args.transform_scale)
-    images, settings = Images(train, test, ops), options.values(args, Settings)
+    images = Images(train, test, ops, workers, loader=args.loader)
+    settings = options.values(args, Settings)
     say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; with --test-only that is all it takes
@@ -98,7 +100,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 4. Train
     command = options.resume_command
     return pretraining.train(
-        *(run, settings, images, files, compute), stop_after=args.stop_after, command=command
+        *(run, settings, images, files, compute),
+        stop_after=args.stop_after,
+        profile=args.profile,
+        compile_mode=args.compile,
+        command=command,
     )
 
 

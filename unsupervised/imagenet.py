@@ -109,7 +109,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start-epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.test_only or args.evaluate:
-        options.warn_unused(args, parser, "where a checkpoint is measured", "pretrained")
+        options.warn_unused(args, parser, "where a checkpoint is measured", "loader", "pretrained")
 
 
 def load_measured(args, model, train, source: str):
@@ -134,7 +134,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             in_memory=False,
         )
     pretraining.check_images(len(train), args.nce_k)
-    images = Images(train, test, instance_ops(gray_first=True), workers, args.val_batch_size)
+    ops = instance_ops(gray_first=True)
+    images = Images(train, test, ops, workers, args.val_batch_size, args.loader)
     settings, folder = options.values(args, Settings), Path(args.model_dir)
     say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
@@ -168,6 +169,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         *(run, settings, images, files, compute),
         stop_after=args.stop_after,
         print_freq=args.print_freq,
+        profile=args.profile,
+        compile_mode=args.compile,
         command=options.resume_command,
     )
 

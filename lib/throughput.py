@@ -1,0 +1,137 @@
+"""What the hardware could compute, what a network needs, and where the time of a training step goes."""
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib.devices import Compute
+from lib.distributed import is_main, say, share
+from lib.seeding import generator
+
+LONG_ENOUGH_S = 0.01  # a product that takes this long is not ruled by what it costs to start one
+SMALLEST, LARGEST = 512, 8192  # sides of the products tried
+REPEATS = 3
+WARM_UP = 4  # steps before a trace: the first ones allocate memory and choose algorithms
+TABLE_ROWS = 12  # operations listed beside a trace
+TRACE = "trace.json.gz"
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+COMPILERS = ("g++", "clang++", "gcc", "clang")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a training step asks of the hardware.
+
+    Attributes:
+        per_image: floating point operations of forward and backward, per image.
+        rate: the hardware's operations per second in a large matrix product, all processes together.
+    """
+
+    per_image: float
+    rate: float
+
+    def share(self, images_per_s: float) -> float:
+        """The part of the rate that training uses at that speed."""
+        return images_per_s * self.per_image / self.rate
+
+
+def matrix_rate(compute: Compute) -> float:
+    """Operations per second of a matrix product in the format of the forward pass, 2 n^3 being counted.
+
+    Measured on squares of growing size until one takes `LONG_ENOUGH_S`: a fraction of a second in all.
+    """
+    dtype = torch.bfloat16 if compute.bf16 else torch.float32
+    best, size = 0.0, SMALLEST
+    while True:
+        square = torch.rand(size, size, generator=generator(0, "sample"))
+        square = square.to(compute.device, dtype)
+        torch.mm(square, square)  # the first one chooses its algorithm
+        compute.wait()
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            torch.mm(square, square)
+        compute.wait()
+        seconds = (time.perf_counter() - start) / REPEATS
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > LONG_ENOUGH_S or size >= LARGEST:
+            return best
+        size *= 2
+
+
+def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
+    """Floating point operations of forward and backward for one image, those of matrix products alone.
+
+    Counted on a copy without storage: nothing is computed, and the network stays as it is. Layers in front
+    of all trainable parameters have no backward.
+
+    Args:
+        image_shape: C, H, W.
+    """
+    ghost = copy.deepcopy(model).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        ghost(torch.empty(1, *image_shape, device="meta")).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def arithmetic(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    compute: Compute,
+    *,
+    more_per_image: float = 0.0,
+) -> Arithmetic:
+    """What training `model` asks for, with the rate measured now.
+
+    Args:
+        more_per_image: operations of the loss.
+    """
+    needed = training_flops(model, image_shape) + more_per_image
+    return Arithmetic(needed, matrix_rate(compute) * share().size)
+
+
+def require_compiler() -> None:
+    """Find out before anything else whether torch.compile can make kernels.
+
+    Raises:
+        ValueError: saying what to install.
+    """
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), *COMPILERS))):
+        raise ValueError(
+            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
+            "apt install g++), or leave --compile out"
+        )
+
+
+@contextmanager
+def traced(number: int, folder: Path) -> Iterator[Callable[[], None]]:
+    """Trace `number` training steps of rank 0 after a few to warm up; 0: none.
+
+    Gives a function to be called after each step. At the end of the traced steps, or of the block, the trace
+    lies in `folder` and a table of the costliest operations is printed.
+    """
+    if not number or not is_main():
+        yield lambda: None
+        return
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+
+    def report(done: profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        done.export_chrome_trace(str(folder / TRACE))
+        key = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
+        say(done.key_averages().table(sort_by=key, row_limit=TABLE_ROWS))
+        say(f"trace: {folder / TRACE}; https://ui.perfetto.dev shows it")
+
+    plan = schedule(wait=WARM_UP - 1, warmup=1, active=number, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=report) as profiler:
+        yield profiler.step

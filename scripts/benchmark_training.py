@@ -1,0 +1,574 @@
+"""Images per second of training, ours against a literal rendering of the published step, in the same run.
+
+    python scripts/benchmark_training.py                       # all four scripts
+    python scripts/benchmark_training.py --tasks pretrain-cifar finetune-cifar --rounds 9
+
+Variants, each in a process of its own; they take turns, and while one works the others rest:
+
+    literal    float32 in contiguous order, Pillow transforms in workers, the losses as published, six
+               TensorBoard scalars and a wait for the device at every step
+    ours       what the script does by default, progress line and log included
+    compiled   the same with --compile
+    bare       forward, loss, backward and optimizer step of ours on one batch that is there already
+
+Images are made up: small ones are random bytes, large ones 500 x 375 JPEG files cut from photographs that
+ship inside scikit-image. Prints medians over the rounds, ratios within a round with the least and the
+largest, the share of the hardware's matrix rate, and peak memory (resident, without that of the workers; on
+a GPU also the device's); the same goes to --output as JSON.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from benchmark_input import make_photographs, published_training
+from PIL import Image
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
+
+from datasets import DataSet, build_datasets
+from datasets.images import CIFAR10_STATS, IMAGENET_STATS, ImageSet
+from datasets.transforms import (
+    Augmentation,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    finetune_ops,
+    instance_ops,
+)
+from lib import devices, engine, options, pretraining, provenance, throughput
+from lib.devices import Compute
+from lib.loader import Batches
+from lib.meters import Clock, Mean
+from models import build_model
+
+PHOTOGRAPHS = 256
+PRINT_EVERY = 10  # steps
+NUM_CLASSES = {32: 10, 224: 1000}
+BASELINE, OURS, BARE = "literal", "ours", "bare"
+
+Advance = Callable[[int], None]  # trains so many steps
+
+
+@dataclass(frozen=True)
+class Task:
+    """One script under its published settings.
+
+    Attributes:
+        num_images: rows of the memory bank, 0 in phase 3.
+        batch_size: published; `on_cpu` is what a CPU gets, whose speed per image hardly depends on it.
+        steps: of one visit, on a GPU; `steps_on_cpu` on a CPU.
+    """
+
+    script: str
+    architecture: str
+    image_size: int
+    batch_size: int
+    on_cpu: int
+    steps: int
+    steps_on_cpu: int
+    num_images: int = 0
+    nce_k: int = 0
+    nce_t: float = 0.1
+
+    @property
+    def is_imagenet(self) -> bool:
+        return self.image_size == 224
+
+
+TASKS = {
+    "pretrain-cifar": Task("unsupervised/cifar.py", "wrn-28-2", 32, 128, 128, 60, 10, 50_000),
+    "finetune-cifar": Task("cifar-semi.py", "wrn-28-2", 32, 128, 128, 60, 10),
+    "pretrain-imagenet": Task(
+        *("unsupervised/imagenet.py", "resnet18", 224, 256, 32, 10, 2, 1_281_167, 4096, 0.07)
+    ),
+    "finetune-imagenet": Task("imagenet-semi.py", "resnet50", 224, 256, 32, 10, 2),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="scripts")
+    parser.add_argument(
+        *("--variants", "-v"),
+        nargs="+",
+        choices=VARIANTS,
+        default=[BASELINE, OURS, BARE],
+        help="what to run",
+    )
+    parser.add_argument("--arch", default="", help="another network for all tasks")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=0, help="0: as published, 32 for ImageNet on a CPU"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="of one visit; 0: chosen by the task")
+    parser.add_argument("--rounds", type=int, default=5, help="visits of each variant, in turns")
+    parser.add_argument("-j", "--num-workers", type=int, default=2, help="processes that read")
+    parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
+    options.add_compute(parser)
+    return parser
+
+
+# ------------------------------------------------------------------ the published step, literally
+
+
+class _Pictures(Dataset):
+    """Small images one by one, with Pillow."""
+
+    def __init__(self, data: ImageSet, transform: Callable) -> None:
+        self.pixels, self.targets = data.images.permute(0, 2, 3, 1).numpy(), data.targets.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.targets[index], index
+
+
+class _Files(ImageFolder):
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return *super().__getitem__(index), index
+
+
+class _LinearAverage(torch.autograd.Function):
+    """All similarities, and the bank updated inside backward."""
+
+    @staticmethod
+    def forward(ctx, x, y, memory, temperature, momentum):
+        ctx.save_for_backward(x, memory, y)
+        ctx.numbers = temperature, momentum
+        return torch.mm(x, memory.t()).div(temperature)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, memory, y = ctx.saved_tensors
+        temperature, momentum = ctx.numbers
+        grad_x = torch.mm(grad.div(temperature), memory)
+        _update(memory, x, y, momentum)
+        return grad_x, None, None, None, None
+
+
+class _NCEAverage(torch.autograd.Function):
+    """Similarities to drawn rows, as probabilities; the rows are gathered once more in backward."""
+
+    @staticmethod
+    def forward(ctx, x, y, memory, drawn, z, temperature, momentum):
+        rows = memory.index_select(0, drawn.view(-1)).view(*drawn.shape, -1)
+        out = torch.bmm(rows, x.unsqueeze(2)).squeeze(2).div(temperature).exp()
+        if z[0] < 0:
+            z[0] = out.mean() * len(memory)
+        out = out / z
+        ctx.save_for_backward(x, memory, y, drawn, out)
+        ctx.numbers = temperature, momentum
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, memory, y, drawn, out = ctx.saved_tensors
+        temperature, momentum = ctx.numbers
+        rows = memory.index_select(0, drawn.view(-1)).view(*drawn.shape, -1)
+        grad_x = torch.bmm((grad * out).div(temperature).unsqueeze(1), rows).squeeze(1)
+        _update(memory, x, y, momentum)
+        return grad_x, None, None, None, None, None, None
+
+
+def _update(memory: Tensor, x: Tensor, y: Tensor, momentum: float) -> None:
+    mixed = memory.index_select(0, y) * momentum + x * (1 - momentum)
+    memory.index_copy_(0, y, mixed / mixed.pow(2).sum(1, keepdim=True).pow(0.5))
+
+
+def _draw(prob: Tensor, alias: Tensor, count: int) -> Tensor:
+    """`count` numbers by the alias method, of equal probability here."""
+    place = torch.randint(len(prob), (count,), device=prob.device)
+    keep = torch.bernoulli(prob[place]).long()
+    return place * keep + alias[place] * (1 - keep)
+
+
+def _published_loss(task: Task, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    n, dim = task.num_images, 128
+    memory = (
+        torch.rand(n, dim, device=device).mul_(2 / (dim / 3) ** 0.5).add_(-1 / (dim / 3) ** 0.5)
+    )
+    if not task.nce_k:
+        criterion = nn.CrossEntropyLoss()
+        return lambda x, y: criterion(_LinearAverage.apply(x, y, memory, task.nce_t, 0.5), y)
+    z = torch.tensor([-1.0], device=device)
+    prob = torch.ones(n, device=device)
+    alias = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        drawn = _draw(prob, alias, len(x) * (task.nce_k + 1)).view(len(x), -1)
+        drawn[:, 0] = y
+        p = _NCEAverage.apply(x, y, memory, drawn, z, task.nce_t, 0.5)
+        noise = task.nce_k / n
+        positive = (p[:, 0] / (p[:, 0] + noise + 1e-7)).log().sum()
+        negative = (noise / (p[:, 1:] + noise + 1e-7)).log().sum()
+        return -(positive + negative) / len(x)
+
+    return loss
+
+
+def _classic_transform(task: Task) -> transforms.Compose:
+    if task.is_imagenet:
+        return published_training() if task.num_images else _classic_finetuning()
+    normalise = [transforms.ToTensor(), transforms.Normalize(*CIFAR10_STATS)]
+    chain = [transforms.RandomCrop(32, padding=4, padding_mode="reflect")]
+    if task.num_images:
+        chain = [
+            transforms.RandomResizedCrop(32, scale=(0.2, 1.0)),
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            transforms.RandomGrayscale(0.2),
+        ]
+    return transforms.Compose([*chain, transforms.RandomHorizontalFlip(), *normalise])
+
+
+def _classic_finetuning() -> transforms.Compose:
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(*IMAGENET_STATS),
+        ]
+    )
+
+
+def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -> Advance:
+    """The published loop: float32, one image at a time, a wait and six scalars at every step."""
+    transform = _classic_transform(task)
+    data = _Files(folder / "train", transform) if task.is_imagenet else None
+    loader = DataLoader(
+        data or _Pictures(random_images(32), transform),
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=compute.device.type == "cuda",
+    )
+    items = itertools.chain.from_iterable(loader for _ in itertools.count())
+    outputs = 128 if task.num_images else NUM_CLASSES[task.image_size]
+    words = {"normalize": bool(task.num_images), "imagenet": task.is_imagenet}
+    net = build_model(task.architecture, outputs, **words).to(compute.device)
+    nesterov = not task.is_imagenet
+    sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=nesterov)
+    supervised = nn.CrossEntropyLoss()
+    contrastive = _published_loss(task, compute.device) if task.num_images else None
+    writer, counter = SummaryWriter(tempfile.mkdtemp(dir=folder)), itertools.count()
+    net.train()
+
+    def advance(steps: int) -> None:
+        end = time.time()
+        for step, (images, targets, indexes) in zip(
+            itertools.islice(counter, steps), items, strict=False
+        ):
+            waited = time.time() - end
+            images, targets = images.to(compute.device), targets.to(compute.device)
+            indexes = indexes.to(compute.device)
+            out = net(images)
+            loss = contrastive(out, indexes) if contrastive else supervised(out, targets)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            scalars = {"loss": loss.item(), "lr": 0.01, "waited": waited, "epoch": 0}
+            if not contrastive:
+                ranked = out.topk(5, dim=1).indices.eq(targets[:, None])
+                scalars["top1"] = ranked[:, :1].float().sum().item() / len(out)
+                scalars["top5"] = ranked.float().sum().item() / len(out)
+            scalars["seconds"] = time.time() - end
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            end = time.time()
+
+    return advance
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+
+def random_images(size: int) -> ImageSet:
+    """As many as CIFAR-10 has; their bytes do not matter to the speed."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50_000, 3, size, size), dtype=torch.uint8, generator=rng)
+    targets = torch.randint(NUM_CLASSES[size], (len(images),), generator=rng)
+    names = tuple(f"class{i}" for i in range(NUM_CLASSES[size]))
+    return ImageSet("random", images, targets, names, CIFAR10_STATS)
+
+
+def training_data(task: Task, folder: Path, args: argparse.Namespace) -> DataSet:
+    if not task.is_imagenet:
+        return random_images(task.image_size)
+    words = {"image_size": task.image_size, "num_workers": args.num_workers, "in_memory": False}
+    return build_datasets("folder", str(folder), **words)[0]
+
+
+def augmentation_of(task: Task, data: DataSet) -> Augmentation:
+    if task.num_images:
+        ops = instance_ops(gray_first=task.is_imagenet)
+    elif task.is_imagenet:
+        ops = [RandomResizedCrop(0.08), RandomHorizontalFlip()]
+    else:
+        ops = finetune_ops()
+    return Augmentation(ops, data.stats)
+
+
+def settings_of(task: Task, batch_size: int) -> pretraining.Settings:
+    return pretraining.Settings(
+        architecture=task.architecture,
+        low_dim=128,
+        lr=0.01,
+        lr_scheduler="cosine",
+        momentum=0.9,
+        weight_decay=5e-4,
+        batch_size=batch_size,
+        iter_size=1,
+        epochs=1,
+        rng_seed=0,
+        nce_k=task.nce_k,
+        nce_t=task.nce_t,
+        nce_m=0.5,
+        nce_loss="nce",
+        nce_z="moving-average",
+    )
+
+
+def _classifier(task: Task, compute: Compute) -> nn.Module:
+    classes = NUM_CLASSES[task.image_size]
+    return compute.prepare(build_model(task.architecture, classes, imagenet=task.is_imagenet))
+
+
+def _pretraining_run(task: Task, batch_size: int, compute: Compute) -> pretraining.Run:
+    settings = settings_of(task, batch_size)
+    model = pretraining.build_network(settings, compute, imagenet=task.is_imagenet)
+    return pretraining.start(model, settings, task.num_images, compute, imagenet=task.is_imagenet)
+
+
+def ours(
+    task: Task, folder: Path, args: argparse.Namespace, compute: Compute, *, compiled: bool = False
+) -> Advance:
+    """The script's own loop, its meters and its line every few steps."""
+    data = training_data(task, folder, args)
+    words = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    batches = Batches(data, augmentation_of(task, data), compute, **words)
+    if task.num_images:
+        run = _pretraining_run(task, args.batch_size, compute)
+        model, parts = run.model, (run.bank, run.criterion, run.optimizer)
+        endless = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+        steps = engine.pretrain(model, *parts, endless, _constant, compute, first_step=0)
+    else:
+        model = _classifier(task, compute)
+        optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
+        endless = batches.stream(torch.arange(len(data)), 0, 10**6)
+        about = data.targets, torch.ones(len(data)), _constant, compute
+        criterion = nn.CrossEntropyLoss(reduction="none")
+        steps = engine.finetune(model, criterion, optimizer, endless, *about, first_step=0)
+    if compiled:
+        model.compile()
+    return partial(_advance, steps, Mean(), Clock(lambda: batches.waited_s))
+
+
+def _constant(_: int) -> float:
+    return 0.01
+
+
+def _advance(steps: Iterator[engine.Step], loss: Mean, clock: Clock, number: int) -> None:
+    for step in itertools.islice(steps, number):
+        loss.update(step.loss, step.batch_size)
+        clock.count(step.batch_size)
+        if step.number % PRINT_EVERY == 0:
+            _ = f"{loss.value:.4f} {clock.lap()}"
+
+
+def bare(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -> Advance:
+    """What is left when nothing has to be read, augmented, counted or remembered."""
+    images = torch.randn(args.batch_size, 3, task.image_size, task.image_size)
+    images = images.to(compute.device, memory_format=torch.channels_last)
+    indexes = torch.arange(args.batch_size, device=compute.device)
+    if task.num_images:
+        run = _pretraining_run(task, args.batch_size, compute)
+        model, optimizer = run.model, run.optimizer
+        loss = lambda v: run.criterion(v, indexes, run.bank.memory, 0)  # noqa: E731
+    else:
+        model = _classifier(task, compute)
+        optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
+        loss = lambda z: F.cross_entropy(z.float(), indexes % z.shape[1])  # noqa: E731
+    model.train()
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with compute.autocast():
+                outputs = model(images)
+            loss(outputs).backward()
+            optimizer.step()
+
+    return advance
+
+
+VARIANTS = {BASELINE: literal, OURS: ours, "compiled": partial(ours, compiled=True), BARE: bare}
+
+
+# ---------------------------------------------------------------------------------- taking turns
+
+
+def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
+    """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
+    torch.manual_seed(0)
+    compute = devices.select(args.gpus, args.precision)
+    advance = VARIANTS[variant](task, folder, args, compute)
+    while steps := pipe.recv():
+        start = time.perf_counter()
+        advance(steps)
+        compute.wait()
+        pipe.send(time.perf_counter() - start)
+    peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    if compute.device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(compute.device) / 2**20
+    pipe.send(peaks)
+
+
+@dataclass
+class Runner:
+    """A process that trains one variant."""
+
+    process: multiprocessing.Process
+    pipe: multiprocessing.connection.Connection
+
+    def ask(self, what: int | None) -> float | dict[str, float]:
+        self.pipe.send(what)
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise ValueError(f"the process of {self.process.name} ended, see above") from None
+
+
+def start_runners(task: Task, folder: Path, args: argparse.Namespace) -> dict[str, Runner]:
+    context, runners = multiprocessing.get_context("spawn"), {}
+    for variant in args.variants:
+        here, there = context.Pipe()
+        words = (variant, task, folder, args, there)
+        process = context.Process(target=_worker, args=words, name=variant)
+        process.start()
+        there.close()
+        runners[variant] = Runner(process, here)
+    return runners
+
+
+def measure(
+    task: Task, folder: Path, args: argparse.Namespace, compute: Compute, bar: tqdm
+) -> dict:
+    """Speeds of each variant, images/s by round, and its peaks."""
+    on_cpu = compute.device.type == "cpu"
+    args = argparse.Namespace(**vars(args))
+    args.batch_size = args.batch_size or (task.on_cpu if on_cpu else task.batch_size)
+    steps = args.steps or (task.steps_on_cpu if on_cpu else task.steps)
+    runners = start_runners(task, folder, args)
+    speeds: dict[str, list[float]] = {variant: [] for variant in runners}
+    try:
+        for runner in runners.values():
+            runner.ask(2)  # memory is allocated, algorithms are chosen, kernels compiled
+        for _ in range(args.rounds):
+            for variant, runner in runners.items():
+                speeds[variant].append(steps * args.batch_size / runner.ask(steps))
+                bar.update()
+        peaks = {variant: runner.ask(None) for variant, runner in runners.items()}
+    finally:
+        for runner in runners.values():
+            runner.process.terminate()
+            runner.process.join()
+    return {
+        "batch_size": args.batch_size,
+        "steps": steps,
+        "images_per_s": speeds,
+        "peak_mib": peaks,
+    }
+
+
+def ratio(found: dict, variant: str, over: str) -> tuple[float, float, float]:
+    """Median, least and largest over the rounds."""
+    pairs = zip(found["images_per_s"][variant], found["images_per_s"][over], strict=True)
+    ratios = [one / other for one, other in pairs]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def with_share(task: Task, found: dict, rate: float, compute: Compute) -> dict:
+    """Adds the network's operations per image, and what share of `rate` our speed makes."""
+    if task.num_images:
+        run = _pretraining_run(task, found["batch_size"], compute)
+        model, more = run.model, run.criterion.flops(task.num_images, 128)
+    else:
+        model, more = _classifier(task, compute), 0.0
+    per_image = more + throughput.training_flops(model, (3, task.image_size, task.image_size))
+    shares = {
+        variant: statistics.median(speeds) * per_image / rate
+        for variant, speeds in found["images_per_s"].items()
+    }
+    return found | {"flops_per_image": per_image, "matrix_share": shares}
+
+
+def table(results: dict[str, dict], variants: list[str]) -> str:
+    """Markdown, a row for each task and variant."""
+    lines = [
+        "| task | variant | images/s | against literal | against bare | of the matrix rate | peak MiB |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, found in results.items():
+        for variant in variants:
+            cells = [name, variant, f"{statistics.median(found['images_per_s'][variant]):.0f}"]
+            for other in (BASELINE, BARE):
+                known = other in variants and variant != other
+                words = (
+                    "{:.2f} ({:.2f}, {:.2f})".format(*ratio(found, variant, other)) if known else ""
+                )
+                cells.append(words)
+            cells.append(f"{100 * found['matrix_share'][variant]:.0f}%")
+            cells.append(" / ".join(f"{peak:.0f}" for peak in found["peak_mib"][variant].values()))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    options.require_positive(args, "rounds")
+    options.require_not_negative(args, "steps", "batch_size", "num_workers")
+    compute = devices.select(args.gpus, args.precision)
+    rate = throughput.matrix_rate(compute)
+    print(f"{compute}; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    tasks = {name: TASKS[name] for name in args.tasks}
+    if args.arch:
+        tasks = {name: replace(task, architecture=args.arch) for name, task in tasks.items()}
+    results = {}
+    total = len(tasks) * len(args.variants) * args.rounds
+    with tempfile.TemporaryDirectory() as made, tqdm(total=total, unit="visit") as bar:
+        if any(task.is_imagenet for task in tasks.values()):
+            make_photographs(Path(made), PHOTOGRAPHS)
+        for name, task in tasks.items():
+            bar.set_description(name)
+            found = measure(task, Path(made), args, compute, bar)
+            results[name] = with_share(task, found, rate, compute)
+    print(table(results, args.variants))
+    if args.output:
+        record = {"device": str(compute), "matrix_rate": rate, "tasks": results}
+        record["meta"] = provenance.record(vars(args))
+        Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())

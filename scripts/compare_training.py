@@ -1,0 +1,171 @@
+"""Whether bf16 and the batched augmentation learn what float32 and Pillow do: curves over several seeds.
+
+    python scripts/compare_training.py --dataset folder --data-dir DIR --output-dir checkpoint/compare
+
+Trains both phases in three variants for each seed, by the scripts' own command lines, and reads their logs:
+
+    fp32             --precision fp32
+    bf16             --precision bf16
+    bf16, workers    --precision bf16 --loader workers: one image at a time with Pillow, as published
+
+Phase 1 is unsupervised/cifar.py; phase 3 is cifar-semi.py from scratch on all labels, whose loss is clearest.
+A seed gives the first two the same start, batches and augmentation, and the third other random numbers for
+it. Prints mean and deviation over the seeds of the last loss and accuracy, the difference to the baseline,
+and the p-value of Welch's t-test; the picture has the whole curves. Runs that are finished are not repeated.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from scipy.stats import ttest_ind
+from torch import Tensor
+from tqdm import tqdm
+
+from lib import options, plots, provenance
+
+VARIANTS = {
+    "fp32": ("--precision", "fp32"),
+    "bf16": ("--precision", "bf16"),
+    "bf16, workers": ("--precision", "bf16", "--loader", "workers"),
+}
+COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"))
+
+
+class Curve(NamedTuple):
+    """What is read of a log: which event's value, and what to call it."""
+
+    title: str
+    event: str
+    value: str
+
+
+CURVES = {
+    1: (
+        Curve("phase 1: loss", "epoch", "loss"),
+        Curve("phase 1: kNN accuracy", "epoch", "knn_top1"),
+    ),
+    3: (Curve("phase 3: loss", "train", "loss"), Curve("phase 3: test accuracy", "test", "top1")),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = options.parser(__doc__)
+    options.add_data(parser)
+    options.add_model(parser)
+    parser.set_defaults(dataset="patches", architecture="wrn-10-1")
+    parser.add_argument(
+        "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="which"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--epochs", type=int, default=8, help="of phase 1")
+    parser.add_argument("--max-iters", type=int, default=600, help="steps of phase 3")
+    parser.add_argument("--lr", type=float, default=0.1, help="of both phases, one-cycle")
+    parser.add_argument("-b", "--batch-size", type=int, default=128, help="images per step")
+    parser.add_argument(
+        "--output-dir", default="checkpoint/compare", metavar="DIR", help="logs, picture, numbers"
+    )
+    return parser
+
+
+def words_of(args: argparse.Namespace, phase: int, folder: Path) -> list[str]:
+    """The command line of a phase but for the variant and the seed."""
+    common = ["--dataset", args.dataset, "--data-dir", args.data_dir, "-j", args.num_workers]
+    common += ["--image-size", args.image_size, "--arch", args.architecture, "-b", args.batch_size]
+    common += ["--lr", args.lr, "--lr-scheduler", "one-cycle"]
+    if phase == 1:
+        own = ["--epochs", args.epochs, "--model-dir", folder, "--log-dir", folder]
+    else:
+        every = max(1, args.max_iters // 30)
+        own = ["--max-iters", args.max_iters, "--num-labeled", "all", "--print-freq", every]
+        own += ["--eval-freq", max(1, args.max_iters // 6), "--model-root", folder.parent]
+        own += ["--log-root", folder.parent, "--exp-name", folder.name]
+    return [str(word) for word in common + own]
+
+
+def train(args: argparse.Namespace, phase: int, variant: str, seed: int) -> list[dict]:
+    """The lines of the log of one run, which is made unless it is there."""
+    name = f"phase{phase}-{variant.replace(', ', '-')}-{seed}"
+    folder = Path(args.output_dir) / name
+    done, log = folder / "done.json", folder / "log.jsonl"
+    words = [*words_of(args, phase, folder), *VARIANTS[variant], "--rng-seed", str(seed)]
+    if not (done.is_file() and json.loads(done.read_text()) == words):
+        log.unlink(missing_ok=True)
+        script = options.load_script("unsupervised/cifar.py" if phase == 1 else "cifar-semi.py")
+        script.main(script.build_parser().parse_args(words))
+        done.write_text(json.dumps(words))
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def read(lines: list[dict], curve: Curve) -> dict[int, float]:
+    """Value by step."""
+    found = (line for line in lines if line["event"] == curve.event)
+    return {line["step"]: line[curve.value] for line in found}
+
+
+def compare(values: dict[str, Tensor]) -> list[dict]:
+    """The last values of each variant, seeds x steps, against those of its baseline."""
+    rows = []
+    for variant, baseline in COMPARED:
+        one, other = (values[name][:, -1] for name in (variant, baseline))
+        rows.append(
+            {
+                "variant": variant,
+                "baseline": baseline,
+                "means": [float(one.mean()), float(other.mean())],
+                "deviations": [float(one.std()), float(other.std())],
+                "difference": float(one.mean() - other.mean()),
+                "p": float(ttest_ind(one, other, equal_var=False).pvalue),
+            }
+        )
+    return rows
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    lines = [
+        "| | compared | mean ± deviation | baseline | difference | p |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, rows in results.items():
+        for row in rows:
+            pairs = zip(row["means"], row["deviations"], strict=True)
+            one, other = (f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in pairs)
+            names = f"{row['variant']} with {row['baseline']}"
+            cells = [title, names, one, other, f"{row['difference']:+.3f}", f"{row['p']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    options.require_positive(args, "seeds", "epochs", "max_iters", "lr", "batch_size")
+    if args.seeds < 2:
+        raise ValueError("--seeds 1: the noise between seeds takes two of them at least")
+    output = options.writable_folder("--output-dir", args.output_dir)
+    runs = [(p, v, s) for s in range(args.seeds) for p in args.phases for v in VARIANTS]
+    logs = {run: train(args, *run) for run in tqdm(runs, unit="run")}
+    panels: dict[str, dict[str, tuple[list[int], Tensor]]] = {}
+    for phase in args.phases:
+        for curve in CURVES[phase]:
+            panels[curve.title] = {}
+            for variant in VARIANTS:
+                seeds = [read(logs[phase, variant, seed], curve) for seed in range(args.seeds)]
+                values = torch.tensor([list(one.values()) for one in seeds], dtype=torch.float64)
+                panels[curve.title][variant] = list(seeds[0]), values
+    results = {
+        title: compare({name: values for name, (_, values) in variants.items()})
+        for title, variants in panels.items()
+    }
+    plots.training_curves(panels).savefig(output / "curves.png", dpi=120)
+    record = {"results": results, "meta": provenance.record(vars(args))}
+    (output / "numbers.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(table(results))
+    print(f"written: {output / 'curves.png'}, {output / 'numbers.json'}")
+
+
+if __name__ == "__main__":
+    options.run(main, build_parser())
