@@ -18,6 +18,7 @@ a GPU also the device's); the same goes to --output as JSON.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,6 +63,7 @@ from models import build_model
 
 PHOTOGRAPHS = 256
 PRINT_EVERY = 10  # steps
+LAST_WORDS_S = 30.0  # for a process to end by itself
 NUM_CLASSES = {32: 10, 224: 1000}
 BASELINE, OURS, BARE = "literal", "ours", "bare"
 
@@ -272,6 +275,7 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute
     supervised = nn.CrossEntropyLoss()
     contrastive = _published_loss(task, compute.device) if task.num_images else None
     writer, counter = SummaryWriter(tempfile.mkdtemp(dir=folder)), itertools.count()
+    Finalize(None, writer.close, exitpriority=100)  # its thread would outlive what it reads from
     net.train()
 
     def advance(steps: int) -> None:
@@ -433,7 +437,7 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     torch.manual_seed(0)
     compute = devices.select(args.gpus, args.precision)
     advance = VARIANTS[variant](task, folder, args, compute)
-    while steps := pipe.recv():
+    while steps := _order(pipe):
         start = time.perf_counter()
         advance(steps)
         compute.wait()
@@ -441,7 +445,14 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if compute.device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(compute.device) / 2**20
-    pipe.send(peaks)
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for them where another process failed
+        pipe.send(peaks)
+
+
+def _order(pipe: multiprocessing.connection.Connection) -> int | None:
+    with contextlib.suppress(EOFError):
+        return pipe.recv()
+    return None
 
 
 @dataclass
@@ -491,8 +502,9 @@ def measure(
         peaks = {variant: runner.ask(None) for variant, runner in runners.items()}
     finally:
         for runner in runners.values():
+            runner.pipe.close()  # one that still waits for orders ends by that
+            runner.process.join(LAST_WORDS_S)
             runner.process.terminate()
-            runner.process.join()
     return {
         "batch_size": args.batch_size,
         "steps": steps,
