@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import unpickling
-from lib.files import free_bytes, write_whole
+from lib.files import write_whole
 
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel / DDP, torch.compile
 NETWORKS = ("net", "state_dict")  # where CIFAR and ImageNet checkpoints keep their weights
@@ -53,20 +53,9 @@ def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
 
 def _replace(path: Path, buffer: io.BytesIO) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(buffer.getbuffer(), path)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {path} ({buffer.getbuffer().nbytes} bytes, {_free_bytes(path.parent)} "
-            f"free): {error.strerror or error}; whatever stood there before is intact"
-        ) from error
-
-
-def _free_bytes(folder: Path) -> int | str:
-    try:
-        return free_bytes(folder)
-    except OSError:
-        return "an unknown number"
+        raise ValueError(error.strerror) from error
 
 
 class _Stream(io.FileIO):

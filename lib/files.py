@@ -12,22 +12,36 @@ READ_BYTES = 1 << 20
 def write_whole(data: bytes | memoryview, path: Path) -> None:
     """Write `data` so that `path` holds either the old bytes or the new ones, never a part.
 
-    Written beside the target under one fixed name, flushed to the disk, then renamed.
+    Written beside the target under one fixed name, flushed to the disk, then renamed. Missing folders are
+    made.
 
     Raises:
-        OSError: if it cannot be written; the old file stays and nothing else is left.
+        OSError: if it cannot be written, its `strerror` naming the path, the bytes needed and those free;
+            the old file stays and nothing else is left.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         put_in_place(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):  # half a file on a full disk helps nobody
             temporary.unlink()
-        raise
+        raise OSError(error.errno, _failure(path, len(data), error)) from error
+
+
+def _failure(path: Path, num_bytes: int, error: OSError) -> str:
+    try:
+        free: int | str = free_bytes(path.parent)
+    except OSError:
+        free = "an unknown number"
+    return (
+        f"cannot write {path} ({num_bytes} bytes, {free} free): {error.strerror or error}; whatever stood "
+        "there before is intact"
+    )
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

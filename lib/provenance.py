@@ -72,7 +72,9 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[
 
 
 def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """One line where a run goes on in another `--precision`: allowed, but not to the same bits."""
-    before = saved.get("options", {}).get("precision", now["options"]["precision"])
-    if before != now["options"]["precision"]:
-        say(f"--precision was {before}, is {now['options']['precision']}: goes on in that")
+    """A line where a run goes on with other rounding: allowed, but not to the same bits."""
+    before, after = saved.get("options", {}), now["options"]
+    for name in ("precision", "compile"):
+        if name in before and before[name] != after.get(name, ""):
+            was, now_is = (one.get(name) or "off" for one in (before, after))
+            say(f"--{name} was {was}, is {now_is}: goes on with that, not to the same bits")

@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from benchmark_input import make_photographs, published_training
 from PIL import Image
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
@@ -61,6 +60,7 @@ from lib.loader import Batches
 from lib.meters import Clock, Mean
 from models import build_model
 
+benchmark_input = options.load_script("scripts/benchmark_input.py")
 PHOTOGRAPHS = 256
 PRINT_EVERY = 10  # steps
 LAST_WORDS_S = 30.0  # for a process to end by itself
@@ -230,7 +230,7 @@ def _published_loss(task: Task, device: torch.device) -> Callable[[Tensor, Tenso
 
 def _classic_transform(task: Task) -> transforms.Compose:
     if task.is_imagenet:
-        return published_training() if task.num_images else _classic_finetuning()
+        return benchmark_input.published_training() if task.num_images else _classic_finetuning()
     normalise = [transforms.ToTensor(), transforms.Normalize(*CIFAR10_STATS)]
     chain = [transforms.RandomCrop(32, padding=4, padding_mode="reflect")]
     if task.num_images:
@@ -569,7 +569,7 @@ def main(args: argparse.Namespace) -> None:
     total = len(tasks) * len(args.variants) * args.rounds
     with tempfile.TemporaryDirectory() as made, tqdm(total=total, unit="visit") as bar:
         if any(task.is_imagenet for task in tasks.values()):
-            make_photographs(Path(made), PHOTOGRAPHS)
+            benchmark_input.make_photographs(Path(made), PHOTOGRAPHS)
         for name, task in tasks.items():
             bar.set_description(name)
             found = measure(task, Path(made), args, compute, bar)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,39 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+# The only reasons to skip a test, and whether they hold on this machine. Any other skip, an expected
+# failure included, fails: what a Linux CPU can run, it runs.
+ALLOWED_SKIPS = {"needs CUDA": not torch.cuda.is_available()}
+
+
+def _refuse_other_skips(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a report of a skip that is not allowed into one of a failure."""
+    if not report.skipped:
+        return
+    where = report.longrepr
+    reason = str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")
+    reason = getattr(report, "wasxfail", reason)
+    if hasattr(report, "wasxfail") or not ALLOWED_SKIPS.get(reason, False):
+        vars(report).pop("wasxfail", None)
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} was skipped ({reason}); conftest.ALLOWED_SKIPS lists why one may be"
+        )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_other_skips(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_other_skips(report)
+    return report
 
 
 def run_script(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, assert_ok, assert_refused, run_script
+from conftest import assert_ok, assert_refused, run_script
 from PIL import Image
 
 from lib.memory_bank import build_loss
@@ -71,7 +71,6 @@ def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
 
 
 def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     benchmark = load_script("scripts/benchmark_training.py")
     task = replace(benchmark.TASKS["pretrain-imagenet"], num_images=50, nce_k=6)
     drawn = {}

@@ -10,7 +10,7 @@ from conftest import ROOT, assert_ok
 from test_finetuning import fake_venv
 from test_pretraining import call, make_folder
 
-from lib import distributed, options
+from lib import distributed, options, provenance
 from lib import finetuning as phase3
 from lib import pretraining as phase1
 from lib.distributed import Share
@@ -155,6 +155,17 @@ def test_going_on_in_another_precision_is_said_in_one_line(
     assert "--precision was" not in capsys.readouterr().out
     call(script, *again, "auto")
     assert capsys.readouterr().out.count("--precision was fp32, is auto") == 1
+
+
+def test_going_on_with_other_kernels_is_said_too(capsys):
+    before = {"options": {"precision": "bf16", "compile": "", "loader": "device"}}
+    after = {"options": {"precision": "bf16", "compile": "default", "loader": "device"}}
+    provenance.say_precision(before, after)
+    assert "--compile was off, is default" in capsys.readouterr().out
+    provenance.say_precision(
+        {"options": {"precision": "bf16"}}, after
+    )  # of before there was --compile
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", IMAGENET)
