@@ -78,6 +78,22 @@ def test_chunks_hold_every_unlabelled_image_once_in_no_order_of_classes(cache, i
         assert part.meta["options"]["chunks"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["knn-imagenet", "nc-imagenet"])
+def test_the_same_parameters_give_the_same_bytes(cache, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # somebody may commit meanwhile, and that is recorded
+    written = set()
+    for place in ("a", "b", "c"):
+        (tmp_path / place).mkdir()
+        run(name, cache, tmp_path / place, chunks=2, **(QUICK if name[0] == "n" else {}))
+        parts = sorted((tmp_path / place).rglob("2_*.pth.tar"))
+        written.add(b"".join(path.read_bytes() for path in parts))
+    assert len(written) == 1
+    meta = pseudo_labels.load(parts[-1]).meta
+    assert {"options", "versions", "git_commit", "data_digest"} <= meta.keys()
+    assert meta["options"]["seed"] == 0
+
+
 def test_the_table_holds_top_1_and_top_5_precision_of_all_chunks(cache, in_chunks):
     folder, notebook = in_chunks
     targets = checkpoint.load(cache["train"])["labels"]
