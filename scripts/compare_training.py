@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="which"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--epochs", type=int, default=8, help="of phase 1")
-    parser.add_argument("--max-iters", type=int, default=600, help="steps of phase 3")
+    parser.add_argument("--epochs", type=int, default=20, help="of phase 1")
+    parser.add_argument("--max-iters", type=int, default=400, help="steps of phase 3")
     parser.add_argument("--lr", type=float, default=0.1, help="of both phases, one-cycle")
     parser.add_argument("-b", "--batch-size", type=int, default=128, help="images per step")
     parser.add_argument(
