@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,19 @@ def _as_list(items: list) -> list:
     return items
 
 
+def _surviving(loader: DataLoader) -> Iterator[list]:
+    """The batches of `loader`; where a process of it has died, that in words."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that decodes images has ended, killed perhaps for want of memory ({error}); fewer "
+            "of them (-j) need less"
+        ) from error
+
+
 def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[torch.Tensor, str]:
     """Decode files into N x 3 x S x S bytes, in the order of `paths`.
 
@@ -78,10 +92,10 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
     with tqdm(
         total=len(paths), desc="reading images", unit="img", leave=False, disable=None
     ) as bar:
-        for batch in loader:
+        for batch in _surviving(loader):
             for index, image, contents[index] in batch:
                 if isinstance(image, str):
-                    problems.append(f"  {paths[index]}: {image}")
+                    problems.append(f"  image {index}, {paths[index]}: {image}")
                 else:
                     images[index] = torch.from_numpy(image)
             bar.update(len(batch))

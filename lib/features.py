@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasets import DataSet, FileSet, build_datasets
 from datasets.files import Resizing
 from datasets.transforms import Augmentation
-from lib import backbones, checkpoint
+from lib import backbones, checkpoint, provenance
 from lib.devices import Compute, select
 from lib.distributed import (
     all_gather_rows,
@@ -120,7 +120,7 @@ class FeatureSet:
         return {
             "train_features": self.features,
             "train_labels": self.targets,
-            "meta": facts | meta,
+            "meta": facts | provenance.made_by() | meta,
         }
 
 

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lib import checkpoint
+from lib import checkpoint, provenance
 from lib.neighbors import BLOCK_BYTES, Neighbors, nearest_neighbors
 
 LEAST_SCALE = 1e-5  # of a local scale: below, distances of float32 vectors are rounding
@@ -199,7 +199,7 @@ def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any
         "col": torch.from_numpy(affinity.indices),
         "values": torch.from_numpy(affinity.data),
         "shape": list(affinity.shape),
-        "meta": dict(meta),
+        "meta": provenance.made_by() | dict(meta),
     }
     checkpoint.save(state, path)
 

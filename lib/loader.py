@@ -148,12 +148,13 @@ def _surviving(loader: DataLoader) -> Iterator[Any]:
         ValueError: where the item of a dead worker is missed. By itself torch raises wherever the program
             is at that moment.
     """
-    handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if threading.current_thread() is threading.main_thread() and handler is not None:
-        signal.signal(signal.SIGCHLD, handler)
+    handler, items = signal.getsignal(signal.SIGCHLD), None
     while True:
         try:
+            if items is None:
+                items = iter(loader)
+                if threading.current_thread() is threading.main_thread() and handler is not None:
+                    signal.signal(signal.SIGCHLD, handler)
             item = next(items, None)
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):

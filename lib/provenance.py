@@ -32,12 +32,14 @@ def git_commit() -> str:
 
 def record(options: Mapping[str, Any], data_digest: str = "") -> dict[str, Any]:
     """A dict of plain values to store under `meta` in every file that we write."""
+    plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in options.items()}
+    return {"options": plain, "data_digest": data_digest, **made_by()}
+
+
+def made_by() -> dict[str, Any]:
+    """Commit and versions, for files whose own keys say of what data and by what options they are."""
     return {
-        "options": {
-            k: v if isinstance(v, bool | int | float) else str(v) for k, v in options.items()
-        },
         "git_commit": git_commit(),
-        "data_digest": data_digest,
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),  # a str subclass that a safe loader refuses

@@ -1,7 +1,9 @@
 """The data sets: what is in them, and what happens when something is wrong with the files."""
 
 import hashlib
+import os
 import pickle
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -199,6 +201,13 @@ def test_worker_processes_give_the_same_images_in_the_same_order(tmp_path, monke
     root = tree(tmp_path)
     paths = [str(p) for p in sorted(root.rglob("*.*"))] * 30
     assert torch.equal(read_images(paths, 16, 2)[0], read_images(paths, 16, 0)[0])
+
+
+def test_a_process_that_dies_while_it_decodes_is_told_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.folder.FEW_FILES", 1)
+    monkeypatch.setattr("datasets.folder.decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ValueError, match=r"a process that decodes images has ended.*\(-j\)"):
+        read_images([str(write(tmp_path / "a.png"))], 16, 1)
 
 
 def test_a_class_that_only_the_test_folder_has_is_refused(tmp_path):

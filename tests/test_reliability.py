@@ -312,7 +312,7 @@ def test_every_planted_fault_is_named_with_its_path_and_nothing_is_written(name,
     with pytest.raises(ValueError, match="cannot be read") as caught:
         call(SCRIPTS[name], *line, *more)
     for fault in faults:
-        assert str(fault) in str(caught.value)
+        assert re.search(rf"image \d+, {re.escape(str(fault))}", str(caught.value))
     assert not list(folder.rglob("*ckpt*"))
     assert not list(folder.rglob("*features*"))
 
@@ -359,7 +359,7 @@ def test_a_reading_process_that_dies_ends_the_run_and_leaves_the_checkpoint(
         readers = run.children()
         os.kill(readers[0], signal.SIGKILL)
         code, said, seconds = run.end()
-    assert code in (1, 2), said
+    assert code == 2, said
     assert seconds < 60
     assert run.outlived_by(readers) == []
     assert last(name, tmp_path / "run")["step"] >= 1
@@ -511,14 +511,16 @@ def test_a_read_only_folder_is_refused_before_any_work_and_left_as_it_is(name, w
 def test_every_file_says_what_made_it(name, world, tmp_path):
     folder = prepare(name, world, tmp_path)
     call(SCRIPTS[name], *words(name, world, folder), "--rng-seed", 3)
-    paths = [p for p in tmp_path.rglob("*.pth.tar") if not DERIVED.match(p.name)]
-    paths = [p for p in paths if p.name != "metric.pth.tar"]  # that of another run
+    paths = [p for p in tmp_path.rglob("*.pth.tar") if p.name != "metric.pth.tar"]  # of another run
     assert paths
     for path in paths:
         meta = checkpoint.load_dict(path)["meta"]
-        assert meta["options"]["rng_seed"] == 3, path
+        if not DERIVED.match(path.name):  # these depend on fewer options, which their keys name
+            assert meta["options"]["rng_seed"] == 3, path
         assert meta["git_commit"], path
-        assert meta["data_digest"], path
+        digests = [value for name, value in meta.items() if name.endswith("_digest")]
+        assert digests, path
+        assert all(digests), path
         assert {"python", "torch", "numpy", "scipy"} <= meta["versions"].keys(), path
 
 

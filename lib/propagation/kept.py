@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib import checkpoint
 from lib.graph import features_digest
+from lib.provenance import made_by
 from lib.spectral import Spectrum
 
 KINDS = ("graph", "spectrum")
@@ -94,7 +95,7 @@ def obtain_spectrum(
     key = _spectrum_key(affinity, num_vectors, choices) if path else {}
     if path and kept.reuse and Path(path).is_file():
         found, meta = load_spectrum(path)
-        if meta == key:
+        if all(meta.get(name) == value for name, value in key.items()):
             kept.say(f"{len(found.values)} eigenvectors: read from {path}")
             return found
     start = time.perf_counter()
@@ -124,7 +125,7 @@ def save_spectrum(spectrum: Spectrum, path: str | Path, meta: dict[str, Any]) ->
         ValueError: if the file cannot be written; an old one stays.
     """
     tensors = {name: torch.from_numpy(getattr(spectrum, name)) for name in ENTRIES}
-    checkpoint.save({**tensors, "residual": spectrum.residual, "meta": meta}, path)
+    checkpoint.save({**tensors, "residual": spectrum.residual, "meta": made_by() | meta}, path)
 
 
 def load_spectrum(path: str | Path) -> tuple[Spectrum, dict[str, Any]]:
