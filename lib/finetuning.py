@@ -525,6 +525,7 @@ def train(
     batches = batches_of(run, ops)
     bar = progress_bar(total=settings.max_iters, initial=progress.step, unit="step")
     work = _arithmetic(run)
+    throughput.keep_freed_memory(run.compute)
     if settings.compile:
         run.model.compile(mode=settings.compile)
     with (

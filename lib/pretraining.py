@@ -452,6 +452,7 @@ def train(
     parts = run.bank, run.criterion, run.optimizer
     schedule = settings.schedule(len(images.train), imagenet=files.imagenet)
     work = _arithmetic(run, images, compute)
+    throughput.keep_freed_memory(compute)
     if compile_mode:
         run.model.compile(mode=compile_mode)
     model, values = parallel(run.model), {}

@@ -1,7 +1,9 @@
 """What the hardware could compute, what a network needs, and where the time of a training step goes."""
 
 import copy
+import ctypes
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ WARM_UP = 4  # steps before a trace: the first ones allocate memory and choose a
 TABLE_ROWS = 12  # operations listed beside a trace
 TRACE = "trace.json.gz"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 COMPILERS = ("g++", "clang++", "gcc", "clang")
 
 
@@ -100,6 +103,19 @@ def arithmetic(
     """
     needed = training_flops(model, image_shape) + more_per_image
     return Arithmetic(needed, matrix_rate(compute) * share().size)
+
+
+def keep_freed_memory(compute: Compute) -> None:
+    """Let the C library keep what a step frees on the CPU, for the next one to use.
+
+    glibc returns freed activations to the system, and every step would touch new pages: 6% of the time.
+    Blocks above 32 MiB still come from the system. No other C library does this, and none is told.
+    """
+    if compute.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    library = ctypes.CDLL(None)
+    library.mallopt(M_MMAP_THRESHOLD, 2**25)
+    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def require_compiler() -> None:

@@ -436,6 +436,8 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
     torch.manual_seed(0)
     compute = devices.select(args.gpus, args.precision)
+    if variant != BASELINE:
+        throughput.keep_freed_memory(compute)
     advance = VARIANTS[variant](task, folder, args, compute)
     while steps := _order(pipe):
         start = time.perf_counter()
