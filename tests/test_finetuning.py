@@ -301,17 +301,6 @@ def test_sigterm_and_ctrl_c_lose_nothing(finetune, world, tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_signals_lose_nothing(finetune, world, tmp_path):
-    words = (*STOPPED, "--max-iters", 1500, "--eval-freq", 10, "--print-freq", 7)
-    words += ("--pseudo-file", world / "pseudo.pth.tar")
-    whole = finetune(*words, name="whole")
-    signals = [signal.SIGTERM, signal.SIGINT] * 10
-    codes = run_until_finished(world, tmp_path / "cut", signals, *words)
-    assert codes == [143, 130] * 10
-    assert_same_run(whole, tmp_path / "cut")
-
-
-@pytest.mark.slow
 def test_twenty_random_interruptions_change_no_bit(finetune, world):
     words = (*STOPPED, "--max-iters", 60, "--eval-freq", 7, "--print-freq", 5)
     words += ("--pseudo-file", world / "pseudo.pth.tar", "--iter-size", 2)

@@ -230,21 +230,3 @@ def test_sigterm_saves_says_how_to_continue_and_exits_143(pretrain, pictures, tm
     assert "Traceback" not in said
     whole = pretrain("--epochs", 2000, "--stop-after", step, name="whole")
     assert_same(without_meta(last(whole)), without_meta(last(folder)))
-
-
-@pytest.mark.slow
-def test_twenty_signals_lose_nothing(pretrain, pictures, tmp_path):
-    rng, folder = random.Random(0), tmp_path / "cut"
-    file = folder / "ckpt.cifar.pth.tar"
-    command = command_of(pictures, folder, "--epochs", 4000, "--resume", "auto")
-    steps, slowest = [0], 0.0
-    for i in range(20):
-        number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[i % 2]
-        got, said, seconds = stop_by_signal(command, file, number, rng.uniform(0, 0.4))
-        assert got == code, said
-        slowest = max(slowest, seconds)
-        steps.append(last(folder)["step"])
-    assert steps == sorted(set(steps))
-    assert slowest < 60
-    whole = pretrain("--epochs", 4000, "--stop-after", steps[-1], name="whole")
-    assert_same(without_meta(last(whole)), without_meta(last(folder)))
