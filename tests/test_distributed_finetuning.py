@@ -278,6 +278,7 @@ def endless(world, tmp_path) -> Iterator[subprocess.Popen]:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_leaves_the_checkpoint_whole(endless, tmp_path):
     started = list(children(endless.pid))
     assert len(started) == 2

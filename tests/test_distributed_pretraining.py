@@ -312,6 +312,7 @@ def running(pictures, tmp_path):
     launcher.kill()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_leaves_the_checkpoint_intact(running, tmp_path):
     launcher, ranks = running
     assert len(ranks) == 2

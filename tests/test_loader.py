@@ -307,6 +307,7 @@ def test_a_worker_that_is_killed_ends_the_epoch_with_a_message(in_files):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_workers_outlast_the_signals_that_end_a_run_after_its_step(in_files):
     batches = batches_of(in_files, instance_ops(), 1, num_workers=1)
     epoch = batches.epoch(0)

@@ -679,7 +679,7 @@ def test_a_table_that_is_no_text_or_no_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match="cannot be read as a table"):
             pseudo_labels.from_csv(file)
     with pytest.raises(ValueError, match="cannot write"):
-        pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "none" / "p.csv")
+        pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "p.csv" / "below a file.csv")
 
 
 def test_paths_come_from_the_folder_of_the_images(tmp_path):
