@@ -147,7 +147,7 @@ def traced(number: int, folder: Path) -> Iterator[Callable[[], None]]:
     def report(done: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         done.export_chrome_trace(str(folder / TRACE))
-        key = f"self_{'cuda' if on_gpu else 'cpu'}_time_total"
+        key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
         say(done.key_averages().table(sort_by=key, row_limit=TABLE_ROWS))
         say(f"trace: {folder / TRACE}; https://ui.perfetto.dev shows it")
 
