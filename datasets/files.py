@@ -8,16 +8,19 @@ torchvision.transforms.v2 on uint8 for the same crop.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -216,3 +219,31 @@ class Reader(Dataset):
         if problems or not images:
             return torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8), problems
         return default_collate(images), problems
+
+
+def surviving(loader: DataLoader) -> Iterator[Any]:
+    """The items of `loader`, whose processes read images.
+
+    Raises:
+        ValueError: where the item of a dead process is missed. By itself torch raises wherever the program
+            is at that moment.
+    """
+    handler, items = signal.getsignal(signal.SIGCHLD), None
+    while True:
+        try:
+            if items is None:
+                items = iter(loader)
+                if threading.current_thread() is threading.main_thread() and handler is not None:
+                    signal.signal(signal.SIGCHLD, handler)
+            item = next(items, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            ours = any(text in str(error) for text in ("DataLoader worker", "Pin memory thread"))
+            if isinstance(error, RuntimeError) and not ours:
+                raise
+            raise ValueError(
+                f"a process that reads images has ended, killed perhaps for want of memory ({error}); "
+                "fewer of them (-j) need less"
+            ) from error
+        if item is None:
+            return
+        yield item

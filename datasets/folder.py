@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 from tqdm import tqdm
 
-from datasets.files import FileSet, as_rgb
+from datasets.files import FileSet, as_rgb, surviving
 from datasets.images import IMAGENET_STATS, ImageSet
 from datasets.listing import Files, list_folder
 
@@ -52,19 +51,6 @@ def _as_list(items: list) -> list:
     return items
 
 
-def _surviving(loader: DataLoader) -> Iterator[list]:
-    """The batches of `loader`; where a process of it has died, that in words."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(
-            f"a process that decodes images has ended, killed perhaps for want of memory ({error}); fewer "
-            "of them (-j) need less"
-        ) from error
-
-
 def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[torch.Tensor, str]:
     """Decode files into N x 3 x S x S bytes, in the order of `paths`.
 
@@ -92,7 +78,7 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
     with tqdm(
         total=len(paths), desc="reading images", unit="img", leave=False, disable=None
     ) as bar:
-        for batch in _surviving(loader):
+        for batch in surviving(loader):
             for index, image, contents[index] in batch:
                 if isinstance(image, str):
                     problems.append(f"  image {index}, {paths[index]}: {image}")

@@ -92,5 +92,10 @@ def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = Fa
         device = torch.device("cuda", distributed.local_rank())
     else:
         device = torch.device("cuda", int(names[distributed.local_rank()]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory and the like would go to device 0
+        torch.backends.cudnn.benchmark = (
+            not deterministic
+        )  # batches of one size: try every algorithm once
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return Compute(device, bf16)

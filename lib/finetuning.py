@@ -527,12 +527,12 @@ def train(
     work = _arithmetic(run)
     throughput.keep_freed_memory(run.compute)
     if settings.compile:
-        run.model.compile(mode=settings.compile)
+        throughput.compile_network(run.model, settings.compile)
     with (
         main_log(files.log) as write,
         bar,
         interruption.watch(settings.stop_after) as stop,
-        throughput.traced(settings.profile, files.log) as after_step,
+        throughput.traced(settings.profile, files.log, run.compute) as after_step,
     ):
         write("start", first_step=progress.step, meta=run.meta)
         clock = Clock(lambda: batches.waited_s, work.share)

@@ -8,7 +8,6 @@ as bytes or come from files that workers read; `workers` augments one image at a
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from datasets import DataSet
 from datasets.classic import ClassicReader
-from datasets.files import FileSet, Reader
+from datasets.files import FileSet, Reader, surviving
 from datasets.transforms import Augmentation
 from lib.devices import Compute
 from lib.distributed import share
@@ -110,7 +109,7 @@ class _FromWorkers:
     def __call__(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
         ahead, jobs = tee(jobs)
         self.requests.coming = ((job.indexes, job.rows[0] if self.draws else None) for job in ahead)
-        for job, (images, problems) in zip(jobs, _surviving(self.loader), strict=True):
+        for job, (images, problems) in zip(jobs, surviving(self.loader), strict=True):
             if problems:
                 listed = "\n  ".join(problems[:10])
                 raise ValueError(
@@ -139,33 +138,6 @@ def _outlast_signals(ending: Event, _: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
-
-
-def _surviving(loader: DataLoader) -> Iterator[Any]:
-    """The items of `loader`.
-
-    Raises:
-        ValueError: where the item of a dead worker is missed. By itself torch raises wherever the program
-            is at that moment.
-    """
-    handler, items = signal.getsignal(signal.SIGCHLD), None
-    while True:
-        try:
-            if items is None:
-                items = iter(loader)
-                if threading.current_thread() is threading.main_thread() and handler is not None:
-                    signal.signal(signal.SIGCHLD, handler)
-            item = next(items, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise ValueError(
-                f"a process that reads images has ended, killed perhaps for want of memory ({error}); "
-                "fewer of them (-j) need less"
-            ) from error
-        if item is None:
-            return
-        yield item
 
 
 def _seeds(n: int, generator: torch.Generator) -> list[Tensor]:

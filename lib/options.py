@@ -31,6 +31,11 @@ from models import IMAGENET_ARCHITECTURES, SMALL_ARCHITECTURES
 
 Values = TypeVar("Values", bound=Any)
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+ONLY_TRAINING = (
+    "loader",
+    "compile",
+    "profile",
+)  # options without effect where a checkpoint is measured
 WITHOUT_FILES = ("patches", "dummy")  # data sets that no folder is needed for
 SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times; BatchNorm needs more than one place
 ROOT = Path(__file__).resolve().parents[1]
@@ -489,7 +494,7 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
     if args.eval:
-        warn_unused(args, parser, "with --eval", "loader")
+        warn_unused(args, parser, "with --eval", *ONLY_TRAINING)
     if args.pretrained and not Path(args.pretrained).is_file():
         raise ValueError(f"--pretrained {args.pretrained}: there is no such file")
     if args.pseudo_file and args.pseudo_dir:

@@ -454,12 +454,12 @@ def train(
     work = _arithmetic(run, images, compute)
     throughput.keep_freed_memory(compute)
     if compile_mode:
-        run.model.compile(mode=compile_mode)
+        throughput.compile_network(run.model, compile_mode)
     model, values = parallel(run.model), {}
     with (
         main_log(files.log_folder) as write,
         interruption.watch(stop_after) as stop,
-        throughput.traced(profile, files.log_folder) as after_step,
+        throughput.traced(profile, files.log_folder, compute) as after_step,
     ):
         write("start", first_epoch=run.epoch, first_step=run.step, meta=files.meta)
         while run.epoch < settings.epochs:

@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ TABLE_ROWS = 12  # operations listed beside a trace
 TRACE = "trace.json.gz"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-COMPILERS = ("g++", "clang++", "gcc", "clang")
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def _product_s(square: Tensor, compute: Compute) -> float:
 def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
     """Floating point operations of forward and backward for one image, those of matrix products alone.
 
-    Counted on a copy without storage: nothing is computed, and the network stays as it is. Layers in front
-    of all trainable parameters have no backward.
+    Counted on a copy whose storage is let go: nothing is computed, and the network stays as it is. Layers in
+    front of all trainable parameters have no backward.
 
     Args:
         image_shape: C, H, W.
     """
-    ghost = copy.deepcopy(model).to("meta")
+    ghost = copy.deepcopy(model).to("meta").eval()  # BatchNorm trains on no single value
     with FlopCounterMode(display=False) as counter:
         ghost(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return float(counter.get_total_flops())
@@ -119,12 +119,14 @@ def keep_freed_memory(compute: Compute) -> None:
 
 
 def require_compiler() -> None:
-    """Find out before anything else whether torch.compile can make kernels.
+    """Find out before anything else whether torch.compile can make kernels: it calls CXX, else g++.
 
     Raises:
         ValueError: saying what to install.
     """
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), *COMPILERS))):
+    if not shutil.which(
+        os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    ):
         raise ValueError(
             "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
             "apt install g++), or leave --compile out"
@@ -132,7 +134,7 @@ def require_compiler() -> None:
 
 
 @contextmanager
-def traced(number: int, folder: Path) -> Iterator[Callable[[], None]]:
+def traced(number: int, folder: Path, compute: Compute) -> Iterator[Callable[[], None]]:
     """Trace `number` training steps of rank 0 after a few to warm up; 0: none.
 
     Gives a function to be called after each step. At the end of the traced steps, or of the block, the trace
@@ -141,10 +143,11 @@ def traced(number: int, folder: Path) -> Iterator[Callable[[], None]]:
     if not number or not is_main():
         yield lambda: None
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu, done_at_all = compute.device.type == "cuda", []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
 
     def report(done: profile) -> None:
+        done_at_all.append(done)
         folder.mkdir(parents=True, exist_ok=True)
         done.export_chrome_trace(str(folder / TRACE))
         key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
@@ -154,3 +157,13 @@ def traced(number: int, folder: Path) -> Iterator[Callable[[], None]]:
     plan = schedule(wait=WARM_UP - 1, warmup=1, active=number, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=report) as profiler:
         yield profiler.step
+    if not done_at_all:
+        say(f"no trace: the run ended within the {WARM_UP} steps that come before it")
+
+
+def compile_network(model: nn.Module, mode: str) -> None:
+    """Let torch.compile make the kernels of `model`, in place: the names of its weights stay.
+
+    For each size of batch kernels of its own: those for any size are slower, and there are two or three.
+    """
+    model.compile(mode=mode, dynamic=False)

@@ -277,6 +277,10 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute
     writer, counter = SummaryWriter(tempfile.mkdtemp(dir=folder)), itertools.count()
     Finalize(None, writer.close, exitpriority=100)  # its thread would outlive what it reads from
     net.train()
+    if compute.device.type == "cuda":
+        torch.backends.cudnn.benchmark = (
+            True  # or its convolutions would be slower than they need be
+        )
 
     def advance(steps: int) -> None:
         end = time.time()
@@ -291,8 +295,10 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute
             sgd.zero_grad()
             loss.backward()
             sgd.step()
-            scalars = {"loss": loss.item(), "lr": 0.01, "waited": waited, "epoch": 0}
-            if not contrastive:
+            scalars = {"loss": loss.item(), "lr": 0.01, "waited": waited}
+            if contrastive:
+                scalars |= {"epoch": 0, "images_per_s": len(out) / (time.time() - end)}
+            else:
                 ranked = out.topk(5, dim=1).indices.eq(targets[:, None])
                 scalars["top1"] = ranked[:, :1].float().sum().item() / len(out)
                 scalars["top5"] = ranked.float().sum().item() / len(out)
@@ -384,7 +390,7 @@ def ours(
         criterion = nn.CrossEntropyLoss(reduction="none")
         steps = engine.finetune(model, criterion, optimizer, endless, *about, first_step=0)
     if compiled:
-        model.compile()
+        throughput.compile_network(model, throughput.COMPILE_MODES[0])
     return partial(_advance, steps, Mean(), Clock(lambda: batches.waited_s))
 
 
@@ -465,10 +471,10 @@ class Runner:
     pipe: multiprocessing.connection.Connection
 
     def ask(self, what: int | None) -> float | dict[str, float]:
-        self.pipe.send(what)
         try:
+            self.pipe.send(what)
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise ValueError(f"the process of {self.process.name} ended, see above") from None
 
 
@@ -507,6 +513,7 @@ def measure(
             runner.pipe.close()  # one that still waits for orders ends by that
             runner.process.join(LAST_WORDS_S)
             runner.process.terminate()
+            runner.process.join()
     return {
         "batch_size": args.batch_size,
         "steps": steps,
@@ -523,7 +530,10 @@ def ratio(found: dict, variant: str, over: str) -> tuple[float, float, float]:
 
 
 def with_share(task: Task, found: dict, rate: float, compute: Compute) -> dict:
-    """Adds the network's operations per image, and what share of `rate` our speed makes."""
+    """Adds the network's operations per image, and what share of `rate` each speed makes.
+
+    `rate` is in the format of ours: bfloat16, where the literal step computes in float32.
+    """
     if task.num_images:
         run = _pretraining_run(task, found["batch_size"], compute)
         model, more = run.model, run.criterion.flops(task.num_images, 128)
@@ -576,12 +586,11 @@ def main(args: argparse.Namespace) -> None:
             bar.set_description(name)
             found = measure(task, Path(made), args, compute, bar)
             results[name] = with_share(task, found, rate, compute)
+            if args.output:  # after each: a run that is cut off leaves what it has measured
+                record = {"device": str(compute), "matrix_rate": rate, "tasks": results}
+                record["meta"] = provenance.record(vars(args))
+                Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
     print(table(results, args.variants))
-    if args.output:
-        record = {"device": str(compute), "matrix_rate": rate, "tasks": results}
-        record["meta"] = provenance.record(vars(args))
-        Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written: {args.output}")
 
 
 if __name__ == "__main__":

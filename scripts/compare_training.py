@@ -94,10 +94,11 @@ def train(args: argparse.Namespace, phase: int, variant: str, seed: int) -> list
     folder = Path(args.output_dir) / name
     done, log = folder / "done.json", folder / "log.jsonl"
     words = [*words_of(args, phase, folder), *VARIANTS[variant], "--rng-seed", str(seed)]
+    words.append(provenance.git_commit())  # runs of other code are not mixed
     if not (done.is_file() and json.loads(done.read_text()) == words):
         log.unlink(missing_ok=True)
         script = options.load_script("unsupervised/cifar.py" if phase == 1 else "cifar-semi.py")
-        script.main(script.build_parser().parse_args(words))
+        script.main(script.build_parser().parse_args(words[:-1]))
         done.write_text(json.dumps(words))
     return [json.loads(line) for line in log.read_text().splitlines()]
 

@@ -23,7 +23,8 @@ trap 'rm -rf "$work"' EXIT
 failed=0
 
 if [ "${SMALL:-0}" = 1 ]; then
-    training=(--arch wrn-10-1 --tasks pretrain-cifar finetune-cifar --rounds 1 --steps 1 -b 16)
+    training=(--arch wrn-10-1 --rounds 1 --steps 1 -b 4)
+    imagenet=(--arch resnet18 --rounds 1 --steps 1 -b 2)
     loop=(--arch resnet18 --image-size 64 -b 8 --stop-after 2 --nce-k 16 -j 0)
     phase1=(--arch wrn-10-1 --epochs 1)
     phase3=(--arch wrn-10-1 --max-iters 5 --eval-freq 5 --print-freq 5)
@@ -31,6 +32,7 @@ if [ "${SMALL:-0}" = 1 ]; then
     points=(--images 2000 --classes 10 --num-neighbors 10 --num-labeled 50)
 else
     training=(--rounds 2)
+    imagenet=(--rounds 2 --steps 4)
     loop=(--arch resnet50 --stop-after 60)
     phase1=(--epochs 10 --lr 0.06)
     phase3=(--max-iters 1000 --lr 0.03 --eval-freq 500 --print-freq 100)
@@ -54,7 +56,7 @@ step() {
     shift 2
     echo "== $name: $*"
     [ "${SMALL:-0}" = 0 ] || limit=600 # on a machine as slow as it likes
-    if ! timeout "$limit" "$@" > "$out/$name.log" 2>&1; then
+    if ! timeout -k 10 "$limit" "$@" > "$out/$name.log" 2>&1; then
         result=FAILED failed=1
         tail -n 5 "$out/$name.log"
     fi
@@ -63,30 +65,35 @@ step() {
 }
 
 [ "${PYTEST:-1}" = 0 ] || step agreement 50 "$python" -m pytest -q tests/test_devices_agree.py tests/test_throughput.py
-step training 120 "$python" scripts/benchmark_training.py "${training[@]}" --output "$out/training.json"
-step compiled 90 "$python" scripts/benchmark_training.py "${training[@]}" --tasks pretrain-cifar finetune-cifar \
-    --variants ours compiled --output "$out/compiled.json"
+cifar_tasks=(--tasks pretrain-cifar finetune-cifar)
+step training 70 "$python" scripts/benchmark_training.py "${training[@]}" "${cifar_tasks[@]}" --output "$out/training.json"
+step imagenet 60 "$python" scripts/benchmark_training.py "${imagenet[@]}" --tasks pretrain-imagenet finetune-imagenet \
+    -j "$(nproc)" --output "$out/imagenet.json"
+step compiled 70 "$python" scripts/benchmark_training.py "${training[@]}" "${cifar_tasks[@]}" --variants ours compiled \
+    --output "$out/compiled.json"
 step loop 30 "$python" unsupervised/imagenet.py --dummy "${loop[@]}" --model-dir "$work/dummy" \
     --log-dir "$out/loop" --profile 2
 if [ -n "$cifar" ]; then
     data=$cifar
     if [ -f "$cifar" ]; then
         data=$work/cifar
-        mkdir "$data" && step unpack 10 tar -xzf "$cifar" -C "$data"
+        mkdir "$data" && step unpack 15 tar -xzf "$cifar" -C "$data"
+        # most archives have one folder at the top
+        [ -d "$data/train" ] || data=$(dirname "$(find "$data" -maxdepth 3 -type d -name train | head -n 1)")
     fi
-    folder=(--dataset folder --data-dir "$data")
-    step phase1 80 "$python" unsupervised/cifar.py "${folder[@]}" "${phase1[@]}" --lr-scheduler one-cycle \
+    folder=(--dataset folder --data-dir "$data" -j "$(nproc)")
+    step phase1 75 "$python" unsupervised/cifar.py "${folder[@]}" "${phase1[@]}" --lr-scheduler one-cycle \
         --model-dir "$work/metric" --log-dir "$out/phase1"
     metric=$work/metric/ckpt.cifar.pth.tar
-    step phase2 30 "$python" scripts/propagate.py "${folder[@]}" --checkpoint "$metric" \
+    step phase2 25 "$python" scripts/propagate.py "${folder[@]}" --checkpoint "$metric" \
         --num-labeled "${labels[@]}" --save-path "$work/pseudo"
     for n in "${labels[@]}"; do
-        step "phase3-$n" 25 "$python" cifar-semi.py "${folder[@]}" "${phase3[@]}" --lr-scheduler one-cycle \
+        step "phase3-$n" 35 "$python" cifar-semi.py "${folder[@]}" "${phase3[@]}" --lr-scheduler one-cycle \
             --num-labeled "$n" --resume "$metric" --pseudo-file "$work/pseudo/$n.pth.tar" --pseudo-ratio 0.2 \
             --model-root "$work" --log-root "$out" --exp-name "phase3-$n"
     done
 fi
-step propagation 50 "$python" scripts/benchmark_propagation.py "${points[@]}" --variants nc --gpus 0 \
+step propagation 40 "$python" scripts/benchmark_propagation.py "${points[@]}" --variants nc --gpus 0 \
     --output "$out/propagation.json"
 cat "$out/summary.md"
 exit $failed

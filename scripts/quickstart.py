@@ -15,7 +15,7 @@ method: so few steps of all layers lose more of the metric than they gain, even 
 Repeated over eight draws of the labelled images: the gain at 50 and 100 labels differs between draws by
 more than its mean. Everything lies below --output afterwards: `results.json`,
 `results.png`, `confidence_precision.png`, the executed notebooks, pseudo-label files and checkpoints.
-About three and a half minutes on two CPU cores.
+About four minutes on two CPU cores.
 """
 
 import argparse

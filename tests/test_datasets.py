@@ -206,7 +206,7 @@ def test_worker_processes_give_the_same_images_in_the_same_order(tmp_path, monke
 def test_a_process_that_dies_while_it_decodes_is_told_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.folder.FEW_FILES", 1)
     monkeypatch.setattr("datasets.folder.decode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match=r"a process that decodes images has ended.*\(-j\)"):
+    with pytest.raises(ValueError, match=r"a process that reads images has ended.*\(-j\)"):
         read_images([str(write(tmp_path / "a.png"))], 16, 1)
 
 

@@ -139,21 +139,28 @@ def test_labels_spread_on_the_device_as_on_the_cpu_by_dense_matrices(method):
     assert right > 0.8
 
 
-def test_the_loop_never_waits_for_a_gpu():
+@pytest.mark.parametrize("phase", [1, 3])
+def test_the_loop_never_waits_for_a_gpu(phase):
     """On the CPU there is nothing to wait for: there tests/test_throughput.py counts reads."""
     data, compute = random_set(), FLOAT32
-    model = compute.prepare(build_model("wrn-10-1", 3))
-    batches = Batches(data, Augmentation(finetune_ops(), data.stats), compute, batch_size=16)
-    stream = batches.stream(torch.arange(len(data)), 0, 12)
-    about = data.targets, torch.ones(len(data)), lambda _: 0.1, compute
-    criterion = nn.CrossEntropyLoss(reduction="none")
+    model = compute.prepare(build_model("wrn-10-1", 8, normalize=phase == 1))
+    ops = instance_ops() if phase == 1 else finetune_ops()
+    batches = Batches(data, Augmentation(ops, data.stats), compute, batch_size=8)
     sgd = engine.sgd(model.parameters(), 0.1, 5e-4)
-    steps = engine.finetune(model, criterion, sgd, stream, *about, first_step=0)
+    if phase == 1:
+        bank = MemoryBank(len(data), 8).to(DEVICE)
+        parts = bank, build_loss(0, 0.1), sgd, batches.epoch(0)
+        steps = engine.pretrain(model, *parts, lambda _: 0.1, compute, first_step=0)
+    else:
+        stream = batches.stream(torch.arange(len(data)), 0, 12)
+        about = data.targets, torch.ones(len(data)), lambda _: 0.1, compute
+        criterion = nn.CrossEntropyLoss(reduction="none")
+        steps = engine.finetune(model, criterion, sgd, stream, *about, first_step=0)
     next(steps)
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        assert [step.number for _, step in zip(range(5), steps, strict=False)] == [1, 2, 3, 4, 5]
+        assert [step.number for _, step in zip(range(4), steps, strict=False)] == [1, 2, 3, 4]
     finally:
         if DEVICE.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

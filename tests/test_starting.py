@@ -164,7 +164,9 @@ def test_going_on_with_other_kernels_is_said_too(capsys):
     assert "--compile was off, is default" in capsys.readouterr().out
     provenance.say_precision(
         {"options": {"precision": "bf16"}}, after
-    )  # of before there was --compile
+    )  # before there was --compile
+    assert "--compile was off, is default" in capsys.readouterr().out
+    provenance.say_precision(before, before)
     assert capsys.readouterr().out == ""
 
 

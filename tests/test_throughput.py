@@ -148,7 +148,7 @@ def traced_steps(folder) -> list[str]:
 def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps, found):
     data = small_set()
     epochs = (step for _ in range(10) for step in loop(1, data))
-    with throughput.traced(3, tmp_path / "log") as after_step:
+    with throughput.traced(3, tmp_path / "log", CPU) as after_step:
         for _ in zip(range(steps), epochs, strict=False):
             after_step()
     names = traced_steps(tmp_path / "log")
@@ -157,8 +157,20 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps, fo
     assert f"trace: {tmp_path / 'log' / throughput.TRACE}" in capsys.readouterr().out
 
 
+def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
+    with throughput.traced(3, tmp_path / "log", CPU) as after_step:
+        after_step()
+    assert "no trace: the run ended" in capsys.readouterr().out
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_map_of_one_place_is_counted_too():
+    model = build_model("wrn-10-1", 10).train()  # 4 pixels end as one
+    assert throughput.training_flops(model, (3, 4, 4)) == naive_flops(model, 4)
+
+
 def test_without_profile_there_is_no_trace(tmp_path):
-    with throughput.traced(0, tmp_path) as after_step:
+    with throughput.traced(0, tmp_path, CPU) as after_step:
         after_step()
     assert not list(tmp_path.iterdir())
 

@@ -59,7 +59,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
     if args.test_only:
-        options.warn_unused(args, parser, "with --test-only", "loader")
+        options.warn_unused(args, parser, "with --test-only", *options.ONLY_TRAINING)
     if args.transform_crop == "PadCrop":
         options.warn_unused(args, parser, "with PadCrop", "transform_scale")
 

@@ -109,7 +109,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start-epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.test_only or args.evaluate:
-        options.warn_unused(args, parser, "where a checkpoint is measured", "loader", "pretrained")
+        unused = (*options.ONLY_TRAINING, "pretrained")
+        options.warn_unused(args, parser, "where a checkpoint is measured", *unused)
 
 
 def load_measured(args, model, train, source: str):
