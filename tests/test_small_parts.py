@@ -52,6 +52,8 @@ def test_a_mean_waits_for_the_device_only_when_it_is_read(monkeypatch):
 
 def pretend_cuda(monkeypatch, count, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back afterwards
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
