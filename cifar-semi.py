@@ -27,7 +27,7 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import finetune_ops
-from lib import devices, distributed, finetuning, options, provenance
+from lib import distributed, finetuning, options, provenance
 from lib.distributed import say
 from lib.finetuning import MATHEMATICS, Files, Settings
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     options.check_finetuning(args, build_parser())
     settings = options.values(args, Settings)
     folder = Path(args.model_root) / args.exp_name
-    compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    compute = options.select_training_device(args)
     resume = finetuning.find_start(args.resume, folder)
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     with distributed.main_first():  # it may have to download them

@@ -76,11 +76,11 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[
 def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A line where a run goes on with other rounding: allowed, but not to the same bits."""
     before, after = saved.get("options", {}), now["options"]
-    missing = {
-        "precision": after.get("precision", ""),
-        "compile": "",
-    }  # in files of before they existed
-    for name, default in missing.items():
-        if before.get(name, default) != after.get(name, ""):
-            was, now_is = (one.get(name) or "off" for one in (before, after))
-            say(f"--{name} was {was}, is {now_is}: goes on with that, not to the same bits")
+    missing = {"precision": after.get("precision", ""), "compile": "", "winograd": False}
+    for name, default in missing.items():  # in files of before there was such an option
+        was, is_now = before.get(name, default), after.get(name, default)
+        if was != is_now:
+            words = [
+                {True: "on", False: "off", "": "off"}.get(value, value) for value in (was, is_now)
+            ]
+            say(f"--{name} was {words[0]}, is {words[1]}: goes on with that, not to the same bits")

@@ -118,8 +118,8 @@ def keep_freed_memory(compute: Compute) -> None:
     library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def require_compiler() -> None:
-    """Find out before anything else whether torch.compile can make kernels: it calls CXX, else g++.
+def require_compiler(option: str) -> None:
+    """Find out before anything else whether `option` can make kernels: PyTorch calls CXX, else g++.
 
     Raises:
         ValueError: saying what to install.
@@ -128,8 +128,8 @@ def require_compiler() -> None:
         os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     ):
         raise ValueError(
-            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
-            "apt install g++), or leave --compile out"
+            f"{option} needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
+            f"apt install g++), or leave {option} out"
         )
 
 

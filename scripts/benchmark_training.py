@@ -9,7 +9,9 @@ Variants, each in a process of its own; they take turns, and while one works the
                TensorBoard scalars and a wait for the device at every step
     ours       what the script does by default, progress line and log included
     compiled   the same with --compile
+    winograd   the same with --winograd, which needs a CPU with AVX512-BF16
     bare       forward, loss, backward and optimizer step of ours on one batch that is there already
+    bare-winograd   the same with --winograd
 
 Images are made up: small ones are random bytes, large ones 500 x 375 JPEG files cut from photographs that
 ship inside scikit-image. Prints medians over the rounds, ratios within a round with the least and the
@@ -22,6 +24,7 @@ import contextlib
 import itertools
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -54,7 +57,7 @@ from datasets.transforms import (
     finetune_ops,
     instance_ops,
 )
-from lib import devices, engine, options, pretraining, provenance, throughput
+from lib import devices, engine, options, pretraining, provenance, throughput, winograd
 from lib.devices import Compute
 from lib.loader import Batches
 from lib.meters import Clock, Mean
@@ -432,7 +435,25 @@ def bare(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -
     return advance
 
 
-VARIANTS = {BASELINE: literal, OURS: ours, "compiled": partial(ours, compiled=True), BARE: bare}
+def with_winograd(
+    variant: Callable[..., Advance],
+    task: Task,
+    folder: Path,
+    args: argparse.Namespace,
+    compute: Compute,
+) -> Advance:
+    winograd.check_hardware(compute.device, bf16=compute.bf16)
+    return variant(task, folder, args, replace(compute, winograd=True))
+
+
+VARIANTS = {
+    BASELINE: literal,
+    OURS: ours,
+    "compiled": partial(ours, compiled=True),
+    "winograd": partial(with_winograd, ours),
+    BARE: bare,
+    "bare-winograd": partial(with_winograd, bare),
+}
 
 
 # ---------------------------------------------------------------------------------- taking turns
@@ -440,6 +461,8 @@ VARIANTS = {BASELINE: literal, OURS: ours, "compiled": partial(ours, compiled=Tr
 
 def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
+    if variant == BASELINE:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # as PyTorch comes
     torch.manual_seed(0)
     compute = devices.select(args.gpus, args.precision)
     if variant != BASELINE:

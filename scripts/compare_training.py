@@ -1,17 +1,18 @@
-"""Whether bf16 and the batched augmentation learn what float32 and Pillow do: curves over several seeds.
+"""Whether bf16, the batched augmentation and Winograd's kernels learn what float32 and Pillow do: curves.
 
     python scripts/compare_training.py --dataset folder --data-dir DIR --output-dir checkpoint/compare
 
-Trains both phases in three variants for each seed, by the scripts' own command lines, and reads their logs:
+Trains both phases in some variants for each seed, by the scripts' own command lines, and reads their logs:
 
     fp32             --precision fp32
     bf16             --precision bf16
     bf16, workers    --precision bf16 --loader workers: one image at a time with Pillow, as published
+    bf16, winograd   --precision bf16 --winograd, if --variants names it: a CPU with AVX512-BF16
 
 Phase 1 is unsupervised/cifar.py; phase 3 is cifar-semi.py from scratch on all labels, whose loss is clearest.
-A seed gives the first two the same start, batches and augmentation, and the third other random numbers for
-it. Prints mean and deviation over the seeds of the last loss and accuracy, the difference to the baseline,
-and the p-value of Welch's t-test; the picture has the whole curves. Runs that are finished are not repeated.
+A seed gives all variants the same start and batches, and all but the workers the same augmentation. Prints
+mean and deviation over the seeds of the last loss and accuracy, the difference to the baseline, and the
+p-value of Welch's t-test; the picture has the whole curves. Runs that are finished are not repeated.
 """
 
 import argparse
@@ -33,8 +34,9 @@ VARIANTS = {
     "fp32": ("--precision", "fp32"),
     "bf16": ("--precision", "bf16"),
     "bf16, workers": ("--precision", "bf16", "--loader", "workers"),
+    "bf16, winograd": ("--precision", "bf16", "--winograd"),
 }
-COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"))
+COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"), ("bf16, winograd", "bf16"))
 
 
 class Curve(NamedTuple):
@@ -61,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(dataset="patches", architecture="wrn-10-1")
     parser.add_argument(
         "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="which"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3], help="which"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--epochs", type=int, default=20, help="of phase 1")
@@ -110,9 +115,11 @@ def read(lines: list[dict], curve: Curve) -> dict[int, float]:
 
 
 def compare(values: dict[str, Tensor]) -> list[dict]:
-    """The last values of each variant, seeds x steps, against those of its baseline."""
+    """The last values of each variant, seeds x steps, against those of its baseline, where both are there."""
     rows = []
     for variant, baseline in COMPARED:
+        if not {variant, baseline} <= values.keys():
+            continue
         one, other = (values[name][:, -1] for name in (variant, baseline))
         rows.append(
             {
@@ -147,13 +154,13 @@ def main(args: argparse.Namespace) -> None:
     if args.seeds < 2:
         raise ValueError("--seeds 1: the noise between seeds takes two of them at least")
     output = options.writable_folder("--output-dir", args.output_dir)
-    runs = [(p, v, s) for s in range(args.seeds) for p in args.phases for v in VARIANTS]
+    runs = [(p, v, s) for s in range(args.seeds) for p in args.phases for v in args.variants]
     logs = {run: train(args, *run) for run in tqdm(runs, unit="run")}
     panels: dict[str, dict[str, tuple[list[int], Tensor]]] = {}
     for phase in args.phases:
         for curve in CURVES[phase]:
             panels[curve.title] = {}
-            for variant in VARIANTS:
+            for variant in args.variants:
                 seeds = [read(logs[phase, variant, seed], curve) for seed in range(args.seeds)]
                 values = torch.tensor([list(one.values()) for one in seeds], dtype=torch.float64)
                 panels[curve.title][variant] = list(seeds[0]), values

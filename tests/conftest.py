@@ -14,7 +14,10 @@ sys.path.insert(0, str(ROOT))
 
 # The only reasons to skip a test, and whether they hold on this machine. Any other skip, an expected
 # failure included, fails: what a Linux CPU can run, it runs.
-ALLOWED_SKIPS = {"needs CUDA": not torch.cuda.is_available()}
+ALLOWED_SKIPS = {
+    "needs CUDA": not torch.cuda.is_available(),
+    "needs AVX512-BF16": not torch.cpu._is_avx512_bf16_supported(),
+}
 
 
 def _refuse_other_skips(report: pytest.TestReport | pytest.CollectReport) -> None:

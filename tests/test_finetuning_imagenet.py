@@ -69,6 +69,7 @@ OURS = {
     "--precision": "auto",
     "--deterministic": False,
     "--compile": "",
+    "--winograd": False,
     "--loader": "device",
     "--profile": 0,
 }

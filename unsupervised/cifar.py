@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_datasets
 from datasets.transforms import instance_ops
-from lib import checkpoint, devices, distributed, options, pretraining, provenance
+from lib import checkpoint, distributed, options, pretraining, provenance
 from lib.distributed import say
 from lib.pretraining import Files, Images, Settings
 
@@ -67,7 +67,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
-    compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    compute = options.select_training_device(args)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(

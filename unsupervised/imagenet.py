@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_datasets
 from datasets.transforms import instance_ops
-from lib import checkpoint, devices, distributed, options, pretraining, provenance
+from lib import checkpoint, distributed, options, pretraining, provenance
 from lib.distributed import say
 from lib.pretraining import MATHEMATICS, Files, Images, Settings
 from models import IMAGENET_ARCHITECTURES
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
     options.keep_dummy_apart(args, build_parser(), "model_dir", "log_dir")
-    compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    compute = options.select_training_device(args)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
