@@ -1,17 +1,18 @@
-// 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, arXiv 1509.09308, section 4),
-// and batch normalisation joined with ReLU, in bfloat16 on a CPU with AVX512-BF16.
+// 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, arXiv 1509.09308, section
+// 4), and batch normalisation joined with ReLU, in bfloat16 on a CPU with AVX512-BF16.
 //
-// Images are N x H x W x C in memory (channels last). A tile is 4 x 4 input pixels that give 2 x 2 output pixels;
-// tiles overlap by two. With d a tile of one channel, g a filter, Y the outputs,
+// Images are N x H x W x C in memory (channels last). A tile is 4 x 4 input pixels that give 2 x 2 output
+// pixels; tiles overlap by two. With d a tile of one channel, g a filter, Y the outputs,
 //
-//     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        16 products for 4 outputs, in place of 36
+//     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        16 products for 4 outputs, in place of
+//     36
 //
 // and the gradient of the filter, from the gradients y of 2 x 2 outputs,
 //
 //     dg = G^T [ sum over tiles of (B^T d B) * (A y A^T) ] G
 //
-// The sums are 16 matrix products, one for each position in a tile: bfloat16 times bfloat16 with float32 sums.
-// All else is computed in float32 from the values as they lie in memory.
+// The sums are 16 matrix products, one for each position in a tile: bfloat16 times bfloat16 with float32
+// sums. All else is computed in float32 from the values as they lie in memory.
 //
 // lib/winograd.py says which layers come here, and documents the functions.
 
@@ -22,12 +23,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <functional>
 #include <tuple>
 #include <vector>
 
-#define ALWAYS_INLINE inline __attribute__((always_inline))  // 10% of the time, where the compiler thinks otherwise
+#define ALWAYS_INLINE \
+  inline __attribute__((always_inline))  // 10% of the time, where the compiler thinks otherwise
 
 namespace {
 
@@ -35,11 +36,13 @@ using bf16 = uint16_t;
 using Reals = __m512;  // 16 float32
 
 constexpr int64_t kPositions = 16;  // of a tile
-constexpr int64_t kLanes = 16;      // channels that are transformed at a time
+constexpr int64_t kLanes = 16;      // channels in a register
 constexpr int64_t kOutputs = 32;    // columns of a matrix product: two registers
-constexpr int64_t kRows = 3;       // rows of it: 24 registers of sums, of 32 that there are
-constexpr int64_t kOuterRows = 8;   // rows where the sum goes over tiles: channels are a multiple of 32, not of 12
-constexpr int64_t kTiles = 48;      // tiles that are held at a time: their transforms stay in the second cache
+constexpr int64_t kTogether =
+    3;  // tiles by 4 positions by two registers: sums in 24 of the 32 that there are
+constexpr int64_t kOuterRows = 8;  // rows of a product that sums over tiles: channels are a multiple of it
+constexpr int64_t kTiles =
+    48;  // tiles held at a time: what they are transformed to stays in the second cache
 constexpr int64_t kOuterTiles = 64;
 constexpr int64_t kChunk = 64;  // pixels whose sums are float32 before they are added in double
 
@@ -73,7 +76,8 @@ at::Tensor scratch(int64_t workers, int64_t size, at::ScalarType type) {
   return at::empty({workers, size}, at::TensorOptions().dtype(type));
 }
 
-// Share `count` pieces of work among the threads, always in the same way: the order of sums is part of the result.
+// Share `count` pieces of work among the threads, always in the same way: the order of sums is part of the
+// result.
 void share(int64_t count, const std::function<void(int64_t worker, int64_t first, int64_t last)>& work) {
   const int64_t workers = at::get_num_threads();
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -82,7 +86,8 @@ void share(int64_t count, const std::function<void(int64_t worker, int64_t first
   });
 }
 
-// The same for work whose pieces are independent of one another: a thread that is held up leaves more to the others.
+// The same for work whose pieces are independent of one another: a thread that is held up leaves more to the
+// others.
 void share_freely(int64_t count, const std::function<void(int64_t worker, int64_t piece)>& work) {
   std::atomic<int64_t> next{0};
   const int64_t workers = at::get_num_threads();
@@ -92,7 +97,7 @@ void share_freely(int64_t count, const std::function<void(int64_t worker, int64_
   });
 }
 
-// ------------------------------------------------------------------------------------------------- images and tiles
+// ---------------------------------------------------------------------------------------- images and tiles
 
 struct Images {
   const bf16* data;
@@ -107,8 +112,9 @@ struct Images {
 };
 
 void check(const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
-              name, ": takes N x C x H x W in bfloat16, channels last");
+  TORCH_CHECK(
+      x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+      name, ": takes N x C x H x W in bfloat16, channels last");
 }
 
 void check_tiles(const at::Tensor& x, const char* name) {
@@ -144,7 +150,8 @@ ALWAYS_INLINE void transform_images(const Images& x, int64_t row, const bf16* ze
     transform_column(rows, channel, d[1]);
     for (int64_t tile = 0; tile < x.tiles_across(); tile += 2) {
       const int64_t at = (2 * tile + 1) * x.channels + channel;
-      for (int column = 2; column < 5; ++column) transform_column(rows, at + (column - 2) * x.channels, d[column]);
+      for (int column = 2; column < 5; ++column)
+        transform_column(rows, at + (column - 2) * x.channels, d[column]);
       if (tile + 2 < x.tiles_across())
         transform_column(rows, at + 3 * x.channels, d[5]);
       else
@@ -162,19 +169,21 @@ ALWAYS_INLINE void transform_images(const Images& x, int64_t row, const bf16* ze
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ convolution
+// --------------------------------------------------------------------------------------------- convolution
 
 int64_t padded(int64_t outputs) { return (outputs + kOutputs - 1) / kOutputs * kOutputs; }
 
-// G g G^T of all filters, in the order of the products: 16 x padded outputs / 32 x inputs / 2 x 32 x 2, zeros where there
-// is no output. `backward`: of the convolution that gives the gradient of the input, whose filters are turned round and
-// have inputs for outputs.
+// G g G^T of all filters, in the order of the products: 16 x padded outputs / 32 x inputs / 2 x 32 x 2, zeros
+// where there is no output. `backward`: of the convolution that gives the gradient of the input, whose
+// filters are turned round and have inputs for outputs.
 at::Tensor transform_filters(const at::Tensor& weight, bool backward) {
   const int64_t first = weight.size(0), second = weight.size(1);
   const int64_t inputs = backward ? first : second, outputs = backward ? second : first;
-  at::Tensor w = weight.permute({0, 2, 3, 1}).to(at::kFloat).reshape({first, 9 * second});  // as they lie: no copy
-  if (!backward) w = w.t().contiguous();                                                    // outputs last in both
-  const int64_t next_place = backward ? -outputs : inputs * outputs, next_input = backward ? 9 * outputs : outputs;
+  at::Tensor w =
+      weight.permute({0, 2, 3, 1}).to(at::kFloat).reshape({first, 9 * second});  // as they lie: no copy
+  if (!backward) w = w.t().contiguous();                                         // outputs last in both
+  const int64_t next_place = backward ? -outputs : inputs * outputs,
+                next_input = backward ? 9 * outputs : outputs;
   const float* from = w.data_ptr<float>() + (backward ? 8 * outputs : 0);
   at::Tensor packed = at::empty({kPositions, padded(outputs) * inputs}, at::kBFloat16);
   if (padded(outputs) != outputs) packed.zero_();
@@ -187,7 +196,8 @@ at::Tensor transform_filters(const at::Tensor& weight, bool backward) {
           const float* g = from + (2 * pair + i) * next_input + o;
           Reals half[4][3];
           for (int x = 0; x < 3; ++x) {
-            const Reals g0 = _mm512_loadu_ps(g + x * next_place), g1 = _mm512_loadu_ps(g + (3 + x) * next_place);
+            const Reals g0 = _mm512_loadu_ps(g + x * next_place),
+                        g1 = _mm512_loadu_ps(g + (3 + x) * next_place);
             const Reals g2 = _mm512_loadu_ps(g + (6 + x) * next_place), ends = g0 + g2;
             half[0][x] = g0;
             half[1][x] = (ends + g1) * 0.5f;
@@ -210,12 +220,12 @@ at::Tensor transform_filters(const at::Tensor& weight, bool backward) {
   return packed;
 }
 
-// The products of one column of positions, for `tiles` tiles and 32 outputs, and the vertical half of A^T m A at once,
-// while they are in registers: out is 2 x tiles x 32. `step_a`, `step_b`: numbers between the rows of positions;
-// `step_out`: between the upper and the lower half.
+// The products of one column of positions, for `tiles` tiles and 32 outputs, and the vertical half of A^T m A
+// at once, while they are in registers: out is 2 x tiles x 32. `step_a`, `step_b`: numbers between the rows
+// of positions; `step_out`: between the upper and the lower half.
 template <int64_t tiles>
-void column_of_products(const bf16* a, int64_t step_a, int64_t inputs, const bf16* b, int64_t step_b, float* out,
-                        int64_t step_out) {
+void column_of_products(const bf16* a, int64_t step_a, int64_t inputs, const bf16* b, int64_t step_b,
+                        float* out, int64_t step_out) {
   Reals m[4][tiles][2];
 #pragma GCC unroll 4
   for (int64_t y = 0; y < 4; ++y)
@@ -244,8 +254,10 @@ void column_of_products(const bf16* a, int64_t step_a, int64_t inputs, const bf1
     }
 }
 
-// The horizontal half: 2 x 2 pixels of 16 channels. `step`: numbers between upper and lower of a column, and between columns / 2.
-ALWAYS_INLINE void store_outputs(const float* m, int64_t step, bf16* out, int64_t next_pixel, int64_t next_row) {
+// The horizontal half: 2 x 2 pixels of 16 channels. m holds upper and lower of the first column of positions,
+// then of the second, each `step` numbers after the one before.
+ALWAYS_INLINE void store_outputs(const float* m, int64_t step, bf16* out, int64_t next_pixel,
+                                 int64_t next_row) {
   for (int64_t y = 0; y < 2; ++y, m += step, out += next_row) {
     const Reals m0 = _mm512_loadu_ps(m), m1 = _mm512_loadu_ps(m + 2 * step);
     const Reals m2 = _mm512_loadu_ps(m + 4 * step), m3 = _mm512_loadu_ps(m + 6 * step);
@@ -261,14 +273,14 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, bool b
                   weight.size(2) == 3 && weight.size(3) == 3,
               "winograd::convolution: takes filters of outputs x inputs x 3 x 3, outputs in multiples of 16");
   const at::Tensor filters = transform_filters(weight, backward);
-  at::Tensor output =
-      at::empty({input.size(0), outputs, input.size(2), input.size(3)}, input.options(), at::MemoryFormat::ChannelsLast);
+  at::Tensor output = at::empty({input.size(0), outputs, input.size(2), input.size(3)}, input.options(),
+                                at::MemoryFormat::ChannelsLast);
   const Images x(input), y(output);
   const int64_t across = x.tiles_across(), per_block = std::max<int64_t>(1, kTiles / across);
   const int64_t most = per_block * across, blocks = (x.tile_rows() + per_block - 1) / per_block;
   const at::Tensor zeros = at::zeros({x.width * inputs}, at::kBFloat16);
   const at::Tensor held = scratch(at::get_num_threads(), kPositions * most * inputs, at::kBFloat16);
-  const at::Tensor products = scratch(at::get_num_threads(), kPositions * most * kOutputs, at::kFloat);
+  const at::Tensor products = scratch(at::get_num_threads(), kPositions / 2 * most * kOutputs, at::kFloat);
   share_freely(blocks, [&](int64_t worker, int64_t block) {
     bf16* v = data(held) + worker * held.size(1);
     float* m = products.data_ptr<float>() + worker * products.size(1);
@@ -276,19 +288,21 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, bool b
     for (int64_t r = 0; r < rows; ++r)
       transform_images(x, first + r, data(zeros),
                        [=, to = v + r * across * inputs, step = most * inputs](
-                           int position, int64_t tile, int64_t channel, Reals first, Reals second) __attribute__((always_inline)) {
-                         bf16* place = to + position * step + tile * inputs + channel;
-                         store(place, first);
-                         store(place + inputs, second);
-                       });
+                           int position, int64_t tile, int64_t channel, Reals first, Reals second)
+                           __attribute__((always_inline)) {
+                             bf16* place = to + position * step + tile * inputs + channel;
+                             store(place, first);
+                             store(place + inputs, second);
+                           });
     for (int64_t o = 0; o < outputs; o += kOutputs) {
       const int64_t step_a = 4 * most * inputs, step_b = 4 * filters.size(1), step_out = most * kOutputs;
       for (int64_t p = 0; p < 4; ++p) {
         const bf16 *a = v + p * most * inputs, *b = data(filters) + p * filters.size(1) + o * inputs;
         float* to = m + p * 2 * step_out;
         int64_t t = 0;
-        for (; t + kRows <= rows * across; t += kRows)
-          column_of_products<kRows>(a + t * inputs, step_a, inputs, b, step_b, to + t * kOutputs, step_out);
+        for (; t + kTogether <= rows * across; t += kTogether)
+          column_of_products<kTogether>(a + t * inputs, step_a, inputs, b, step_b, to + t * kOutputs,
+                                        step_out);
         for (; t < rows * across; ++t)
           column_of_products<1>(a + t * inputs, step_a, inputs, b, step_b, to + t * kOutputs, step_out);
       }
@@ -306,10 +320,11 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, bool b
   return output;
 }
 
-// ------------------------------------------------------------------------------------------- gradient of the filters
+// --------------------------------------------------------------------------------- gradient of the filters
 
 // A y A^T of two tiles beside one another, for 16 channels, as pairs. `step`: numbers between positions.
-ALWAYS_INLINE void transform_gradients(const bf16* y, int64_t next_pixel, int64_t next_row, bf16* out, int64_t step) {
+ALWAYS_INLINE void transform_gradients(const bf16* y, int64_t next_pixel, int64_t next_row, bf16* out,
+                                       int64_t step) {
   Reals half[2][4][2];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // columns: two of each tile
@@ -353,13 +368,13 @@ void outer_product(const bf16* a, int64_t inputs, const bf16* b, int64_t outputs
   }
 }
 
-// G^T m G, m the sum over workers (workers x 16 x inputs x outputs): the gradient of outputs x inputs x 3 x 3 filters.
-// In channels-last order, as the filters themselves are.
+// G^T m G, m the sum over workers (workers x 16 x inputs x outputs): the gradient of outputs x inputs x 3 x 3
+// filters. In channels-last order, as the filters themselves are.
 at::Tensor transform_back(const at::Tensor& sums) {
   const int64_t workers = sums.size(0), inputs = sums.size(2), outputs = sums.size(3);
   const float* from = sums.data_ptr<float>();
-  at::Tensor gradient =
-      at::empty({outputs, inputs, 3, 3}, at::TensorOptions().dtype(at::kFloat), at::MemoryFormat::ChannelsLast);
+  at::Tensor gradient = at::empty({outputs, inputs, 3, 3}, at::TensorOptions().dtype(at::kFloat),
+                                  at::MemoryFormat::ChannelsLast);
   float* to = gradient.data_ptr<float>();
   at::parallel_for(0, inputs, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -381,7 +396,8 @@ at::Tensor transform_back(const at::Tensor& sums) {
           const Reals sum = (half[y][1] + half[y][2]) * 0.5f, difference = (half[y][1] - half[y][2]) * 0.5f;
           const Reals row[3] = {half[y][0] + sum, difference, sum + half[y][3]};
           for (int x = 0; x < 3; ++x)
-            for (int64_t lane = 0; lane < kLanes; ++lane) to[((o + lane) * 9 + 3 * y + x) * inputs + i] = row[x][lane];
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+              to[((o + lane) * 9 + 3 * y + x) * inputs + i] = row[x][lane];
         }
       }
   });
@@ -410,13 +426,15 @@ at::Tensor filter_gradient(const at::Tensor& input, const at::Tensor& gradient) 
       for (int64_t r = 0; r < rows; ++r) {
         transform_images(x, first + r, data(zeros),
                          [=, to = v + r * across * inputs, step = most * inputs](
-                             int position, int64_t tile, int64_t channel, Reals first, Reals second) __attribute__((always_inline)) {
-                           store_pair(to + position * step + tile * inputs + 2 * channel, first, second);
-                         });
+                             int position, int64_t tile, int64_t channel, Reals first, Reals second)
+                             __attribute__((always_inline)) {
+                               store_pair(to + position * step + tile * inputs + 2 * channel, first, second);
+                             });
         for (int64_t channel = 0; channel < outputs; channel += kLanes)
           for (int64_t tile = 0; tile < across; tile += 2)
-            transform_gradients(y.data + y.offset(first + r) + 2 * tile * outputs + channel, outputs, y.width * outputs,
-                                e + (r * across + tile) * outputs + 2 * channel, most * outputs);
+            transform_gradients(y.data + y.offset(first + r) + 2 * tile * outputs + channel, outputs,
+                                y.width * outputs, e + (r * across + tile) * outputs + 2 * channel,
+                                most * outputs);
       }
       for (int64_t p = 0; p < kPositions; ++p)
         for (int64_t o = 0; o < outputs; o += kOutputs)
@@ -428,7 +446,7 @@ at::Tensor filter_gradient(const at::Tensor& input, const at::Tensor& gradient) 
   return transform_back(sums);
 }
 
-// ---------------------------------------------------------------------------------- batch normalisation and ReLU
+// ---------------------------------------------------------------------------- batch normalisation and ReLU
 
 // Two sums over all pixels for each channel, in double: `adder(channel)` gives a function of (offset of 16
 // channels of a pixel, first sum, second sum) that adds to the sums.
@@ -442,7 +460,8 @@ std::vector<double> two_sums(int64_t pixels, int64_t channels, Adder adder) {
       const int64_t first = chunk * kChunk, last = std::min(pixels, first + kChunk);
       for (int64_t channel = 0; channel < channels; channel += kLanes) {
         const auto add = adder(channel);
-        Reals a = _mm512_setzero_ps(), b = a, other_a = a, other_b = a;  // an addition need not wait for the last one
+        Reals a = _mm512_setzero_ps(), b = a, other_a = a,
+              other_b = a;  // an addition need not wait for the last one
         int64_t pixel = first;
         for (; pixel + 1 < last; pixel += 2) {
           add(pixel * channels + channel, a, b);
@@ -470,7 +489,8 @@ void for_each_pixel(int64_t pixels, int64_t channels, F f) {
     for (int64_t first = begin * kChunk; first < std::min(pixels, end * kChunk); first += kChunk)
       for (int64_t channel = 0; channel < channels; channel += kLanes) {
         const auto visit = f(channel);
-        for (int64_t pixel = first; pixel < std::min(pixels, first + kChunk); ++pixel) visit(pixel * channels + channel);
+        for (int64_t pixel = first; pixel < std::min(pixels, first + kChunk); ++pixel)
+          visit(pixel * channels + channel);
       }
   });
 }
@@ -479,7 +499,8 @@ void for_each_pixel(int64_t pixels, int64_t channels, F f) {
 struct Affine {
   std::vector<float> scale, offset;
 
-  Affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& inverse_std)
+  Affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+         const at::Tensor& inverse_std)
       : scale(weight.numel()), offset(weight.numel()) {
     for (size_t i = 0; i < scale.size(); ++i) {
       scale[i] = weight.data_ptr<float>()[i] * inverse_std.data_ptr<float>()[i];
@@ -493,10 +514,12 @@ void check_normalisation(const at::Tensor& x, const at::Tensor& weight, const at
   for (const at::Tensor& one : {weight, bias})
     TORCH_CHECK(one.scalar_type() == at::kFloat && one.is_contiguous() && one.numel() == x.size(1),
                 "winograd::batch_norm_relu: takes a float32 weight and bias for each channel");
-  TORCH_CHECK(x.size(1) % kLanes == 0 && x.numel() > 0, "winograd::batch_norm_relu: takes channels in multiples of 16");
+  TORCH_CHECK(x.size(1) % kLanes == 0 && x.numel() > 0,
+              "winograd::batch_norm_relu: takes channels in multiples of 16");
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor& input, const at::Tensor& weight,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor& input,
+                                                               const at::Tensor& weight,
                                                                const at::Tensor& bias, double eps) {
   check_normalisation(input, weight, bias);
   const int64_t channels = input.size(1), pixels = input.numel() / channels;
@@ -520,7 +543,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor&
   at::Tensor output = at::empty_like(input);
   bf16* y = data(output);
   for_each_pixel(pixels, channels, [&](int64_t channel) {
-    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]), offset = _mm512_loadu_ps(&affine.offset[channel]);
+    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]),
+                offset = _mm512_loadu_ps(&affine.offset[channel]);
     // of two numbers one of which is none, max gives the second: NaN stays NaN
     return [=](int64_t at) {
       store(y + at, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fmadd_ps(load(x + at), scale, offset)));
@@ -529,11 +553,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor&
   return {output, mean, variance};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(const at::Tensor& gradient,
-                                                                        const at::Tensor& input,
-                                                                        const at::Tensor& weight, const at::Tensor& bias,
-                                                                        const at::Tensor& mean,
-                                                                        const at::Tensor& variance, double eps) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
+    const at::Tensor& gradient, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& variance, double eps) {
   check_normalisation(input, weight, bias);
   check(gradient, "winograd::batch_norm_relu_backward");
   const int64_t channels = input.size(1), pixels = input.numel() / channels;
@@ -544,10 +566,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(const at
   // what ReLU lets through: 0 where the output was 0
   const auto passed = [=](Reals value, int64_t at, Reals scale, Reals offset) {
     const Reals normalised = _mm512_fmadd_ps(value, scale, offset);
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(normalised, _mm512_setzero_ps(), _CMP_GT_OQ), load(dy + at));
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(normalised, _mm512_setzero_ps(), _CMP_GT_OQ),
+                               load(dy + at));
   };
   const auto sums = two_sums(pixels, channels, [&](int64_t channel) {
-    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]), offset = _mm512_loadu_ps(&affine.offset[channel]);
+    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]),
+                offset = _mm512_loadu_ps(&affine.offset[channel]);
     const Reals center = _mm512_loadu_ps(means + channel);
     return [=](int64_t at, Reals& sum, Reals& with_input) {
       const Reals value = load(x + at), g = passed(value, at, scale, offset);
@@ -568,7 +592,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(const at
   at::Tensor d_input = at::empty_like(input);
   bf16* dx = data(d_input);
   for_each_pixel(pixels, channels, [&](int64_t channel) {
-    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]), offset = _mm512_loadu_ps(&affine.offset[channel]);
+    const Reals scale = _mm512_loadu_ps(&affine.scale[channel]),
+                offset = _mm512_loadu_ps(&affine.offset[channel]);
     const Reals a = _mm512_loadu_ps(&slope[channel]), b = _mm512_loadu_ps(&level[channel]);
     return [=](int64_t at) {
       const Reals value = load(x + at), g = passed(value, at, scale, offset);
@@ -583,7 +608,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(const at
 TORCH_LIBRARY(winograd, library) {
   library.def("convolution(Tensor input, Tensor weight, bool backward) -> Tensor");
   library.def("filter_gradient(Tensor input, Tensor gradient) -> Tensor");
-  library.def("batch_norm_relu(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "batch_norm_relu(Tensor input, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
   library.def(
       "batch_norm_relu_backward(Tensor gradient, Tensor input, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor variance, float eps) -> (Tensor, Tensor, Tensor)");
