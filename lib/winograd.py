@@ -12,7 +12,10 @@ import logging
 import os
 import platform
 import subprocess
+import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,7 @@ def _compile(kept: Path) -> None:
     from torch.utils import cpp_extension
 
     # not in PyTorch's own cache: where a compiler was killed, it waits for it for ever
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, _own_programs_found():
         words = {"extra_cflags": list(FLAGS), "is_python_module": False, "build_directory": made}
         try:
             cpp_extension.load(kept.stem, [str(SOURCE)], **words)
@@ -100,6 +103,17 @@ def _compile(kept: Path) -> None:
             files.put_in_place(beside, kept)
         except OSError as error:
             say(f"these kernels are not kept for the next run: {error.strerror or error}")
+
+
+@contextmanager
+def _own_programs_found() -> Iterator[None]:
+    """ninja lies beside the interpreter, in an environment that need not be activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), before))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def install(model: nn.Module) -> int:

@@ -99,7 +99,9 @@ def test_every_defect_is_noticed():
     jobs = min(4, len(os.sched_getaffinity(0)))
     result = run_script("tests/mutations/run.py", "-j", jobs)
     missed = [
-        line for line in result.stdout.splitlines() if re.search(r"SURVIVED|NO TEST|NOT APPLY", line)
+        line
+        for line in result.stdout.splitlines()
+        if re.search(r"SURVIVED|NO TEST|NOT APPLY", line)
     ]
     assert not missed
     assert f"{len(PATCHES)} of {len(PATCHES)} caught (100%)" in assert_ok(result)

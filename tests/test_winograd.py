@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,11 +449,22 @@ def run_with(folder, *words, **environment):
     ]
 
 
+def without_ninja(folder) -> str:
+    """A search path of all that is on this one but ninja, as in an environment not activated."""
+    folder.mkdir()
+    for place in os.get_exec_path():
+        for program in Path(place).glob("*"):
+            link = folder / program.name
+            if program.name != "ninja" and not link.is_symlink():
+                link.symlink_to(program)
+    return str(folder)
+
+
 @needs_avx512
 @pytest.mark.slow
 def test_they_are_compiled_once_and_made_again_where_the_file_is_no_library(tmp_path):
     """Slow in the first process alone: the second finds what the first has left."""
-    kept = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "kept")}
+    kept = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "kept"), "PATH": without_ninja(tmp_path / "bin")}
     first, second = run_with(tmp_path / "run", "--winograd", **kept)
     assert "compiling" in first
     assert "compiling" not in second
