@@ -70,7 +70,7 @@ def _be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def use_large_pages() -> None:
+def _use_large_pages() -> None:
     """Let large tensors lie in pages of 2 MiB where Linux offers them: 6% of a training step on a CPU.
 
     PyTorch asks the environment at the first tensor that it makes; what the user has set there stays.
@@ -113,8 +113,8 @@ def select(
     else:
         device = torch.device("cuda", int(names[distributed.local_rank()]))
     if device.type == "cpu":
-        use_large_pages()
-    if device.type == "cuda":
+        _use_large_pages()
+    else:
         torch.cuda.set_device(device)  # or pinned memory and the like would go to device 0
         torch.backends.cudnn.benchmark = (
             not deterministic

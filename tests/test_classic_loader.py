@@ -279,6 +279,7 @@ PATCHES = ("--dataset", "patches", "--image-size", 8, "--arch", "wrn-10-1", "--p
 finetuning = load_script("cifar-semi.py")
 
 
+@pytest.mark.slow
 def test_pretraining_with_the_classic_loader_from_the_command_line(tmp_path):
     words = (*PATCHES, "-b", 64, "--loader", "workers", "--stop-after", 2)
 

@@ -213,6 +213,7 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         assert_same(two[key], one[key])
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_script_make_the_run_of_one_and_rank_0_alone_writes(
     world, alone, tmp_path
 ):

@@ -47,7 +47,7 @@ def outcomes(folder, *words):
 
 
 @pytest.mark.parametrize(
-    "workers", [pytest.param(0, marks=pytest.mark.slow), 1], ids=["alone", "xdist"]
+    "workers", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["alone", "xdist"]
 )
 def test_every_way_to_skip_a_test_fails_but_for_the_allowed_reasons(tmp_path, workers):
     (tmp_path / "test_ways.py").write_text(WAYS)

@@ -18,6 +18,7 @@ from models import build_model
 from models.layers import BatchNormReLU
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.xdist_group("winograd")  # one process compiles
 PLAIN, WINOGRAD = Compute(CPU, True), Compute(CPU, True, True)
 needs_avx512 = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="needs AVX512-BF16"
@@ -437,18 +438,6 @@ def test_going_on_without_them_is_said(capsys):
     assert capsys.readouterr().out == ""
 
 
-def run_with(folder, *words, **environment):
-    """Five steps of both phases in a process of its own."""
-    lines = {
-        "unsupervised/cifar.py": ("--stop-after", 5, "--model-dir", folder, "--log-dir", folder),
-        "cifar-semi.py": ("--max-iters", 5, "--model-root", folder, "--log-root", folder),
-    }
-    common = ("--dataset", "patches", "--arch", "wrn-10-1", "--precision", "bf16", *words)
-    return [
-        assert_ok(run_script(name, *common, *own, **environment)) for name, own in lines.items()
-    ]
-
-
 def without_ninja(folder) -> str:
     """A search path of all that is on this one but ninja, as in an environment not activated."""
     folder.mkdir()
@@ -465,16 +454,17 @@ def without_ninja(folder) -> str:
 def test_they_are_compiled_once_and_made_again_where_the_file_is_no_library(tmp_path):
     """Slow in the first process alone: the second finds what the first has left."""
     kept = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "kept"), "PATH": without_ninja(tmp_path / "bin")}
-    first, second = run_with(tmp_path / "run", "--winograd", **kept)
-    assert "compiling" in first
-    assert "compiling" not in second
-    for output in (first, second):
-        assert re.search(r"CPU, \d+ threads, bf16 autocast, Winograd", output)
-        assert "suits 4 of 9 convolutions" in output
+    code = "from lib import winograd; winograd.build(); winograd.build()"
+    words = ("--dataset", "patches", "--arch", "wrn-10-1", "--precision", "bf16", "--winograd")
+    words += ("--stop-after", 5, "--model-dir", tmp_path, "--log-dir", tmp_path)
+    output = assert_ok(run_script("unsupervised/cifar.py", *words, **kept))
+    assert output.count("compiling") == 1
+    assert re.search(r"CPU, \d+ threads, bf16 autocast, Winograd", output)
+    assert "suits 4 of 9 convolutions" in output
+    assert "compiling" not in assert_ok(run_script("-c", code, **kept))
     (library,) = (tmp_path / "kept").iterdir()
     size = library.stat().st_size
     library.write_bytes(b"")
-    code = "from lib import winograd; winograd.build(); winograd.build()"
     assert "compiling" in assert_ok(run_script("-c", code, **kept))
     assert library.stat().st_size == size
 
