@@ -181,6 +181,7 @@ def add_training_compute(group_of: argparse.ArgumentParser) -> None:
 
 def select_training_device(args: argparse.Namespace) -> Compute:
     """What the options of `add_training_compute` ask for."""
+    devices.use_large_pages()
     words = {"deterministic": args.deterministic, "with_winograd": args.winograd}
     return devices.select(args.gpus, args.precision, **words)
 

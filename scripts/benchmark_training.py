@@ -24,7 +24,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -461,8 +460,8 @@ VARIANTS = {
 
 def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
-    if variant == BASELINE:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # as PyTorch comes
+    if variant != BASELINE:
+        devices.use_large_pages()  # before the first tensor
     torch.manual_seed(0)
     compute = devices.select(args.gpus, args.precision)
     if variant != BASELINE:

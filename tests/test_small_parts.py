@@ -256,7 +256,7 @@ def test_large_tensors_lie_in_large_pages_where_linux_offers_them():
 import sys, torch
 from pathlib import Path
 from lib import devices
-devices.select("cpu")
+devices.use_large_pages()
 blocks = [torch.ones(2**22) for _ in range(8)]
 print(Path("/proc/self/smaps_rollup").read_text())
 """
