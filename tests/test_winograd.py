@@ -503,13 +503,13 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
 def test_both_phases_train_with_them_and_go_on(tmp_path):
     """Losses as without, within what bf16 rounds; a run that was stopped goes on to the same bits."""
     script = "unsupervised/cifar.py"
-    common = ("--dataset", "patches", "--arch", "wrn-10-1", "--precision", "bf16", "--epochs", 2)
+    common = ("--dataset", "patches", "--arch", "wrn-10-1", "--precision", "bf16", "--epochs", 1)
     losses, nets = {}, {}
     for name, more in {"usual": (), "whole": ("--winograd",), "stopped": ("--winograd",)}.items():
         folder = tmp_path / name
         words = (*common, *more, "--model-dir", folder, "--log-dir", folder)
         if name == "stopped":
-            assert_ok(run_script(script, *words, "--stop-after", 30))
+            assert_ok(run_script(script, *words, "--stop-after", 12))
             words = (*words, "--resume", "auto")
         assert_ok(run_script(script, *words))
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
