@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the checks of this repository: ruff, shellcheck, then the tests. Further words go to pytest:
 #
-#   bash scripts/test.sh                  the quick suite, under four minutes on two cores
+#   bash scripts/test.sh                  the quick suite, four minutes on two fast cores, six on slow ones
 #   bash scripts/test.sh slow             the slow one: kills, resumes, fuzzing, the whole quickstart
 #   bash scripts/test.sh all              one after the other, as continuous integration does
 set -euo pipefail
