@@ -70,15 +70,6 @@ def _be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def use_large_pages() -> None:
-    """Let large tensors lie in pages of 2 MiB where Linux offers them: 6% of a step of a WRN-28-2.
-
-    PyTorch asks the environment at the first tensor that it makes, and what the user has set there stays. It
-    takes more memory, and pays where tensors are kept: for training alone.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def select(
     gpus: str = "0",
     precision: str = "auto",

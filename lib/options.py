@@ -26,7 +26,7 @@ from lib.loader import LOADERS
 from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
 from lib.split import parse_num_labeled
-from lib.throughput import COMPILE_MODES, WARM_UP, require_compiler
+from lib.throughput import COMPILE_MODES, WARM_UP, require_compiler, use_large_pages
 from models import IMAGENET_ARCHITECTURES, SMALL_ARCHITECTURES
 
 Values = TypeVar("Values", bound=Any)
@@ -181,9 +181,10 @@ def add_training_compute(group_of: argparse.ArgumentParser) -> None:
 
 def select_training_device(args: argparse.Namespace) -> Compute:
     """What the options of `add_training_compute` ask for."""
-    devices.use_large_pages()
     words = {"deterministic": args.deterministic, "with_winograd": args.winograd}
-    return devices.select(args.gpus, args.precision, **words)
+    compute = devices.select(args.gpus, args.precision, **words)
+    use_large_pages(compute)
+    return compute
 
 
 def _add_memory_bank(group_of: argparse.ArgumentParser) -> None:

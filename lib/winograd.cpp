@@ -4,10 +4,9 @@
 // Images are N x H x W x C in memory (channels last). A tile is 4 x 4 input pixels that give 2 x 2 output
 // pixels; tiles overlap by two. With d a tile of one channel, g a filter, Y the outputs,
 //
-//     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        16 products for 4 outputs, in place of
-//     36
+//     Y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A
 //
-// and the gradient of the filter, from the gradients y of 2 x 2 outputs,
+// with 16 products for 4 outputs, in place of 36. The gradient of the filter, from the gradients y of 2 x 2,
 //
 //     dg = G^T [ sum over tiles of (B^T d B) * (A y A^T) ] G
 //
@@ -35,16 +34,14 @@ namespace {
 using bf16 = uint16_t;
 using Reals = __m512;  // 16 float32
 
-constexpr int64_t kPositions = 16;  // of a tile
-constexpr int64_t kLanes = 16;      // channels in a register
-constexpr int64_t kOutputs = 32;    // columns of a matrix product: two registers
-constexpr int64_t kTogether =
-    3;  // tiles by 4 positions by two registers: sums in 24 of the 32 that there are
-constexpr int64_t kOuterRows = 8;  // rows of a product that sums over tiles: channels are a multiple of it
-constexpr int64_t kTiles =
-    48;  // tiles held at a time: what they are transformed to stays in the second cache
-constexpr int64_t kOuterTiles = 64;
-constexpr int64_t kChunk = 64;  // pixels whose sums are float32 before they are added in double
+constexpr int64_t kPositions = 16;   // of a tile
+constexpr int64_t kLanes = 16;       // channels in a register
+constexpr int64_t kOutputs = 32;     // columns of a matrix product: two registers
+constexpr int64_t kTogether = 3;     // tiles by 4 positions by 2 registers: 24 sums, of 32 registers
+constexpr int64_t kOuterRows = 8;    // rows of a product that sums over tiles; channels are a multiple
+constexpr int64_t kTiles = 48;       // held at a time: their transforms stay in the second cache
+constexpr int64_t kOuterTiles = 64;  // the same for the gradient of the filters
+constexpr int64_t kChunk = 64;       // pixels whose sums are float32 before they are added in double
 
 ALWAYS_INLINE Reals load(const bf16* p) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

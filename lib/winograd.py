@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def build() -> None:
     with main_first():
         if not _loaded(kept):
             say("compiling the kernels of --winograd: a quarter of a minute, once")
-            _compile(kept)
+            _compile(kept, cpp_extension)
 
 
 def _loaded(kept: Path) -> bool:
@@ -86,10 +87,8 @@ def _loaded(kept: Path) -> bool:
     return True
 
 
-def _compile(kept: Path) -> None:
+def _compile(kept: Path, cpp_extension: ModuleType) -> None:
     """Make, load and keep the kernels; where that cannot be written, the next run makes them again."""
-    from torch.utils import cpp_extension
-
     # not in PyTorch's own cache: where a compiler was killed, it waits for it for ever
     with tempfile.TemporaryDirectory() as made, _own_programs_found():
         words = {"extra_cflags": list(FLAGS), "is_python_module": False, "build_directory": made}

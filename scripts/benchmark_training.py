@@ -460,11 +460,10 @@ VARIANTS = {
 
 def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
-    if variant != BASELINE:
-        devices.use_large_pages()  # before the first tensor
     torch.manual_seed(0)
     compute = devices.select(args.gpus, args.precision)
     if variant != BASELINE:
+        throughput.use_large_pages(compute)
         throughput.keep_freed_memory(compute)
     advance = VARIANTS[variant](task, folder, args, compute)
     while steps := _order(pipe):

@@ -253,10 +253,10 @@ def test_another_value_of_an_option_that_matters_is_refused_and_listed():
 
 def test_large_tensors_lie_in_large_pages_where_linux_offers_them():
     code = """
-import sys, torch
+import torch
 from pathlib import Path
-from lib import devices
-devices.use_large_pages()
+from lib import devices, throughput
+throughput.use_large_pages(devices.select("cpu"))
 blocks = [torch.ones(2**22) for _ in range(8)]
 print(Path("/proc/self/smaps_rollup").read_text())
 """
