@@ -1,4 +1,4 @@
-"""Phase 3: train a classifier on a few labelled and the most confident pseudo-labelled images.
+"""Phase 3: train a classifier on a few labeled and the most confident pseudo-labeled images.
 
 The published CIFAR-10 run at 250 labels, from the metric of phase 1 and the pseudo-labels of phase 2
 (test accuracy 71.26% published):
@@ -6,12 +6,12 @@ The published CIFAR-10 run at 250 labels, from the metric of phase 1 and the pse
     python cifar-semi.py --num-labeled 250 --resume checkpoint/instance_cifar10/ckpt.cifar.pth.tar \\
         --pseudo-file checkpoint/pseudos/instance_nc_wrn-28-2/250.pth.tar --pseudo-ratio 0.2
 
-The supervised baseline on the same labelled images, from the metric or (without --resume) from scratch:
+The supervised baseline on the same labeled images, from the metric or (without --resume) from scratch:
 
     python cifar-semi.py --num-labeled 250 --resume checkpoint/instance_cifar10/ckpt.cifar.pth.tar
 
 Several GPUs, or processes on a CPU: `--gpus 0,1,2,3` or `--gpus cpu,cpu` (BatchNorm alone sees it: each
-process normalises by its own rows); several machines:
+process normalizes by its own rows); several machines:
 `torchrun --nnodes 2 --nproc-per-node 4 ... cifar-semi.py ...`.
 
 Measure a trained classifier: `--eval --resume checkpoint/cifar10-semi/exp/ckpt.pth.tar`. Continue an
@@ -28,10 +28,10 @@ from pathlib import Path
 from datasets import build_datasets
 from datasets.transforms import finetune_ops
 from lib import distributed, finetuning, options, provenance
-from lib.distributed import say
-from lib.finetuning import MATHEMATICS, Files, Settings
+from lib.distributed import print_main
+from lib.finetuning import RESUME_INVARIANTS, Files, Settings
 
-__all__ = ["MATHEMATICS", "build_parser", "main"]
+__all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     options.check_finetuning(args, build_parser())
     settings = options.values(args, Settings)
     folder = Path(args.model_root) / args.exp_name
-    compute = options.select_training_device(args)
+    device = options.select_training_device(args)
     resume = finetuning.find_start(args.resume, folder)
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     with distributed.main_first():  # it may have to download them
@@ -60,16 +60,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     built, pretrained = finetuning.starting_weights(
         args.architecture, resume, args.pretrained, evaluating=args.eval
     )
-    model = finetuning.build_classifier(settings, train.num_classes, compute, weights=built)
+    model = finetuning.build_classifier(settings, train.num_classes, device, weights=built)
     if args.eval:
-        return finetuning.evaluate_file(resume or args.pretrained, model, test, compute, settings)
+        return finetuning.evaluate_file(resume or args.pretrained, model, test, device, settings)
 
     # 3. What to train on, from which weights or where this run stopped
-    examples = finetuning.choose_examples(train, parts, settings, source=source)
+    examples = finetuning.choose_training_set(train, parts, settings, source=source)
     meta = provenance.record(vars(args), train.digest)
-    run = finetuning.Run(settings, compute, model, train, test, examples, meta)
+    run = finetuning.Run(settings, device, model, train, test, examples, meta)
     finetuning.begin(run, resume, pretrained)
-    say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
+    print_main(f"{device}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save
     is_new = not run.progress.step

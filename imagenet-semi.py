@@ -1,4 +1,4 @@
-"""Phase 3 for ImageNet-sized folders: a classifier from a few labelled and the most confident other images.
+"""Phase 3 for ImageNet-sized folders: a classifier from a few labeled and the most confident other images.
 
 The published run with 1% of the labels (13,000; the pseudo-labels of phase 2 in ten chunks), on four GPUs:
 
@@ -9,10 +9,10 @@ The published run with 1% of the labels (13,000; the pseudo-labels of phase 2 in
 
 DIR holds train/<class>/*, val/<class>/* and, where there are images without labels, unlabeled/**; its
 images are read while training, never all at once. `scripts/finetune_imagenet.sh` has the settings for 1, 2
-and 4%. Without --pseudo-dir or --pseudo-file the labelled images are all there is: the supervised baseline.
+and 4%. Without --pseudo-dir or --pseudo-file the labeled images are all there is: the supervised baseline.
 
 --batch-size is the total over all GPUs, whose number changes the results through BatchNorm alone: each
-process normalises by its own rows. `--gpus 0,1`, `--gpus 0`, or
+process normalizes by its own rows. `--gpus 0,1`, `--gpus 0`, or
 `torchrun --nnodes 2 --nproc-per-node 4 ... imagenet-semi.py ...` on several machines. On a CPU, without any
 data: `--gpus cpu,cpu --dataset patches --image-size 64 -b 64`. How fast the GPUs are: `--dummy`.
 
@@ -29,12 +29,12 @@ from pathlib import Path
 from datasets import build_datasets
 from datasets.transforms import RandomHorizontalFlip, RandomResizedCrop
 from lib import distributed, finetuning, options, provenance
-from lib.distributed import say
-from lib.finetuning import MATHEMATICS, Files, Settings
+from lib.distributed import print_main
+from lib.finetuning import RESUME_INVARIANTS, Files, Settings
 from lib.schedule import IMAGENET_FINETUNE_DROPS
 from models import IMAGENET_ARCHITECTURES
 
-__all__ = ["MATHEMATICS", "build_parser", "main"]
+__all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 
 SMALLEST_CROP = 0.08  # share of the area, as everyone trains ImageNet classifiers
 
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     options.keep_dummy_apart(args, build_parser(), "model_root", "log_root")
     settings = options.values(args, Settings)
     folder = Path(args.model_root) / args.exp_name
-    compute = options.select_training_device(args)
+    device = options.select_training_device(args)
     resume = finetuning.find_start(args.resume, folder)
     parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     with distributed.main_first():  # it may have to download them
@@ -95,17 +95,17 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         args.architecture, resume, args.pretrained, evaluating=args.eval
     )
     model = finetuning.build_classifier(
-        settings, train.num_classes, compute, imagenet=True, weights=built
+        settings, train.num_classes, device, imagenet=True, weights=built
     )
     if args.eval:
-        return finetuning.evaluate_file(resume or args.pretrained, model, test, compute, settings)
+        return finetuning.evaluate_file(resume or args.pretrained, model, test, device, settings)
 
     # 3. What to train on, from which weights or where this run stopped
-    examples = finetuning.choose_examples(train, parts, settings, source=source)
+    examples = finetuning.choose_training_set(train, parts, settings, source=source)
     meta = provenance.record(vars(args), train.digest)
-    run = finetuning.Run(settings, compute, model, train, test, examples, meta)
+    run = finetuning.Run(settings, device, model, train, test, examples, meta)
     finetuning.begin(run, resume, pretrained, own_only=True)
-    say(f"{compute}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
+    print_main(f"{device}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
 
     # 4. Train, test, save
     is_new = not run.progress.step

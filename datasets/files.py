@@ -1,7 +1,7 @@
 """Images that stay in their files: decoded, cropped and resized to bytes by the workers of lib/loader.py.
 
 The only geometric operation, the first of the augmentation or the central cut of evaluation, happens here, on
-the decoded bytes; colours, flips and normalisation follow in batches on the device. Pixels are those of
+the decoded bytes; colors, flips and normalization follow in batches on the device. Pixels are those of
 torchvision.transforms.v2 on uint8 for the same crop.
 """
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from datasets.images import Labelled, Stats
+from datasets.images import Labeled, Stats
 from datasets.transforms import RandomResizedCrop
 
 MARGIN = 8 / 7  # evaluation shows the central 224 of 256 pixels, at any size in this proportion
@@ -37,7 +37,7 @@ Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
 @dataclass(frozen=True)
 class Resizing:
-    """How evaluation resizes an image before it cuts the centre out.
+    """How evaluation resizes an image before it cuts the center out.
 
     Attributes:
         shorter: length of the shorter side; with `squash` of both.
@@ -50,7 +50,7 @@ class Resizing:
 
 
 @dataclass(frozen=True)
-class FileSet(Labelled):
+class FileSet(Labeled):
     """A set of image files, of any size each, that are read when they are needed.
 
     Attributes:

@@ -21,7 +21,7 @@ FEW_FILES = 2000  # below this, starting worker processes costs more than it sav
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
-    """One image file as 3 x S x S bytes: upright, RGB, shorter side resized to S, centre cropped."""
+    """One image file as 3 x S x S bytes: upright, RGB, shorter side resized to S, center cropped."""
     with Image.open(io.BytesIO(data)) as file:
         image = as_rgb(ImageOps.exif_transpose(file))
     if image.size != (image_size, image_size):
@@ -96,7 +96,7 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
 def load_folder(
     root: Path, image_size: int, num_workers: int, in_memory: bool = True
 ) -> tuple[ImageSet | FileSet, ImageSet | FileSet | None]:
-    """The training images (labelled ones first) and the test images.
+    """The training images (labeled ones first) and the test images.
 
     Args:
         in_memory: decode them all now; otherwise they are read when they are needed.

@@ -18,7 +18,7 @@ CIFAR100_STATS: Stats = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Labelled:
+class Labeled:
     """What follows from the targets and classes of a data set, however its images are held."""
 
     targets: Tensor
@@ -37,7 +37,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class ImageSet(Labelled):
+class ImageSet(Labeled):
     """A set of equally sized images held as bytes, so that a batch is one indexing operation.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Which image files a folder holds, and the class of each: by folders, or by a table beside them.
 
-DIR/train/<class>/**         labelled training images
+DIR/train/<class>/**         labeled training images
 DIR/test/<class>/**          or DIR/val/<class>/**: images to measure on (optional)
 DIR/unlabeled/**             training images without a label (optional)
 
@@ -40,7 +40,7 @@ class Files:
 
 @dataclass
 class Listing:
-    """What a folder holds: class names, training files (labelled ones first), test files if any."""
+    """What a folder holds: class names, training files (labeled ones first), test files if any."""
 
     classes: tuple[str, ...]
     train: Files
@@ -89,7 +89,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _labelled_files(folder: Path, classes: tuple[str, ...]) -> Files:
+def _labeled_files(folder: Path, classes: tuple[str, ...]) -> Files:
     files = Files()
     for name in class_names(folder):
         if name not in classes:
@@ -106,7 +106,7 @@ def _labelled_files(folder: Path, classes: tuple[str, ...]) -> Files:
 
 def _from_folders(root: Path) -> Listing:
     classes = class_names(root / "train")
-    train = _labelled_files(root / "train", classes)
+    train = _labeled_files(root / "train", classes)
     unlabeled = image_files(root / "unlabeled")
     if (root / "unlabeled").is_dir() and not unlabeled:
         raise ValueError(
@@ -114,7 +114,7 @@ def _from_folders(root: Path) -> Listing:
         )
     train.add(unlabeled, UNKNOWN)
     tests = [root / name for name in TESTS if (root / name).is_dir()]
-    return Listing(classes, train, _labelled_files(tests[0], classes) if tests else None)
+    return Listing(classes, train, _labeled_files(tests[0], classes) if tests else None)
 
 
 def _rows(table: Path) -> list[tuple[str, str, str]]:

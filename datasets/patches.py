@@ -1,7 +1,7 @@
 """The embedded data set: 32x32 gray patches cut from ten photographs that ship inside scikit-image.
 
 It needs no download, so that every script, notebook and test of this repository runs anywhere. The
-pictures are converted to gray, so that colour does not give the class away. Training patches lie in
+pictures are converted to gray, so that color does not give the class away. Training patches lie in
 the left three quarters of a picture, test patches in the right quarter: no pixel is in both.
 """
 

@@ -1,11 +1,11 @@
 """Augmentation of whole batches, each image with random numbers of its own.
 
-Every operation is split in two: `draw(n, generator)` gives one row of random numbers per image, and
+Every operation is split in two: `sample_params(n, generator)` gives one row of random numbers per image, and
 calling the operation applies given rows to given images. What an image becomes is thus a function of
 its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
 B x C x H x W, rows are on the CPU. The parameters are distributed as in torchvision's transforms of the
 same name, and the same parameters give the same pixels (tests/test_transforms.py), up to torchvision's
-rounding to bytes. `classic` gives that transform itself, for one Pillow image at a time.
+rounding to bytes. `pil_transform` gives that transform itself, for one Pillow image at a time.
 """
 
 import math
@@ -31,11 +31,11 @@ Transform = Callable[[Image], Image]  # draws from torch's global generator
 
 
 class Op(Protocol):
-    def draw(self, n: int, generator: Generator) -> Tensor: ...
+    def sample_params(self, n: int, generator: Generator) -> Tensor: ...
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor: ...
 
-    def classic(self, size: int) -> Transform:
+    def pil_transform(self, size: int) -> Transform:
         """torchvision's counterpart, to give S x S Pillow images."""
 
 
@@ -80,7 +80,7 @@ class RandomResizedCrop:
             raise ValueError(f"crop scale {min_scale} ... {max_scale}: must lie in (0, 1]")
         self.min_scale, self.max_scale = min_scale, max_scale
 
-    def draw(self, n: int, generator: Generator) -> Tensor:
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
         """n x 22: place from the top and the left as fractions of the room, then the heights and the
         widths of ten candidates as fractions of the square root of the image's area."""
         area = torch.rand(n, self.tries, generator=generator)
@@ -125,7 +125,7 @@ class RandomResizedCrop:
         grid = torch.stack([grid_x, grid_y], dim=-1)
         return F.grid_sample(images, grid, align_corners=True, padding_mode="border")
 
-    def classic(self, size: int) -> Transform:
+    def pil_transform(self, size: int) -> Transform:
         scale, ratio = (self.min_scale, self.max_scale), (1 / RATIO, RATIO)
         return transforms.RandomResizedCrop(size, scale=scale, ratio=ratio)
 
@@ -137,7 +137,7 @@ class PadCrop:
     def padding(side: int) -> int:
         return max(1, side // 8)
 
-    def draw(self, n: int, generator: Generator) -> Tensor:
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
         """n x 2: vertical and horizontal place, as fractions of the room."""
         return torch.rand(n, 2, generator=generator)
 
@@ -151,19 +151,19 @@ class PadCrop:
         batch = torch.arange(len(images), device=images.device)[:, None, None]
         return padded.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
-    def classic(self, size: int) -> Transform:
+    def pil_transform(self, size: int) -> Transform:
         pad = transforms.Pad(self.padding(size), padding_mode="reflect")
         return transforms.Compose([pad, transforms.RandomCrop(size)])
 
 
 class RandomHorizontalFlip:
-    def draw(self, n: int, generator: Generator) -> Tensor:
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
         return torch.rand(n, 1, generator=generator)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         return _replaced(images, rows[:, 0] < 0.5, lambda chosen: chosen.flip(3))
 
-    def classic(self, _: int) -> Transform:
+    def pil_transform(self, _: int) -> Transform:
         return transforms.RandomHorizontalFlip()
 
 
@@ -171,14 +171,14 @@ class RandomGrayscale:
     def __init__(self, probability: float) -> None:
         self.probability = probability
 
-    def draw(self, n: int, generator: Generator) -> Tensor:
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
         return torch.rand(n, 1, generator=generator)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         chosen = rows[:, 0] < self.probability
         return _replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
 
-    def classic(self, _: int) -> Transform:
+    def pil_transform(self, _: int) -> Transform:
         return transforms.RandomGrayscale(self.probability)
 
 
@@ -201,7 +201,7 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by `turn` (B, in revolutions), keeping HSV saturation and value.
 
     Without going through HSV: a third of a revolution swaps the channels in turn, and up to a sixth more
-    is piecewise linear. It raises the middle channel by d = share * (max - min), towards the channel that
+    is piecewise linear. It raises the middle channel by d = share * (max - min), toward the channel that
     follows, or lowers it; what goes beyond max or min moves the channel that was max or min instead.
     With y the channel after x (before x, for a negative turn) that is, for every channel x,
     clamp(x - y + min + d, x, max) + clamp(x - y + max - d, min, x) - x.
@@ -236,7 +236,7 @@ class ColorJitter:
     def __init__(self, strength: float) -> None:
         self.strength = strength
 
-    def draw(self, n: int, generator: Generator) -> Tensor:
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
         """n x 8: the four factors, then the adjustment to apply first, second, third, fourth."""
         factors = (2 * torch.rand(n, 4, generator=generator) - 1) * self.strength
         factors[:, :3] += 1
@@ -250,7 +250,7 @@ class ColorJitter:
                 images = _replaced(images, chosen == k, self.adjustments[k], factors[:, k])
         return images
 
-    def classic(self, _: int) -> Transform:
+    def pil_transform(self, _: int) -> Transform:
         return transforms.ColorJitter(*[self.strength] * 4)
 
 
@@ -258,13 +258,13 @@ def _empty_channels_last(shape: tuple[int, int, int, int], device: torch.device)
     if device.type != "cpu":
         return torch.empty(shape, device=device, memory_format=torch.channels_last)
     n, channels, height, width = shape
-    # numpy asks for huge pages: to touch new pages of 4 KB costs as much as to jitter the colours
+    # numpy asks for huge pages: to touch new pages of 4 KB costs as much as to jitter the colors
     pixels = np.empty((n, height, width, channels), np.float32)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class Augmentation:
-    """A chain of operations ending in normalisation: what turns stored bytes into network input.
+    """A chain of operations ending in normalization: what turns stored bytes into network input.
 
     Args:
         ops: applied in order; none for evaluation.
@@ -289,19 +289,19 @@ class Augmentation:
         rest.ops = self.ops[self.starts_with_crop :]
         return rest
 
-    def draw(self, n: int, generator: Generator) -> list[Tensor]:
+    def sample_params(self, n: int, generator: Generator) -> list[Tensor]:
         """One n x k tensor of random numbers per operation, on the CPU on every device."""
-        return [op.draw(n, generator) for op in self.ops]
+        return [op.sample_params(n, generator) for op in self.ops]
 
-    def classic(self, size: int) -> transforms.Compose:
-        """The same for one Pillow image at a time -> normalised C x S x S float32."""
+    def pil_transform(self, size: int) -> transforms.Compose:
+        """The same for one Pillow image at a time -> normalized C x S x S float32."""
         stats = self.mean.flatten().tolist(), self.std.flatten().tolist()
         gray = [transforms.Grayscale()] if self.gray else []
         ending = (*gray, transforms.ToTensor(), transforms.Normalize(*stats))
-        return transforms.Compose([*(op.classic(size) for op in self.ops), *ending])
+        return transforms.Compose([*(op.pil_transform(size) for op in self.ops), *ending])
 
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
-        """B x 3 x H x W bytes -> normalised float32 in channels-last memory order."""
+        """B x 3 x H x W bytes -> normalized float32 in channels-last memory order."""
         n, channels, *size = images.shape
         shape = (n, 1 if self.gray else channels, *size)
         out = _empty_channels_last(shape, images.device)
@@ -327,13 +327,13 @@ def instance_ops(
 
     Args:
         gray_first: gray before the jitter, as published for ImageNet: a gray image keeps no jitter of its
-            colours, but that of brightness and contrast.
+            colors, but that of brightness and contrast.
     """
     if crop not in ("RandomResizedCrop", "PadCrop"):
         raise ValueError(f"unknown crop {crop!r}: take RandomResizedCrop or PadCrop")
     first = RandomResizedCrop(scale) if crop == "RandomResizedCrop" else PadCrop()
-    colours: list[Op] = [ColorJitter(0.4), RandomGrayscale(0.2)]
-    return [first, *(colours[::-1] if gray_first else colours), RandomHorizontalFlip()]
+    colors: list[Op] = [ColorJitter(0.4), RandomGrayscale(0.2)]
+    return [first, *(colors[::-1] if gray_first else colors), RandomHorizontalFlip()]
 
 
 def finetune_ops() -> list[Op]:

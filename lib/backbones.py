@@ -2,7 +2,7 @@
 
 `torchvision:resnet50`, `torchvision:resnet50@IMAGENET1K_V1` (one of several published weights) and, where
 timm is installed, `timm:vit_small_patch14_dinov2.lvd142m`. Weights come from a local file, or by the
-library's own address into its own cache. How images are resized, cut and normalised is what the model's
+library's own address into its own cache. How images are resized, cut and normalized is what the model's
 own configuration says.
 """
 
@@ -41,7 +41,7 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # names 
 
 
 class Preprocessing(Augmentation):
-    """Stored images of any size as a network wants them: resized, the centre cut out, normalised.
+    """Stored images of any size as a network wants them: resized, the center cut out, normalized.
 
     Args:
         image_size: side of the input in pixels.

@@ -1,8 +1,8 @@
-"""Approximate nearest neighbours by k-means cells, in two rounds.
+"""Approximate nearest neighbors by k-means cells, in two rounds.
 
 First every row searches the few cells that its own cell's rows like best, all of them together. Then each
-row searches those other cells whose centroid is not much farther than its K-th neighbour so far. How much
-is measured: on a sample of rows whose exact neighbours are known, it is the margin that loses the allowed
+row searches those other cells whose centroid is not much farther than its K-th neighbor so far. How much
+is measured: on a sample of rows whose exact neighbors are known, it is the margin that loses the allowed
 share of them. Most cells are left out for most rows, which pays from about a million rows on.
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lib.distributed import progress_bar
-from lib.search import FIRST, in_parallel, product, search, top_k
+from lib.search import FIRST, exact_search, in_parallel, product, top_k
 from lib.seeding import generator
 
 CELLS_PER_ROOT = 8  # cells per square root of N
-COARSE_PER_ROOT = 2  # the same, where only neighbourhoods count
+COARSE_PER_ROOT = 2  # the same, where only neighborhoods count
 VOTES = 8  # nearest centroids that a row asks to be searched
 PROBES = 32  # cells of the first round
 SPEAKERS = 128  # rows that vote for their cell, at most about this many
-SAMPLED_ROWS = 512  # whose exact neighbours the margin is measured with
+SAMPLED_ROWS = 512  # whose exact neighbors the margin is measured with
 ROWS_PER_CELL = 16  # of the k-means sample
 KMEANS_ROUNDS = 5
 TARGETS = 256  # cells compared with a block of rows at a time
-MERGE_BYTES = 64 * 2**20  # of neighbours and candidates at a time
+MERGE_BYTES = 64 * 2**20  # of neighbors and candidates at a time
 WORTHWHILE = 0.5  # of all pairs of rows: where the cells save less, exact search is faster
 
 
@@ -59,7 +59,7 @@ class Cells:
 
 @dataclass
 class Found:
-    """Neighbours so far of the rows `start` ... `start + R` of the features.
+    """Neighbors so far of the rows `start` ... `start + R` of the features.
 
     Attributes:
         values: R x K cosines, falling.
@@ -80,7 +80,9 @@ def _k_means(features: Tensor, num_cells: int, seed: int) -> Tensor:
     centroids = sample[:num_cells].clone()
     for _ in range(KMEANS_ROUNDS):
         nearest = (
-            search(sample, centroids, 1, progress="k-means")[1][:, 0].long().to(features.device)
+            exact_search(sample, centroids, 1, progress="k-means")[1][:, 0]
+            .long()
+            .to(features.device)
         )
         sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
         full = sums.norm(dim=1) > 0  # a cell that lost all its members stays where it was
@@ -92,7 +94,7 @@ def _assign(features: Tensor, cells_per_root: float, seed: int) -> tuple[Tensor,
     """Centroids, and the number of each row's nearest one on the CPU."""
     num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
     centroids = _k_means(features, num_cells, seed)
-    return centroids, search(features, centroids, 1, progress="cells")[1][:, 0]
+    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0]
 
 
 def make_cells(features: Tensor, seed: int) -> Cells:
@@ -154,12 +156,12 @@ def _search_cell(
 def _first_round(
     cells: Cells, k: int, rows: slice, own_value: float, block_bytes: int
 ) -> tuple[Found, Tensor]:
-    """Neighbours of `rows` among the cells that their cell likes best; C x C, bool: which ones."""
+    """Neighbors of `rows` among the cells that their cell likes best; C x C, bool: which ones."""
     count = rows.stop - rows.start
     found = Found(torch.empty(count, k), torch.empty(count, k, dtype=torch.int32), rows.start)
     searched = torch.zeros(len(cells), len(cells), dtype=torch.bool)
     threads = torch.get_num_threads()
-    bar = progress_bar(total=count, desc="neighbours, first round", unit="img")
+    bar = progress_bar(total=count, desc="neighbors, first round", unit="img")
 
     def work(numbers: Iterator[int]) -> None:
         for cell in numbers:
@@ -198,12 +200,12 @@ def _choose_margin(
     """How far below its K-th cosine a row's cosine with a centroid may lie, for that cell to be searched.
 
     Returns:
-        The margin that finds `recall` of the exact neighbours of a sample of all rows (+inf: no second
+        The margin that finds `recall` of the exact neighbors of a sample of all rows (+inf: no second
         round is needed), and the share of all pairs of rows that are then compared.
     """
     places, worst, searched = _sample(cells, k, own_value, budget, seed)
     rows = cells.sorted[places.to(cells.sorted.device)]
-    _, exact = search(rows, cells.sorted, k, own=places, own_value=own_value)
+    _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
     nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
     of = cells.of(exact.long())
     reached = nearer.gather(1, of).masked_fill(searched.gather(1, of), torch.inf)
@@ -215,7 +217,7 @@ def _choose_margin(
 
 
 def _merge(found: Found, rows: Tensor, values: Tensor, places: Tensor) -> None:
-    """Put new candidates among the neighbours of their rows; rows: n, rising, of `found`."""
+    """Put new candidates among the neighbors of their rows; rows: n, rising, of `found`."""
     k = found.values.shape[1]
     touched, counts = torch.unique_consecutive(rows, return_counts=True)
     width = k + int(counts.max())
@@ -268,7 +270,7 @@ def _second_round(
     positions = inside.nonzero()[:, 0]  # rows of one cell side by side: they want the same cells
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     at_once = max(1, block_bytes // (8 * TARGETS * threads))
-    bar = progress_bar(total=count, desc="neighbours, second round", unit="img")
+    bar = progress_bar(total=count, desc="neighbors, second round", unit="img")
 
     def work(blocks: Iterator[Tensor]) -> None:
         for block in blocks:
@@ -302,7 +304,7 @@ def search_cells(
     block_bytes: int,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor] | None:
-    """Approximate neighbours of `rows` among all rows; None where exact search would be faster.
+    """Approximate neighbors of `rows` among all rows; None where exact search would be faster.
 
     The answer for a row depends on the features, k, recall and seed, not on what other rows are asked for.
 
@@ -310,7 +312,7 @@ def search_cells(
         features: N x D unit vectors, on any device.
         rows: a slice of step 1.
         own_value: takes the place of a row's cosine with itself.
-        recall: share of the exact neighbours to find.
+        recall: share of the exact neighbors to find.
         block_bytes: bound of the similarities held by all threads together.
 
     Returns:

@@ -27,7 +27,7 @@ from lib.files import write_whole
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel / DDP, torch.compile
 NETWORKS = ("net", "state_dict")  # where CIFAR and ImageNet checkpoints keep their weights
 # The colorization backbone numbers the parts of a wide residual network, and ends before its last
-# normalisation.
+# normalization.
 COLORIZATION = {"0": "conv1", "1": "block1", "2": "block2", "3": "block3"}
 COLORIZATION_ENDS_BEFORE = "bn1."
 
@@ -35,7 +35,7 @@ COLORIZATION_ENDS_BEFORE = "bn1."
 def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     """Write `state` so that `path` holds either the old file or the new one, never a part.
 
-    Serialised to memory first, written beside the target, flushed to the disk, then renamed.
+    Serialized to memory first, written beside the target, flushed to the disk, then renamed.
 
     Args:
         state: a dict, or one bare tensor (features as colorization published them).
@@ -225,7 +225,7 @@ def load_weights(
     """Copy weights into a model by name and prove that the right ones arrived.
 
     A colorization backbone (`0.weight` ...) gets the names of a wide residual network; it has neither
-    a head nor the normalisation before it, which then keeps its start values.
+    a head nor the normalization before it, which then keeps its start values.
 
     Args:
         model: a network of `models`, with `head_name`.

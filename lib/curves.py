@@ -33,8 +33,8 @@ class Curve:
         return 100 * float(self.precision.mean())
 
 
-def confidence_precision(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
-    """The curve over the pseudo-labelled images whose true label is known; None if there are none.
+def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
+    """The curve over the pseudo-labeled images whose true label is known; None if there are none.
 
     Args:
         targets: N true labels of the training set, `UNKNOWN` where there is none.
@@ -53,7 +53,7 @@ def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
 
     Args:
         pseudo: with probabilities, or with at least k `top_classes`.
-        targets: as in `confidence_precision`.
+        targets: as in `accuracy_coverage`.
         k: cut down to the number of classes.
 
     Returns:

@@ -20,47 +20,47 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class Compute:
+class Device:
     """A device and the number format of the forward pass.
 
     Attributes:
-        device: where tensors live.
+        torch_device: where tensors live.
         bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
         winograd: whether networks get the kernels of `lib.winograd`.
     """
 
-    device: torch.device
+    torch_device: torch.device
     bf16: bool
     winograd: bool = False
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model there, its weights in channels-last order (the fast one everywhere)."""
         if self.winograd:
             winograd.install(model)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.torch_device, memory_format=torch.channels_last)
 
-    def take(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         """`x` on the device. A GPU copies it while it works on what it was given before."""
-        if self.device.type != "cuda":
-            return x.to(self.device)
-        return x.pin_memory().to(self.device, non_blocking=True)
+        if self.torch_device.type != "cuda":
+            return x.to(self.torch_device)
+        return x.pin_memory().to(self.torch_device, non_blocking=True)
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Until the device has done what it was given: before a clock is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else "fp32"
         precision += ", Winograd" if self.winograd else ""
         size = distributed.share().size
         precision += f", {size} processes" if size > 1 else ""
-        if self.device.type == "cpu":
+        if self.torch_device.type == "cpu":
             return f"CPU, {torch.get_num_threads()} threads, {precision}"
-        return f"{torch.cuda.get_device_name(self.device)} ({self.device}), {precision}"
+        return f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device}), {precision}"
 
 
 def _be_deterministic() -> None:
@@ -76,7 +76,7 @@ def select(
     *,
     deterministic: bool = False,
     with_winograd: bool = False,
-) -> Compute:
+) -> Device:
     """The device of this process among those that `--gpus` names, as indexes of the visible ones.
 
     `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
@@ -112,4 +112,4 @@ def select(
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     if with_winograd:
         winograd.check_hardware(device, bf16=bf16)
-    return Compute(device, bf16, with_winograd)
+    return Device(device, bf16, with_winograd)

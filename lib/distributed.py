@@ -88,7 +88,7 @@ def all_gather_rows(x: Tensor, total: int | None = None) -> Tensor:
     return torch.cat([block[:length] for block, length in zip(blocks, lengths, strict=True)])
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model as each process trains it: backward averages its gradients over the processes."""
     if share().size == 1:
         return model
@@ -103,7 +103,7 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def say(text: str) -> None:
+def print_main(text: str) -> None:
     """Print a line, on rank 0 alone, and leave a progress bar at the bottom whole."""
     if is_main():
         tqdm.write(text)
@@ -120,7 +120,7 @@ def progress_bar(*, shown: bool = True, **words: Any) -> tqdm:
     return tqdm(**words, leave=False, disable=None if shown and is_main() else True)
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of the processes' values, on all of them; a GPU is not waited for."""
     if share().size == 1:
         return value
@@ -131,15 +131,15 @@ def largest(value: int) -> int:
 
 def barrier() -> None:
     """Wait for all processes."""
-    largest(0)
+    all_reduce_max(0)
 
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set on any process; the same answer on all of them."""
-    return bool(largest(int(flag)))
+    return bool(all_reduce_max(int(flag)))
 
 
-def from_main(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The value that rank 0 has, on every process. A few plain values, no tensors."""
     if share().size == 1:
         return value

@@ -1,4 +1,4 @@
-"""The loops. They compute and hand back numbers; printing, saving and the order are the scripts'."""
+"""The loops. They device and hand back numbers; printing, saving and the order are the scripts'."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -15,10 +15,10 @@ from torch.profiler import record_function
 
 from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation
-from lib.devices import Compute
+from lib.devices import Device
 from lib.distributed import all_gather_rows, all_reduce_sum, share, share_buffers
 from lib.features import extract
-from lib.knn import accuracy, hits
+from lib.knn import accuracy, topk_correct
 from lib.loader import Batch, in_order
 from lib.memory_bank import MemoryBank
 
@@ -61,7 +61,7 @@ def sgd(
 
 
 def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:
-    """The parameters to optimise; with `head_only` the others are frozen and get no gradient."""
+    """The parameters to optimize; with `head_only` the others are frozen and get no gradient."""
     if head_only:
         model.requires_grad_(False)
         getattr(model, model.head_name).requires_grad_(True)
@@ -90,9 +90,9 @@ class _LossWatch:
     step: there the number of the first such step stays on the device and is read now and then.
     """
 
-    def __init__(self, compute: Compute) -> None:
-        self._first = torch.zeros((), dtype=torch.int64, device=compute.device)
-        self._every = 1 if compute.device.type == "cpu" else CHECK_EVERY
+    def __init__(self, device: Device) -> None:
+        self._first = torch.zeros((), dtype=torch.int64, device=device.torch_device)
+        self._every = 1 if device.torch_device.type == "cpu" else CHECK_EVERY
 
     def see(self, loss: Tensor, step: int) -> None:
         """Note the loss of `step`, counted from 1."""
@@ -144,10 +144,10 @@ def _marked(item: Item, following: Iterable[Item]) -> Iterator[tuple[Item, bool]
     yield item, True
 
 
-def _forward(model: nn.Module, batch: Batch, compute: Compute) -> Tensor:
+def _forward(model: nn.Module, batch: Batch, device: Device) -> Tensor:
     """Outputs for this process's rows; it may have none, and still takes part in what all must do."""
     if len(batch.images):
-        with compute.autocast():
+        with device.autocast():
             return model(batch.images)
     blank = batch.images.new_zeros(1, *batch.images.shape[1:])
     model.eval()  # no row is to reach the statistics of BatchNorm
@@ -176,16 +176,16 @@ def _accumulate(
     memory: Tensor,
     group: Iterable[tuple[Batch, bool]],
     first_place: int,
-    compute: Compute,
+    device: Device,
 ) -> _Seen:
     """Forward and backward of the batches of one step; gradients as if the first batch were all."""
-    seen = _Seen([], 0, torch.zeros((), device=compute.device))
+    seen = _Seen([], 0, torch.zeros((), device=device.torch_device))
     for place, (batch, is_last) in enumerate(group, first_place):
         first = seen.batches[0][0] if seen.batches else batch
         # processes exchange their gradients once, with the last batch of the step
         with nullcontext() if is_last or share().size == 1 else model.no_sync():
             with record_function("forward"):
-                embeddings = _forward(model, batch, compute)
+                embeddings = _forward(model, batch, device)
             where = {"first": batch.first, "total": batch.total}
             with record_function("loss"):
                 part = criterion(embeddings, batch.indexes, memory, place, **where)
@@ -206,7 +206,7 @@ def pretrain(
     optimizer: Optimizer,
     batches: Iterable[Batch],
     schedule: Schedule,
-    compute: Compute,
+    device: Device,
     *,
     first_step: int,
     iter_size: int = 1,
@@ -217,7 +217,7 @@ def pretrain(
     they came. The bank keeps still within a step and then moves batch by batch.
 
     Args:
-        model: the network, or what `lib.distributed.parallel` made of it.
+        model: the network, or what `lib.distributed.wrap_ddp` made of it.
 
     Yields:
         A `Step` after each of them.
@@ -227,10 +227,10 @@ def pretrain(
     """
     model.train()
     criterion.train()
-    watch = _LossWatch(compute)
+    watch = _LossWatch(device)
     for number, group in enumerate(_groups(batches, iter_size), first_step):
         optimizer.zero_grad(set_to_none=True)
-        seen = _accumulate(model, criterion, bank.memory, group, number * iter_size, compute)
+        seen = _accumulate(model, criterion, bank.memory, group, number * iter_size, device)
         full = seen.batches[0][0].total
         loss = seen.loss * (full / seen.rows)
         watch.see(loss, number + 1)
@@ -254,7 +254,7 @@ def finetune(
     labels: Tensor,
     weights: Tensor,
     schedule: Schedule,
-    compute: Compute,
+    device: Device,
     *,
     first_step: int,
     iter_size: int = 1,
@@ -266,7 +266,7 @@ def finetune(
     number of processes and, BatchNorm's batch statistics aside, for any way to cut it into batches.
 
     Args:
-        model: the network, or what `lib.distributed.parallel` made of it.
+        model: the network, or what `lib.distributed.wrap_ddp` made of it.
         criterion: loss per example (`reduction="none"`).
         batches: batches with each row's position in `labels` and `weights`, `iter_size` of them per step.
         labels: class number per training example.
@@ -281,16 +281,16 @@ def finetune(
         FloatingPointError: naming the first step whose loss is not finite.
     """
     model.train(not head_only)
-    watch = _LossWatch(compute)
+    watch = _LossWatch(device)
     for number, group in enumerate(_groups(batches, iter_size), first_step):
         optimizer.zero_grad(set_to_none=True)
-        mean, rows = torch.zeros((), device=compute.device), 0
+        mean, rows = torch.zeros((), device=device.torch_device), 0
         for (batch, positions), is_last in group:
             with nullcontext() if is_last or share().size == 1 else model.no_sync():
-                with record_function("forward"), compute.autocast():
+                with record_function("forward"), device.autocast():
                     outputs = at_least_float32(model(batch.images))
-                losses = criterion(outputs, compute.take(labels[positions]))
-                losses = losses * compute.take(weights[positions])
+                losses = criterion(outputs, device.to_device(labels[positions]))
+                losses = losses * device.to_device(weights[positions])
                 loss = losses.sum() / (batch.total * iter_size)
                 with record_function("backward"):
                     (loss * share().size).backward()  # the exchange of gradients divides by it
@@ -306,12 +306,12 @@ def finetune(
 def evaluate(
     model: nn.Module,
     data: DataSet,
-    compute: Compute,
+    device: Device,
     *,
     gray: bool = False,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of a classifier on every labelled image of `data` once, each process its part of them.
+    """Accuracy of a classifier on every labeled image of `data` once, each process its part of them.
 
     BatchNorm's statistics are rank 0's on all of them, then and afterwards.
 
@@ -324,21 +324,21 @@ def evaluate(
     was_training = model.training
     model.eval()
     share_buffers(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=compute.device)
-    targets = data.targets.to(compute.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device.torch_device)
+    targets = data.targets.to(device.torch_device)
     augmentation = Augmentation((), data.stats, gray=gray)
-    for batch in in_order(data, augmentation, compute, num_workers=num_workers):
-        with compute.autocast():
+    for batch in in_order(data, augmentation, device, num_workers=num_workers):
+        with device.autocast():
             outputs = at_least_float32(model(batch.images))
         own = targets[batch.indexes]
         known = own != UNKNOWN
         outputs, own = outputs[known], own[known]
         loss = F.cross_entropy(outputs.double(), own, reduction="sum")
-        sums += torch.stack([*hits(outputs, own), loss, known.sum()])
+        sums += torch.stack([*topk_correct(outputs, own), loss, known.sum()])
     model.train(was_training)
     top1, top5, loss, count = all_reduce_sum(sums).tolist()
     if not count:
-        raise ValueError("there is no labelled image to measure the accuracy on")
+        raise ValueError("there is no labeled image to measure the accuracy on")
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
 
@@ -347,12 +347,12 @@ def knn_monitor(
     bank: Tensor,
     bank_labels: Tensor,
     test: DataSet,
-    compute: Compute,
+    device: Device,
     *,
     batch_size: int = 500,
     num_workers: int = 0,
 ) -> dict[str, float]:
     """Accuracy of test images among the rows of `bank`, which is only read: `lib.knn.accuracy`."""
-    features = extract(model, test, compute, batch_size=batch_size, num_workers=num_workers)
-    queries = features.to(compute.device)
+    features = extract(model, test, device, batch_size=batch_size, num_workers=num_workers)
+    queries = features.to(device.torch_device)
     return accuracy(queries, test.targets, bank, bank_labels, test.num_classes)

@@ -13,7 +13,7 @@ from datasets import DataSet, FileSet, build_datasets
 from datasets.files import Resizing
 from datasets.transforms import Augmentation
 from lib import backbones, checkpoint, provenance
-from lib.devices import Compute, select
+from lib.devices import Device, select
 from lib.distributed import (
     all_gather_rows,
     any_process,
@@ -39,7 +39,7 @@ BACKBONE_BATCH = 100  # their images have 224 pixels a side and more, whatever t
 def extract(
     model: nn.Module,
     data: DataSet,
-    compute: Compute,
+    device: Device,
     *,
     gray: bool = False,
     batch_size: int = 500,
@@ -55,18 +55,18 @@ def extract(
         gray: for networks that read gray images.
         batch_size: images at a time, of each process.
         num_workers: processes that decode image files, of each process.
-        preprocessing: what `model` wants done to the images; None: normalised as the data set says.
+        preprocessing: what `model` wants done to the images; None: normalized as the data set says.
     """
     was_training = model.training
     model.eval()
     share_buffers(model)
     augmentation = preprocessing or Augmentation((), data.stats, gray=gray)
-    batches = in_order(data, augmentation, compute, batch_size=batch_size, num_workers=num_workers)
+    batches = in_order(data, augmentation, device, batch_size=batch_size, num_workers=num_workers)
     mine = share().rows(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
     with progress_bar(total=mine.stop - mine.start, desc="features", unit="img") as bar:
         for batch in batches:
-            with compute.autocast():
+            with device.autocast():
                 rows.append(l2_normalize(model(batch.images)).cpu())
             bar.update(len(batch.indexes))
     model.train(was_training)
@@ -296,7 +296,7 @@ def _kept(wanted: _Extraction) -> Tensor | None:
     return rows if same else None
 
 
-def _once(wanted: _Extraction, compute: Compute | None, num_workers: int) -> FeatureSet:
+def _once(wanted: _Extraction, device: Device | None, num_workers: int) -> FeatureSet:
     """Kept features where they are of this network and these images, else extracted and kept."""
     data, cache = wanted.data, wanted.cache
     facts = (data.targets, data.num_classes, wanted.digest, data.classes)
@@ -304,9 +304,9 @@ def _once(wanted: _Extraction, compute: Compute | None, num_workers: int) -> Fea
     missing = any_process(kept is None)  # a rank without the file must not extract alone
     if kept is not None and not missing:
         return FeatureSet(kept, *facts)
-    compute = compute or select()
-    model = compute.prepare(wanted.model)
-    rows = extract(model, data, compute, num_workers=num_workers, **wanted.options)
+    device = device or select()
+    model = device.prepare(wanted.model)
+    rows = extract(model, data, device, num_workers=num_workers, **wanted.options)
     # scaled once more, as reading the file does: the first run and the second get the same bits
     usable = check(rows, len(data), source=f"the features for {cache}")
     extracted = FeatureSet(rows, *facts)
@@ -315,7 +315,7 @@ def _once(wanted: _Extraction, compute: Compute | None, num_workers: int) -> Fea
     return replace(extracted, features=usable)
 
 
-def obtain(
+def load_or_extract(
     *,
     features: str | Path = "",
     checkpoint_file: str | Path = "",
@@ -324,7 +324,7 @@ def obtain(
     data_dir: str = "./data",
     image_size: int | None = None,
     num_workers: int = 2,
-    compute: Compute | None = None,
+    device: Device | None = None,
 ) -> FeatureSet:
     """The features to propagate through: read from a file, or extracted once and kept.
 
@@ -341,7 +341,7 @@ def obtain(
         dataset, data_dir: as in `datasets.build_datasets`.
         num_workers: processes that decode image files, on each machine.
         image_size: side of the images; None: as in training. Backbones have their own, always.
-        compute: device to extract on.
+        device: device to extract on.
 
     Raises:
         ValueError: if neither file nor backbone is given, or one does not fit.
@@ -358,4 +358,4 @@ def obtain(
         raise ValueError(
             "give features (a file), checkpoint (of phase 1) or architecture (torchvision:NAME, timm:NAME)"
         )
-    return _once(wanted, compute, num_workers)
+    return _once(wanted, device, num_workers)

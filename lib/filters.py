@@ -6,9 +6,9 @@ theory") where g is smooth, by conjugate gradients where it is the inverse of a 
 a function, so that its rows may be spread over processes.
 
     name           g(lambda), up to a constant          published as
-    pseudo-inverse 1 / lambda                           the normalised cut with all its eigenvectors
+    pseudo-inverse 1 / lambda                           the normalized cut with all its eigenvectors
     powers         (1 - lambda)^power / lambda
-    smoothed-step  [lambda < cutoff] / lambda           the normalised cut with some of them
+    smoothed-step  [lambda < cutoff] / lambda           the normalized cut with some of them
     heat           exp(-time lambda)                    Kondor and Lafferty 2002
     ppr            (1 - a) / (1 - a + a lambda)         Zhou et al. 2004; personalised PageRank
 
@@ -192,7 +192,7 @@ def conjugate_gradients(
     worst = float((square / target.clamp_min(1e-37)).max().sqrt()) * tolerance
     warnings.warn(
         f"conjugate gradients stopped after {steps} steps at a residual of {worst:.1e}; the "
-        "graph is close to falling apart: take more neighbours per image, or another filter",
+        "graph is close to falling apart: take more neighbors per image, or another filter",
         stacklevel=2,
     )
     return solution * size

@@ -18,11 +18,11 @@ from datasets import UNKNOWN, DataSet
 from datasets.files import FileSet
 from datasets.transforms import Augmentation, Op
 from lib import backbones, checkpoint, engine, interruption, provenance, pseudo_labels, throughput
-from lib.devices import Compute
-from lib.distributed import is_main, own_workers, parallel, progress_bar, say, share_buffers
+from lib.devices import Device
+from lib.distributed import is_main, own_workers, print_main, progress_bar, share_buffers, wrap_ddp
 from lib.loader import LOADERS, Batches, with_loader
 from lib.log import Writer, main_log
-from lib.meters import Clock, Mean, speed
+from lib.meters import AverageMeter, Throughput, speed
 from lib.pseudo_labels import PseudoLabels
 from lib.sampler import num_batches
 from lib.schedule import Drops, learning_rate
@@ -74,7 +74,7 @@ class Settings:
 
 
 # Options that make a run what it is: resuming with another value would be another run.
-MATHEMATICS = (
+RESUME_INVARIANTS = (
     *("dataset", "image_size", "input_gray", "architecture", "lr", "lr_scheduler", "batch_size"),
     *("iter_size", "weight_decay", "max_iters", "rng_seed", "criterion", "finetune", "num_labeled"),
     *("pseudo_ratio", "pseudo_per_chunk", "confidence_weighted", "class_balanced", "loader"),
@@ -91,7 +91,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Examples:
+class TrainingSet:
     """What to train on: images by index, their labels (true or pseudo), the weight of each one's loss.
 
     The first `num_labeled` of them have their true labels.
@@ -104,7 +104,7 @@ class Examples:
 
     def __str__(self) -> str:
         num_pseudo = len(self.labels) - self.num_labeled
-        return f"{self.num_labeled} labelled and {num_pseudo} pseudo-labelled images"
+        return f"{self.num_labeled} labeled and {num_pseudo} pseudo-labeled images"
 
     @property
     def digest(self) -> str:
@@ -125,7 +125,7 @@ class Progress:
     step: int = 0
     accuracy: float = float("nan")
     best: float = 0.0
-    loss: Mean = field(default_factory=Mean)
+    loss: AverageMeter = field(default_factory=AverageMeter)
 
     def count(self, step: engine.Step) -> None:
         self.step = step.number + 1
@@ -143,13 +143,13 @@ def read_pseudo_labels(file: str, folder: str) -> list[PseudoLabels]:
     return [pseudo_labels.load(file)] if file else []
 
 
-def choose_examples(
+def choose_training_set(
     train: DataSet, parts: Sequence[PseudoLabels], settings: Settings, *, source: str = ""
-) -> Examples:
-    """Labelled images with their true labels, then the most confident pseudo-labelled ones with theirs.
+) -> TrainingSet:
+    """Labeled images with their true labels, then the most confident pseudo-labeled ones with theirs.
 
     Args:
-        parts: pseudo-labels, in chunks or whole; without any the labelled images are all there is.
+        parts: pseudo-labels, in chunks or whole; without any the labeled images are all there is.
         settings: `pseudo_per_chunk` takes the same share of every chunk, in place of one ranking of all.
         source: the file or folder of the pseudo-labels, for messages.
 
@@ -172,10 +172,10 @@ def choose_examples(
         chosen, labels, weights = _most_confident(groups, settings)
     true = train.targets[indexes]
     if (true == UNKNOWN).any():
-        raise ValueError(f"{source}: a labelled image has no label in this data set")
+        raise ValueError(f"{source}: a labeled image has no label in this data set")
     if not settings.confidence_weighted:
         weights = torch.ones(len(labels))
-    return Examples(
+    return TrainingSet(
         torch.cat([indexes, chosen]),
         torch.cat([true, labels]),
         torch.cat([torch.ones(len(true)), weights.float()]),
@@ -199,12 +199,12 @@ def _most_confident(
 def build_classifier(
     settings: Settings,
     num_classes: int,
-    compute: Compute,
+    device: Device,
     *,
     imagenet: bool = False,
     weights: str | None = None,
 ) -> nn.Module:
-    """The network, initialised from the seed, on its device.
+    """The network, initialized from the seed, on its device.
 
     Args:
         weights: of a network from elsewhere (`lib.backbones`): a local file, "" for the library's own; None
@@ -218,11 +218,11 @@ def build_classifier(
     if not backbones.is_external(name):
         channels = 1 if settings.input_gray else 3
         model = build_model(name, num_classes, in_channels=channels, imagenet=imagenet)
-        return compute.prepare(model)
+        return device.prepare(model)
     if settings.input_gray:
-        raise ValueError(f"--arch {name} reads colour images: leave out --input-gray")
+        raise ValueError(f"--arch {name} reads color images: leave out --input-gray")
     model = backbones.classifier(name, num_classes, weights or "", weighted=weights is not None)
-    return compute.prepare(model)
+    return device.prepare(model)
 
 
 def starting_weights(
@@ -267,14 +267,14 @@ def load_weights(
     same = pseudo_labels.class_names(state) in ([], list(classes))
     keep = fits and same and not checkpoint.is_metric(state)
     report = checkpoint.load_weights(model, weights, source=path, keep_head=keep)
-    say(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
+    print_main(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
 
 
 def evaluate_file(
     path: str,
     model: nn.Module,
     test: DataSet | None,
-    compute: Compute,
+    device: Device,
     settings: Settings,
 ) -> dict[str, float]:
     """Accuracy of a finished classifier on test images; prints it.
@@ -294,17 +294,17 @@ def evaluate_file(
         )
     require_classes(path, state, test.classes)
     weights = checkpoint.model_weights(state, path)
-    say(f"{path}: {checkpoint.load_weights(model, weights, source=path)}")
-    scores = _evaluate(model, test, compute, settings)
-    say(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
+    print_main(f"{path}: {checkpoint.load_weights(model, weights, source=path)}")
+    scores = _evaluate(model, test, device, settings)
+    print_main(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
     return scores
 
 
 def _evaluate(
-    model: nn.Module, test: DataSet, compute: Compute, settings: Settings
+    model: nn.Module, test: DataSet, device: Device, settings: Settings
 ) -> dict[str, float]:
     workers = own_workers(settings.num_workers)
-    return engine.evaluate(model, test, compute, gray=settings.input_gray, num_workers=workers)
+    return engine.evaluate(model, test, device, gray=settings.input_gray, num_workers=workers)
 
 
 def find_start(resume: str, folder: Path) -> str:
@@ -345,11 +345,11 @@ class Run:
     """A run of phase 3: what it trains, on what, and where it stands."""
 
     settings: Settings
-    compute: Compute
+    device: Device
     model: nn.Module
     train: DataSet
     test: DataSet | None
-    examples: Examples
+    examples: TrainingSet
     meta: Mapping[str, Any]
     progress: Progress = field(default_factory=Progress)
     optimizer: Optimizer = field(init=False)
@@ -416,25 +416,27 @@ def continue_run(run: Run, path: str, state: Mapping[str, Any]) -> None:
         )
     checkpoint.require_keys(state, path, *OWN_KEYS)
     require_classes(path, state, run.train.classes)
-    provenance.require_same(with_loader(state["meta"]), run.meta, MATHEMATICS)
+    provenance.require_same(with_loader(state["meta"]), run.meta, RESUME_INVARIANTS)
     provenance.say_precision(state["meta"], run.meta)
     if state["examples"] != run.examples.digest:
         raise ValueError(f"{path} was trained on other images or labels than these")
     weights = checkpoint.model_weights(state, path)
-    say(f"{path}: {checkpoint.load_weights(run.model, weights, source=path)}")
+    print_main(f"{path}: {checkpoint.load_weights(run.model, weights, source=path)}")
     engine.restore(path, [(run.optimizer, state["optimizer"])])
-    say(f"continuing at step {state['step']} (best accuracy so far {state['best_acc']:.2f}%)")
+    print_main(
+        f"continuing at step {state['step']} (best accuracy so far {state['best_acc']:.2f}%)"
+    )
     run.progress = Progress(state["step"], state["acc"], state["best_acc"])
     run.progress.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
 
 
-def report_training(run: Run, write: Writer, lr: float, clock: Clock) -> None:
+def report_training(run: Run, write: Writer, lr: float, clock: Throughput) -> None:
     """A line of the log and the terminal about the steps since the last one."""
     done, loss = run.progress.step, run.progress.loss.value  # waits for the device: then the clock
-    lap, run.progress.loss = clock.lap(), Mean()
+    lap, run.progress.loss = clock.lap(), AverageMeter()
     write("train", done, loss=loss, lr=lr, **lap)
     line = f"step {done:6d}/{run.settings.max_iters}  loss {loss:.4f}  lr {lr:.5f}"
-    say(f"{line}  {speed(lap)}")
+    print_main(f"{line}  {speed(lap)}")
 
 
 def measure(run: Run, write: Writer) -> None:
@@ -442,11 +444,11 @@ def measure(run: Run, write: Writer) -> None:
     if run.test is None:
         return
     progress = run.progress
-    scores = _evaluate(run.model, run.test, run.compute, run.settings)
+    scores = _evaluate(run.model, run.test, run.device, run.settings)
     progress.accuracy = scores["top1"]
     progress.best = max(progress.best, progress.accuracy)
     write("test", progress.step, **scores, best=progress.best)
-    say(
+    print_main(
         f"step {progress.step:6d}  test accuracy {progress.accuracy:.2f}% (best {progress.best:.2f}%)"
     )
 
@@ -473,7 +475,7 @@ def batches_of(run: Run, ops: Sequence[Op]) -> Batches:
     return Batches(
         run.train,
         Augmentation(ops, run.train.stats, gray=settings.input_gray),
-        run.compute,
+        run.device,
         batch_size=settings.batch_size,
         seed=settings.rng_seed,
         num_workers=own_workers(settings.num_workers),
@@ -494,11 +496,11 @@ def steps_left(run: Run, batches: Batches, drops: Drops | None = None) -> Iterat
     )
     first_batch, stop = first * settings.iter_size, settings.max_iters * settings.iter_size
     return engine.finetune(
-        parallel(run.model),
+        wrap_ddp(run.model),
         getattr(nn, settings.criterion)(reduction="none"),
         run.optimizer,
         batches.stream(examples.indexes, first_batch, stop),
-        *(examples.labels, examples.weights, schedule, run.compute),
+        *(examples.labels, examples.weights, schedule, run.device),
         first_step=first,
         iter_size=settings.iter_size,
         head_only=settings.finetune,
@@ -525,17 +527,17 @@ def train(
     batches = batches_of(run, ops)
     bar = progress_bar(total=settings.max_iters, initial=progress.step, unit="step")
     work = _arithmetic(run)
-    throughput.keep_freed_memory(run.compute)
+    throughput.keep_freed_memory(run.device)
     if settings.compile:
         throughput.compile_network(run.model, settings.compile)
     with (
         main_log(files.log) as write,
         bar,
         interruption.watch(settings.stop_after) as stop,
-        throughput.traced(settings.profile, files.log, run.compute) as after_step,
+        throughput.traced(settings.profile, files.log, run.device) as after_step,
     ):
         write("start", first_step=progress.step, meta=run.meta)
-        clock = Clock(lambda: batches.waited_s, work.share)
+        clock = Throughput(lambda: batches.waited_s, work.mfu)
         for step in steps_left(run, batches, drops):
             progress.count(step)
             clock.count(step.batch_size)
@@ -562,7 +564,7 @@ def train(
 def _arithmetic(run: Run) -> throughput.Arithmetic:
     size = run.train.image_size
     shape = (1 if run.settings.input_gray else 3, size, size)
-    return throughput.arithmetic(run.model, shape, run.compute)
+    return throughput.arithmetic(run.model, shape, run.device)
 
 
 def finish(run: Run, write: Writer, files: Files, stop: interruption.Stop) -> None:
@@ -570,10 +572,10 @@ def finish(run: Run, write: Writer, files: Files, stop: interruption.Stop) -> No
     progress, last = run.progress, files.checkpoints / LAST
     if progress.step < run.settings.max_iters:
         write("stop", progress.step, reason=stop.reason)
-        say(
+        print_main(
             f"stopped by {stop.reason} after step {progress.step}; continue: {files.resume_command}"
         )
         return
     write("end", progress.step, last=progress.accuracy, best=progress.best)
     accuracies = f"last accuracy {progress.accuracy:.2f}%, best accuracy {progress.best:.2f}%; "
-    say(f"{accuracies if run.test is not None else ''}checkpoint: {last}")
+    print_main(f"{accuracies if run.test is not None else ''}checkpoint: {last}")

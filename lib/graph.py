@@ -1,4 +1,4 @@
-"""From features to a sparse affinity matrix: weights of the nearest neighbours, symmetry, files.
+"""From features to a sparse affinity matrix: weights of the nearest neighbors, symmetry, files.
 
 The three graphs in use differ in four choices only, so that they are presets of one function.
 Nothing here is larger than 2 N K entries.
@@ -28,10 +28,10 @@ class GraphPreset:
 
     Attributes:
         num_neighbors: K, counting the image itself where `include_self`.
-        include_self: whether an image is its own first neighbour (a self-loop of weight 1).
+        include_self: whether an image is its own first neighbor (a self-loop of weight 1).
         factor: multiplies the distance.
-        scale: a constant, or None for the distance of the `scale_rank`-th neighbour.
-        scale_rank: 1-based rank of that neighbour, the image itself never counted.
+        scale: a constant, or None for the distance of the `scale_rank`-th neighbor.
+        scale_rank: 1-based rank of that neighbor, the image itself never counted.
         symmetrize: "mean" is (W + W^T) / 2, "max" the elementwise maximum.
     """
 
@@ -50,19 +50,19 @@ PRESETS = {
 }
 
 
-def _say_nothing(_: str) -> None:
+def _ignore(_: str) -> None:
     pass
 
 
 def _weights(neighbors: Neighbors, preset: GraphPreset) -> np.ndarray:
-    """exp(-factor d / scale) of every neighbour: N x K, float32."""
+    """exp(-factor d / scale) of every neighbor: N x K, float32."""
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities.numpy()[:, None]) / 2
     else:
         scale = np.float32(preset.scale)
     weights = 1 - neighbors.similarities.numpy()
     weights *= np.float32(-preset.factor / 2)
-    # where even the scale's own neighbour is a duplicate, all distances are about 0 and all weights 1
+    # where even the scale's own neighbor is a duplicate, all distances are about 0 and all weights 1
     weights /= np.maximum(scale, LEAST_SCALE)
     return np.exp(weights, out=weights)
 
@@ -70,7 +70,7 @@ def _weights(neighbors: Neighbors, preset: GraphPreset) -> np.ndarray:
 def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
     """Symmetric N x N affinity matrix in CSR format, float32, int32 indexes, at most 2 N K entries.
 
-    At its peak it takes 32 bytes for each of the N K neighbours, beside the neighbours themselves.
+    At its peak it takes 32 bytes for each of the N K neighbors, beside the neighbors themselves.
     """
     n, k = neighbors.indexes.shape
     weights = _weights(neighbors, preset)
@@ -84,7 +84,7 @@ def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
         graph = directed + directed.T.tocsr()
         graph.data *= np.float32(0.5)
     else:
-        raise ValueError(f"unknown symmetrisation {preset.symmetrize!r}: take mean or max")
+        raise ValueError(f"unknown symmetrization {preset.symmetrize!r}: take mean or max")
     graph.eliminate_zeros()  # a weight that underflowed is no edge
     return graph
 
@@ -92,7 +92,7 @@ def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
 def chosen_preset(
     preset: str | GraphPreset = "cifar", *, num_neighbors: int | None = None
 ) -> GraphPreset:
-    """A preset by its name, with another number of neighbours where one is given.
+    """A preset by its name, with another number of neighbors where one is given.
 
     Args:
         preset: a name in `PRESETS`, or choices of your own.
@@ -121,7 +121,7 @@ def build_graph(
     block_bytes: int = BLOCK_BYTES,
     path: str | Path = "",
     reuse: bool = True,
-    say: Callable[[str], None] = _say_nothing,
+    log: Callable[[str], None] = _ignore,
     search: Callable[..., Neighbors] = nearest_neighbors,
 ) -> sp.csr_matrix:
     """Features (N x D unit vectors) -> symmetric sparse affinity matrix.
@@ -133,18 +133,18 @@ def build_graph(
         path: a graph file: read instead of building, while it is of these features and choices;
             written otherwise.
         reuse: False builds it anew whatever lies at `path`.
-        say: is told in one line what was built or read.
+        log: is told in one line what was built or read.
         search: `nearest_neighbors`, or what does the same in several processes.
 
     Raises:
-        ValueError: for an unknown preset, fewer than two images, no neighbour, or a file at `path` that
+        ValueError: for an unknown preset, fewer than two images, no neighbor, or a file at `path` that
             is no graph.
     """
     preset = chosen_preset(preset, num_neighbors=num_neighbors)
     origin = graph_meta(features, preset, method=method, precision=precision) if path else {}
     kept = _kept_graph(path, origin) if path and reuse else None
     if kept is not None:
-        say(f"graph of {kept.shape[0]} images: read from {path}")
+        log(f"graph of {kept.shape[0]} images: read from {path}")
         return kept
     start = time.perf_counter()
     found = search(
@@ -160,7 +160,7 @@ def build_graph(
     seconds = time.perf_counter() - start
     if path:
         save_graph(graph, path, origin | {"recall": found.recall})
-    say(
+    log(
         f"graph of {graph.shape[0]} images: built in {seconds:.1f} s, {graph.nnz} entries, recall "
         f"{found.recall:.4f}" + (f", kept in {path}" if path else "")
     )

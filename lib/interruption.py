@@ -41,7 +41,7 @@ class Stop:
     def requested(self) -> bool:
         """Count a step; True if a signal reached any process, or the steps asked for are done."""
         self._steps += 1
-        self._agreed = distributed.largest(self._received)
+        self._agreed = distributed.all_reduce_max(self._received)
         return bool(self._agreed) or self._steps == self._after
 
     @property
@@ -87,7 +87,9 @@ def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
     Raises:
         ValueError: if there are such files and none of them can be read.
     """
-    return distributed.from_main(_newest(Path(folder), names) if distributed.is_main() else "")
+    return distributed.broadcast_object(
+        _newest(Path(folder), names) if distributed.is_main() else ""
+    )
 
 
 def _newest(folder: Path, names: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 Of the two loaders, `device` augments whole batches there (datasets/transforms.py), of images that lie there
 as bytes or come from files that workers read; `workers` augments one image at a time in them
-(datasets/classic.py), as published.
+(datasets/pil.py), as published.
 """
 
 import multiprocessing
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import DataSet
-from datasets.classic import ClassicReader
 from datasets.files import FileSet, Reader, surviving
+from datasets.pil import PilReader
 from datasets.transforms import Augmentation
-from lib.devices import Compute
+from lib.devices import Device
 from lib.distributed import share
 from lib.sampler import Stream, num_batches, permutation
 from lib.seeding import generator
@@ -90,7 +90,7 @@ class _FromWorkers:
     """A source that reads images in `num_workers` processes that live as long as it does."""
 
     def __init__(
-        self, reader: Reader | ClassicReader, draws: bool, compute: Compute, num_workers: int
+        self, reader: Reader | PilReader, draws: bool, device: Device, num_workers: int
     ) -> None:
         """`draws`: the first random numbers of a job are the reader's."""
         self.draws, self.requests = draws, _Requests()
@@ -100,7 +100,7 @@ class _FromWorkers:
             sampler=self.requests,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=compute.device.type == "cuda",
+            pin_memory=device.torch_device.type == "cuda",
             collate_fn=_unchanged,
             worker_init_fn=partial(_outlast_signals, _ending()),
             generator=torch.Generator(),  # or it would draw from the global one
@@ -148,9 +148,11 @@ def _channels_last(images: Tensor, _: Sequence[Tensor]) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _finished(job: _Job, images: Tensor, remaining: Remaining, compute: Compute) -> Batch:
-    images = remaining(images.to(compute.device, non_blocking=True), job.rows)
-    return Batch(images, job.indexes.to(compute.device, non_blocking=True), job.first, job.total)
+def _finished(job: _Job, images: Tensor, remaining: Remaining, device: Device) -> Batch:
+    images = remaining(images.to(device.torch_device, non_blocking=True), job.rows)
+    return Batch(
+        images, job.indexes.to(device.torch_device, non_blocking=True), job.first, job.total
+    )
 
 
 def with_loader(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,21 +169,21 @@ class _Pipeline(NamedTuple):
 
 
 def _augmented_in_workers(
-    data: DataSet, augmentation: Augmentation, compute: Compute, num_workers: int
+    data: DataSet, augmentation: Augmentation, device: Device, num_workers: int
 ) -> _Pipeline:
-    reader = ClassicReader(data, augmentation)
-    return _Pipeline(_seeds, _FromWorkers(reader, True, compute, num_workers), _channels_last)
+    reader = PilReader(data, augmentation)
+    return _Pipeline(_seeds, _FromWorkers(reader, True, device, num_workers), _channels_last)
 
 
 def _augmented_on_device(
-    data: DataSet, augmentation: Augmentation, compute: Compute, num_workers: int
+    data: DataSet, augmentation: Augmentation, device: Device, num_workers: int
 ) -> _Pipeline:
     if not isinstance(data, FileSet):
-        source = partial(_in_memory, data.images.to(compute.device))
-        return _Pipeline(augmentation.draw, source, augmentation)
+        source = partial(_in_memory, data.images.to(device.torch_device))
+        return _Pipeline(augmentation.sample_params, source, augmentation)
     crop = augmentation.starts_with_crop
-    files = _FromWorkers(Reader(data), crop, compute, num_workers)
-    return _Pipeline(augmentation.draw, files, augmentation.without_crop())
+    files = _FromWorkers(Reader(data), crop, device, num_workers)
+    return _Pipeline(augmentation.sample_params, files, augmentation.without_crop())
 
 
 class Batches:
@@ -199,7 +201,7 @@ class Batches:
         self,
         data: DataSet,
         augmentation: Augmentation,
-        compute: Compute,
+        device: Device,
         *,
         batch_size: int,
         seed: int = 0,
@@ -216,12 +218,12 @@ class Batches:
             raise ValueError(f"batch size {batch_size}: must be positive")
         if loader not in LOADERS:
             raise ValueError(f"unknown loader {loader!r}: take one of {', '.join(LOADERS)}")
-        self.compute, self.batch_size, self.seed = compute, batch_size, seed
+        self.device, self.batch_size, self.seed = device, batch_size, seed
         self.length, self.waited_s = len(data), 0.0
         self._draw, self._source, self._remaining = (
-            _augmented_in_workers(data, augmentation, compute, num_workers)
+            _augmented_in_workers(data, augmentation, device, num_workers)
             if loader == "workers"
-            else _augmented_on_device(data, augmentation, compute, num_workers)
+            else _augmented_on_device(data, augmentation, device, num_workers)
         )
 
     @property
@@ -242,7 +244,7 @@ class Batches:
             self.waited_s += time.perf_counter() - start
             if item is None:
                 return
-            yield _finished(*item, self._remaining, self.compute)
+            yield _finished(*item, self._remaining, self.device)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Every image once, in an order drawn for the epoch; the last batch may be short.
@@ -275,7 +277,7 @@ class Batches:
 def in_order(
     data: DataSet,
     augmentation: Augmentation,
-    compute: Compute,
+    device: Device,
     batch_size: int = 500,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
@@ -286,11 +288,11 @@ def in_order(
     assert not augmentation.ops, "evaluation must not augment"
     source: Source
     if isinstance(data, FileSet):
-        source = _FromWorkers(Reader(data), False, compute, num_workers)
+        source = _FromWorkers(Reader(data), False, device, num_workers)
         batch_size = min(batch_size, FILES_AT_ONCE)
     else:
         source = partial(_in_memory, data.images)
     mine = torch.arange(len(data))[share().rows(len(data))]
     jobs = (_Job(i, [], int(i[0]), len(data)) for i in mine.split(batch_size) if len(i))
     for job, images in source(jobs):
-        yield _finished(job, images, augmentation, compute)
+        yield _finished(job, images, augmentation, device)

@@ -2,7 +2,7 @@
 
 The bank M (N x D) holds one unit vector per training image. A loss compares the embeddings v (B x D,
 unit norm) of a batch with the bank; the gradient flows into v alone. After the optimizer step,
-`MemoryBank.update` moves the rows of the batch towards their new embeddings. Doing that outside of
+`MemoryBank.update` moves the rows of the batch toward their new embeddings. Doing that outside of
 backward keeps mixed precision, gradient accumulation and several processes correct.
 
 Every process holds the whole bank and computes the loss of its rows of a batch: with `total` rows in the
@@ -48,7 +48,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, indexes: Tensor, embeddings: Tensor) -> None:
-        """m <- normalise(momentum m + (1 - momentum) v) for the rows `indexes` (B), v: B x D."""
+        """m <- normalize(momentum m + (1 - momentum) v) for the rows `indexes` (B), v: B x D."""
         mixed = self.memory[indexes].lerp(embeddings.to(self.memory.dtype), 1 - self.momentum)
         self.memory[indexes] = F.normalize(mixed, dim=1, eps=NORM_EPS)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 
-class Mean:
+class AverageMeter:
     """Weighted mean of scalars. `update` never waits for the device, `value` does."""
 
     def __init__(self) -> None:
@@ -33,20 +33,20 @@ class Mean:
         return float(self._total) / weight if weight else float("nan")
 
 
-class Clock:
+class Throughput:
     """How fast training goes, and what share of the time it waits for images; pauses do not count.
 
     Args:
         waited: gives the seconds spent waiting for images so far.
-        matrix_share: images per second -> the part of the hardware's matrix rate that they use.
+        mfu: images per second -> the part of the hardware's matrix rate that they use.
     """
 
     def __init__(
         self,
         waited: Callable[[], float],
-        matrix_share: Callable[[float], float] | None = None,
+        mfu: Callable[[float], float] | None = None,
     ) -> None:
-        self._waited_so_far, self._matrix_share = waited, matrix_share
+        self._waited_so_far, self._mfu = waited, mfu
         self._restart()
 
     def _restart(self) -> None:
@@ -57,12 +57,12 @@ class Clock:
         self._images += images
 
     def lap(self) -> dict[str, float]:
-        """Since the last lap `images_per_s`, `data_wait`, the share of waiting, and `matrix_share`."""
+        """Since the last lap `images_per_s`, `data_wait`, the share of waiting, and `mfu`."""
         seconds = time.perf_counter() - self._since
         waited = self._waited_so_far() - self._waited
         speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
-        if self._matrix_share:
-            speed["matrix_share"] = self._matrix_share(speed["images_per_s"])
+        if self._mfu:
+            speed["mfu"] = self._mfu(speed["images_per_s"])
         self._restart()
         return speed
 
@@ -74,8 +74,8 @@ class Clock:
 
 
 def speed(values: dict[str, float]) -> str:
-    """The end of a progress line, from what `Clock.lap` gave."""
+    """The end of a progress line, from what `Throughput.lap` gave."""
     parts = [f"{100 * values['data_wait']:.0f}% of the time waiting for images"]
-    if "matrix_share" in values:
-        parts.append(f"{100 * values['matrix_share']:.0f}% of the matrix rate")
+    if "mfu" in values:
+        parts.append(f"{100 * values['mfu']:.0f}% MFU")
     return f"{values['images_per_s']:.0f} img/s ({', '.join(parts)})"

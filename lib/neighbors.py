@@ -1,4 +1,4 @@
-"""Nearest neighbours of every image by cosine: exact by blocks, approximate by cells, or by FAISS."""
+"""Nearest neighbors of every image by cosine: exact by blocks, approximate by cells, or by FAISS."""
 
 import os
 import warnings
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.cells import CELLS_PER_ROOT, search_cells
 from lib.devices import has_fast_bf16
-from lib.search import BLOCK_BYTES, FIRST, search
+from lib.search import BLOCK_BYTES, FIRST, exact_search
 from lib.seeding import generator
 
 METHODS = ("auto", "exact", "ivf", "faiss")
@@ -18,22 +18,22 @@ PRECISIONS = ("auto", "fp32", "bf16")
 EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search takes minutes
 HALF_FROM = 20_000  # rows, from which the faster products are worth the second ranking
 LEAST_OF_HALF = 0.995  # recall below which bfloat16 is not taken by itself
-KEPT_BYTES = 2**30  # of neighbours held, where only the first and the last of them are wanted
+KEPT_BYTES = 2**30  # of neighbors held, where only the first and the last of them are wanted
 RECALL = 0.97  # aimed at by the approximate search
-SAMPLED_ROWS = 512  # whose exact neighbours the recall is measured against
+SAMPLED_ROWS = 512  # whose exact neighbors the recall is measured against
 FAISS_PROBES = 32
 TIE = 1e-6  # cosines that differ by less are equal in float32
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Nearest neighbours by cosine, falling.
+    """Nearest neighbors by cosine, falling.
 
     Attributes:
         indexes: R x K, int32, one row for each row asked for.
         similarities: R x K, float32.
-        scale_similarities: R, cosine of the neighbour that sets the local scale; empty if none does.
-        recall: share of the exact neighbours that were found, measured on a random sample of rows
+        scale_similarities: R, cosine of the neighbor that sets the local scale; empty if none does.
+        recall: share of the exact neighbors that were found, measured on a random sample of rows
             (1 where the search is exact by construction).
     """
 
@@ -44,7 +44,7 @@ class Neighbors:
 
 
 def _recall(found: Tensor, exact: Tensor) -> float:
-    """Share of the exact neighbours found, by their cosines: equally near ones replace each other."""
+    """Share of the exact neighbors found, by their cosines: equally near ones replace each other."""
     return float((found >= exact[:, -1:] - TIE).float().mean())
 
 
@@ -87,7 +87,7 @@ def _sampled(rows: slice, seed: int) -> Tensor:
 def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
     """Recall of the first k of `values`, found for the rows `ids`, the images themselves left out."""
     queries = features[ids.to(features.device)]
-    exact, _ = search(queries, features, k, own=ids, own_value=own_value)
+    exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
     others = slice(int(own_value == FIRST), k)
     if others.start == k:
         return 1.0
@@ -111,7 +111,7 @@ def _precision_for(precision: str, features: Tensor, k: int, own_value: float, s
     whole = slice(0, len(features))
     ids = _sampled(whole, seed)
     queries = features[ids.to(features.device)]
-    values, _ = search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
+    values, _ = exact_search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
     # crowds of images are there that bfloat16 cannot tell apart
     least = _recall_at(features, ids, values, own_value, k)
     return "bf16" if least >= LEAST_OF_HALF else "fp32"
@@ -122,8 +122,8 @@ def _require_memory(rows: slice, wanted: int) -> None:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if needed > available:
         raise ValueError(
-            f"{wanted} neighbours of each image take {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} "
-            "are free: take a graph without a scale of so many neighbours (cifar), or chunks"
+            f"{wanted} neighbors of each image take {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} "
+            "are free: take a graph without a scale of so many neighbors (cifar), or chunks"
         )
 
 
@@ -136,12 +136,12 @@ def _by_blocks(
     block_bytes: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and places of the first k of `wanted` neighbours, and the cosine of the last of them."""
+    """Cosines and places of the first k of `wanted` neighbors, and the cosine of the last of them."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
     for first in range(rows.start, rows.stop, size):
         part = torch.arange(first, min(first + size, rows.stop))
-        values, places = search(
+        values, places = exact_search(
             features[first : first + len(part)],
             features,
             wanted,
@@ -149,7 +149,7 @@ def _by_blocks(
             own_value=own_value,
             precision=precision,
             block_bytes=block_bytes,
-            progress="neighbours",
+            progress="neighbors",
         )
         kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, -1].clone()))
     if len(kept) == 1:
@@ -177,7 +177,7 @@ def _check(features: Tensor, k: int, precision: str) -> None:
     if len(features) < 2:
         raise ValueError(f"a graph needs two images at least, not {len(features)}")
     if k < 1:
-        raise ValueError(f"a graph needs one neighbour per image at least, not {k}")
+        raise ValueError(f"a graph needs one neighbor per image at least, not {k}")
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
 
@@ -195,30 +195,30 @@ def nearest_neighbors(
     recall: float = RECALL,
     seed: int = 0,
 ) -> Neighbors:
-    """The k nearest neighbours of every row among all rows, by blocks.
+    """The k nearest neighbors of every row among all rows, by blocks.
 
     Args:
         features: N x D unit vectors (float32), on any device.
-        k: neighbours per row, at most N (N - 1 without the row itself).
-        include_self: put each row first among its own neighbours, whatever duplicates there are;
+        k: neighbors per row, at most N (N - 1 without the row itself).
+        include_self: put each row first among its own neighbors, whatever duplicates there are;
             otherwise it is left out.
-        scale_rank: also report the cosine of this neighbour (1-based, the row itself not counted).
+        scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
         block_bytes: bound of the similarities in memory, by all threads together.
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.cells`), or
             exact where that is faster; "faiss", where it is installed; "auto", exact below `EXACT_BELOW`
             rows.
         precision: of the products of the exact search: "fp32"; "bf16" with half as many candidates
             again ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
-        rows: those to find neighbours for, a slice of step 1; all if None. The cells of "ivf" are the
+        rows: those to find neighbors for, a slice of step 1; all if None. The cells of "ivf" are the
             same in every process that is given the same features and seed.
         recall: aimed at by "ivf".
         seed: of k-means and of the rows that the recall is measured on.
 
     Returns:
-        Their neighbours, on the CPU, and the measured recall of a search that is not exact.
+        Their neighbors, on the CPU, and the measured recall of a search that is not exact.
 
     Raises:
-        ValueError: for fewer than two rows, no neighbour, an unknown method or precision, no rows asked
+        ValueError: for fewer than two rows, no neighbor, an unknown method or precision, no rows asked
             for, or FAISS where it is not installed.
 
     Warns:
@@ -250,9 +250,7 @@ def nearest_neighbors(
         if chosen != "fp32":
             reached = _measured_recall(features, values, rows, own_value, seed, k)
     if reached < 0.95:
-        warnings.warn(
-            f"{method} search found {reached:.1%} of the nearest neighbours", stacklevel=2
-        )
+        warnings.warn(f"{method} search found {reached:.1%} of the nearest neighbors", stacklevel=2)
     if not rank:
         scales = torch.empty(0)
     elif rank + include_self < wanted:

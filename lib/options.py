@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from datasets import DATASETS
 from lib import devices, distributed
 from lib.backbones import is_external
-from lib.devices import PRECISIONS, Compute
+from lib.devices import PRECISIONS, Device
 from lib.loader import LOADERS
 from lib.memory_bank import LOSSES
 from lib.schedule import SCHEDULES
@@ -115,7 +115,7 @@ def add_optimization(
 
 
 def add_compute(group_of: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where and how to compute."""
+    """Where and how to device."""
     group = group_of.add_argument_group("computing")
     group.add_argument(
         "--gpus",
@@ -179,12 +179,12 @@ def add_training_compute(group_of: argparse.ArgumentParser) -> None:
     )
 
 
-def select_training_device(args: argparse.Namespace) -> Compute:
+def select_training_device(args: argparse.Namespace) -> Device:
     """What the options of `add_training_compute` ask for."""
     words = {"deterministic": args.deterministic, "with_winograd": args.winograd}
-    compute = devices.select(args.gpus, args.precision, **words)
-    use_large_pages(compute)
-    return compute
+    device = devices.select(args.gpus, args.precision, **words)
+    use_large_pages(device)
+    return device
 
 
 def _add_memory_bank(group_of: argparse.ArgumentParser) -> None:
@@ -204,7 +204,7 @@ def _add_memory_bank(group_of: argparse.ArgumentParser) -> None:
         "--nce-z",
         choices=("moving-average", "first-batch"),
         default="moving-average",
-        help="normaliser of NCE: momentum 0.99, or estimated once as published",
+        help="normalizer of NCE: momentum 0.99, or estimated once as published",
     )
 
 
@@ -340,7 +340,7 @@ def _add_labels(group_of: argparse.ArgumentParser) -> None:
         type=num_labeled,
         default=500,
         metavar="N",
-        help="labelled images, equally many of each class; all: every image that has a label",
+        help="labeled images, equally many of each class; all: every image that has a label",
     )
     group.add_argument(
         "--pseudo-file",
@@ -370,7 +370,7 @@ def _add_labels(group_of: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--confidence-weighted",
         action="store_true",
-        help="weight the loss of each pseudo-labelled image by its confidence, as in the paper",
+        help="weight the loss of each pseudo-labeled image by its confidence, as in the paper",
     )
 
 

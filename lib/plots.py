@@ -69,7 +69,7 @@ def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) 
     return figure
 
 
-def confidence_precision(curves: dict[int, Curve], title: str) -> Figure:
+def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
     """Precision of the most confident share, one line per number of labels."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -111,9 +111,7 @@ def accuracy_by_labels(
     axes.set_xscale("log")
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()
-    axes.set(
-        xlabel="labelled images", ylabel="correct (%)", title="Mean, and range over the splits"
-    )
+    axes.set(xlabel="labeled images", ylabel="correct (%)", title="Mean, and range over the splits")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

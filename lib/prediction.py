@@ -18,7 +18,7 @@ from datasets.listing import IMG_EXTENSIONS, image_files
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.transforms import Augmentation
 from lib import checkpoint
-from lib.devices import Compute
+from lib.devices import Device
 from lib.distributed import all_gather_rows, progress_bar, share
 from lib.features import rebuild, recorded_size
 from lib.loader import in_order
@@ -37,7 +37,7 @@ class Classifier:
         model: on the CPU.
         classes: a name for each of its outputs.
         image_size: side of its images in pixels.
-        stats: mean and standard deviation that its images were normalised with.
+        stats: mean and standard deviation that its images were normalized with.
         gray: whether it reads gray images.
         from_files: whether its test images were read as a `FileSet`, which cuts a margin off; those held
             in memory are shown whole.
@@ -115,7 +115,7 @@ class Predictions:
     confidence: Tensor
 
     def as_pseudo_labels(self) -> PseudoLabels:
-        """The best class of each picture as pseudo-labels without any labelled image."""
+        """The best class of each picture as pseudo-labels without any labeled image."""
         order = self.confidence[:, 0].argsort(descending=True, stable=True)
         return PseudoLabels(
             order,
@@ -127,12 +127,12 @@ class Predictions:
 
 
 def _batches(
-    classifier: Classifier, data: FileSet, compute: Compute, batch_size: int, num_workers: int
+    classifier: Classifier, data: FileSet, device: Device, batch_size: int, num_workers: int
 ) -> Iterator[Tensor]:
     """This process's pictures as the network saw its test images, in order, read bit by bit."""
     augmentation = Augmentation((), classifier.stats, gray=classifier.gray)
     if classifier.from_files:
-        for batch in in_order(data, augmentation, compute, batch_size, num_workers):
+        for batch in in_order(data, augmentation, device, batch_size, num_workers):
             yield batch.images
         return
     files = [str(data.root / path) for path in data.paths[share().rows(len(data))]]
@@ -141,14 +141,14 @@ def _batches(
         block = files[start : start + at_once]
         images, _ = read_images(block, classifier.image_size, num_workers)
         for part in images.split(batch_size):
-            yield augmentation(part.to(compute.device))
+            yield augmentation(part.to(device.torch_device))
 
 
 @torch.no_grad()
 def predict(
     classifier: Classifier,
     data: FileSet,
-    compute: Compute,
+    device: Device,
     *,
     top: int = 1,
     batch_size: int = 500,
@@ -164,14 +164,14 @@ def predict(
     Raises:
         ValueError: naming a picture that cannot be read, or if the network's outputs are not finite.
     """
-    model = compute.prepare(classifier.model).eval()
+    model = device.prepare(classifier.model).eval()
     top = min(top, len(classifier.classes))
-    labels = [torch.empty(0, top, dtype=torch.int64, device=compute.device)]
-    confidence = [torch.empty(0, top, device=compute.device)]
+    labels = [torch.empty(0, top, dtype=torch.int64, device=device.torch_device)]
+    confidence = [torch.empty(0, top, device=device.torch_device)]
     mine = share().rows(len(data))
     with progress_bar(total=mine.stop - mine.start, desc="predicting", unit="img") as bar:
-        for images in _batches(classifier, data, compute, batch_size, num_workers):
-            with compute.autocast():
+        for images in _batches(classifier, data, device, batch_size, num_workers):
+            with device.autocast():
                 outputs = model(images)
             if not outputs.isfinite().all():
                 raise ValueError("the network gives NaN or infinity; the checkpoint is damaged")

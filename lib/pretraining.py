@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation, Op
 from lib import checkpoint, engine, features, interruption, memory_bank, provenance, throughput
-from lib.devices import Compute
-from lib.distributed import is_main, parallel, progress_bar, say, share
+from lib.devices import Device
+from lib.distributed import is_main, print_main, progress_bar, share, wrap_ddp
 from lib.loader import LOADERS, Batches, with_loader
 from lib.log import Writer, main_log
-from lib.meters import Clock, Mean, speed
+from lib.meters import AverageMeter, Throughput, speed
 from lib.sampler import num_batches
 from lib.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
 from models import build_model
 
-Z_MOMENTUM = 0.99  # of the moving average of NCE's normaliser
+Z_MOMENTUM = 0.99  # of the moving average of NCE's normalizer
 BAR_EVERY = 50  # steps between losses on the progress bar: each one waits for the device
 
 
@@ -61,7 +61,7 @@ class Settings:
 
 
 # Options that make a run what it is: resuming with another value would be another run.
-MATHEMATICS = ("dataset", "image_size", "loader", *(field.name for field in fields(Settings)))
+RESUME_INVARIANTS = ("dataset", "image_size", "loader", *(field.name for field in fields(Settings)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Run:
     optimizer: Optimizer
     epoch: int = 0
     step: int = 0
-    loss: Mean = field(default_factory=Mean)
+    loss: AverageMeter = field(default_factory=AverageMeter)
     scores: dict[str, float] = field(default_factory=dict)
     best: float = 0.0
 
@@ -134,7 +134,7 @@ class Run:
         """Count an epoch with its accuracies; whether they are the best so far."""
         is_best = scores.get("top1", 0.0) >= self.best
         self.best = max(self.best, scores.get("top1", 0.0))
-        self.epoch, self.scores, self.loss = self.epoch + 1, scores, Mean()
+        self.epoch, self.scores, self.loss = self.epoch + 1, scores, AverageMeter()
         return is_best
 
 
@@ -153,18 +153,18 @@ def check_images(num_images: int, nce_k: int) -> None:
         )
 
 
-def build_network(settings: Settings, compute: Compute, *, imagenet: bool = False) -> nn.Module:
+def build_network(settings: Settings, device: Device, *, imagenet: bool = False) -> nn.Module:
     """The network with the start values of the run's seed; for ImageNet one of torchvision's."""
     torch.manual_seed(settings.rng_seed)
     words = {"normalize": True, "imagenet": imagenet}
-    return compute.prepare(build_model(settings.architecture, settings.low_dim, **words))
+    return device.prepare(build_model(settings.architecture, settings.low_dim, **words))
 
 
 def start(
     model: nn.Module,
     settings: Settings,
     num_images: int,
-    compute: Compute,
+    device: Device,
     *,
     imagenet: bool = False,
 ) -> Run:
@@ -175,14 +175,14 @@ def start(
         kind=settings.nce_loss,
         z_momentum=Z_MOMENTUM if settings.nce_z == "moving-average" else None,
         seed=settings.rng_seed,
-        bf16=compute.bf16,
+        bf16=device.bf16,
     )
     optimizer = engine.sgd(
         *(model.parameters(), settings.lr, settings.weight_decay),
         momentum=settings.momentum,
         nesterov=not imagenet and settings.momentum > 0,
     )
-    return Run(model, bank.to(compute.device), criterion.to(compute.device), optimizer)
+    return Run(model, bank.to(device.torch_device), criterion.to(device.torch_device), optimizer)
 
 
 def state_of(run: Run, files: Files, classes: Iterable[str]) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def load_network(
     """Weights into the network; one line says what was loaded."""
     weights = checkpoint.model_weights(state, source)
     report = checkpoint.load_weights(model, weights, source=source, keep_head=keep_head)
-    say(f"{source}: {report}")
+    print_main(f"{source}: {report}")
 
 
 def load_backbone(model: nn.Module, source: str) -> None:
@@ -246,7 +246,7 @@ def resume(
     source: str,
     files: Files,
     steps_per_epoch: int,
-    mathematics: tuple[str, ...] = MATHEMATICS,
+    invariants: tuple[str, ...] = RESUME_INVARIANTS,
 ) -> None:
     """Continue the run that left the file `source`, one that `files` describes.
 
@@ -254,7 +254,7 @@ def resume(
     epoch go on under the options of this run, and what it does not hold starts anew.
 
     Args:
-        mathematics: options that must be the same.
+        invariants: options that must be the same.
 
     Raises:
         ValueError: if it is no checkpoint of phase 1, does not fit, or is of a run with other options or
@@ -263,7 +263,7 @@ def resume(
     state = checkpoint.load_dict(source, "optimizer", "epoch", "lemniscate")
     if {"meta", "criterion"} & state.keys():  # what we write and published files lack
         checkpoint.require_keys(state, source, "meta", "criterion", "best_acc")
-        provenance.require_same(with_loader(state["meta"]), files.meta, mathematics)
+        provenance.require_same(with_loader(state["meta"]), files.meta, invariants)
         provenance.say_precision(state["meta"], files.meta)
         load_network(run.model, state, source)
         parts = {"optimizer": run.optimizer, "lemniscate": run.bank, "criterion": run.criterion}
@@ -277,7 +277,7 @@ def resume(
     run.scores, run.best = {"top1": accuracy}, float(state.get("best_acc", accuracy))
     within = run.step - run.epoch * steps_per_epoch
     place = f" and {within} steps" if within else ""
-    say(f"continuing after epoch {run.epoch}{place} (best so far {run.best:.2f}%)")
+    print_main(f"continuing after epoch {run.epoch}{place} (best so far {run.best:.2f}%)")
 
 
 def _take_over(run: Run, state: dict[str, Any], source: str) -> None:
@@ -297,7 +297,9 @@ def _take_over(run: Run, state: dict[str, Any], source: str) -> None:
     engine.restore(source, [(run.optimizer, momenta), (run.bank, {"memory": rows})])
     for group, own in zip(run.optimizer.param_groups, groups, strict=True):
         group.update(own)
-    say(f"{source} is a published file: it records no options that these could be compared with")
+    print_main(
+        f"{source} is a published file: it records no options that these could be compared with"
+    )
 
 
 def _in_own_order(
@@ -320,12 +322,12 @@ def _shape(rows: Tensor) -> str:
     return " x ".join(map(str, rows.shape))
 
 
-def monitor(model: nn.Module, bank: Tensor, images: Images, compute: Compute) -> dict[str, float]:
+def monitor(model: nn.Module, bank: Tensor, images: Images, device: Device) -> dict[str, float]:
     """kNN accuracy of the test images, {} where there are none or no training image has a label."""
     targets, test = images.train.targets, images.test
     if test is None or bool((targets == UNKNOWN).all()) or bool((test.targets == UNKNOWN).all()):
         return {}
-    return engine.knn_monitor(model, bank, targets, test, compute, **images.reading)
+    return engine.knn_monitor(model, bank, targets, test, device, **images.reading)
 
 
 def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
@@ -346,7 +348,7 @@ def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
 
 
 def measure(
-    model: nn.Module, images: Images, compute: Compute, bank: Tensor | None = None
+    model: nn.Module, images: Images, device: Device, bank: Tensor | None = None
 ) -> dict[str, float]:
     """kNN accuracy on `bank`, or on one recomputed in evaluation mode from all training images.
 
@@ -354,17 +356,17 @@ def measure(
         ValueError: if there is nothing to measure on.
     """
     if bank is None:
-        bank = features.extract(model, images.train, compute, **images.reading)
-    scores = monitor(model, bank.to(compute.device), images, compute)
+        bank = features.extract(model, images.train, device, **images.reading)
+    scores = monitor(model, bank.to(device.torch_device), images, device)
     if not scores:
         raise ValueError("measuring needs test images, and labels for the training images")
-    say(_accuracies(scores))
+    print_main(_accuracies(scores))
     return scores
 
 
 def _accuracies(scores: dict[str, float]) -> str:
     text = f"kNN top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%"
-    return f"{text}  nearest neighbour {scores['nearest']:.2f}%"
+    return f"{text}  nearest neighbor {scores['nearest']:.2f}%"
 
 
 def describe(epoch: int, epochs: int, values: dict[str, float]) -> str:
@@ -390,7 +392,7 @@ def _train_epoch(
     run: Run,
     steps: Iterator[engine.Step],
     per_epoch: int,
-    new_clock: Callable[[], Clock],
+    new_clock: Callable[[], Throughput],
     after_step: Callable[[], None],
     stop: interruption.Stop,
     print_freq: int,
@@ -410,7 +412,7 @@ def _train_epoch(
             if print_freq and (run.step - start) % print_freq == 0:
                 line = f"epoch {run.epoch + 1:4d}  step {run.step - start:5d}/{per_epoch}"
                 line += f"  loss {run.loss.value:.4f}  lr {step.lr:.5f}"
-                say(f"{line}  {speed(line_clock.lap())}")
+                print_main(f"{line}  {speed(line_clock.lap())}")
             elif run.step % BAR_EVERY == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{run.loss.value:.3f}")
             if stop.requested():
@@ -424,7 +426,7 @@ def train(
     settings: Settings,
     images: Images,
     files: Files,
-    compute: Compute,
+    device: Device,
     *,
     stop_after: int = 0,
     print_freq: int = 0,
@@ -447,28 +449,28 @@ def train(
     augmentation = Augmentation(images.ops, images.train.stats)
     words = {"batch_size": settings.batch_size, "seed": settings.rng_seed}
     words |= {"num_workers": images.num_workers, "loader": images.loader}
-    batches = Batches(images.train, augmentation, compute, **words)
+    batches = Batches(images.train, augmentation, device, **words)
     per_epoch = settings.steps_per_epoch(len(images.train))
     parts = run.bank, run.criterion, run.optimizer
     schedule = settings.schedule(len(images.train), imagenet=files.imagenet)
-    work = _arithmetic(run, images, compute)
-    throughput.keep_freed_memory(compute)
+    work = _arithmetic(run, images, device)
+    throughput.keep_freed_memory(device)
     if compile_mode:
         throughput.compile_network(run.model, compile_mode)
-    model, values = parallel(run.model), {}
+    model, values = wrap_ddp(run.model), {}
     with (
         main_log(files.log_folder) as write,
         interruption.watch(stop_after) as stop,
-        throughput.traced(profile, files.log_folder, compute) as after_step,
+        throughput.traced(profile, files.log_folder, device) as after_step,
     ):
         write("start", first_epoch=run.epoch, first_step=run.step, meta=files.meta)
         while run.epoch < settings.epochs:
             done = (run.step - run.epoch * per_epoch) * settings.iter_size
             todo = batches.epoch(run.epoch, done)
             where = {"first_step": run.step, "iter_size": settings.iter_size}
-            steps = engine.pretrain(model, *parts, todo, schedule, compute, **where)
+            steps = engine.pretrain(model, *parts, todo, schedule, device, **where)
             measured = _train_epoch(
-                *(run, steps, per_epoch, partial(Clock, lambda: batches.waited_s, work.share)),
+                *(run, steps, per_epoch, partial(Throughput, lambda: batches.waited_s, work.mfu)),
                 *(after_step, stop, print_freq),
             )
             engine.require_finite(run.step, run.model, run.bank, run.criterion)
@@ -476,21 +478,21 @@ def train(
                 _save(run, files, images)
                 write("stop", run.step, reason=stop.reason)
                 how = command(files.folder / files.last)
-                say(f"stopped by {stop.reason} after step {run.step}; to continue: {how}")
+                print_main(f"stopped by {stop.reason} after step {run.step}; to continue: {how}")
                 break
             measured["lr"] = schedule(run.step - 1)
-            values = _finish_epoch(run, measured, settings.epochs, images, files, compute, write)
+            values = _finish_epoch(run, measured, settings.epochs, images, files, device, write)
     stop.exit()
     if run.epoch == settings.epochs:
         last = files.folder / files.last
-        say(f"last checkpoint: {last}" if values else "this run is already finished")
+        print_main(f"last checkpoint: {last}" if values else "this run is already finished")
     return values
 
 
-def _arithmetic(run: Run, images: Images, compute: Compute) -> throughput.Arithmetic:
+def _arithmetic(run: Run, images: Images, device: Device) -> throughput.Arithmetic:
     shape = (3, images.train.image_size, images.train.image_size)
     loss = run.criterion.flops(*run.bank.memory.shape)
-    return throughput.arithmetic(run.model, shape, compute, more_per_image=loss)
+    return throughput.arithmetic(run.model, shape, device, more_per_image=loss)
 
 
 def _finish_epoch(
@@ -499,17 +501,17 @@ def _finish_epoch(
     epochs: int,
     images: Images,
     files: Files,
-    compute: Compute,
+    device: Device,
     write: Writer,
 ) -> dict[str, float]:
     """Accuracy, line, log and checkpoints of an epoch whose steps are done; all its numbers."""
     if files.imagenet:  # measuring may outlast the grace that follows a SIGTERM
         _save(run, files, images)
-    scores = monitor(run.model, run.bank.memory, images, compute)
+    scores = monitor(run.model, run.bank.memory, images, device)
     is_best = run.finish_epoch(scores)
     values = measured | {"best": run.best, "chance": run.criterion.chance(len(images.train))}
     values |= {f"knn_{name}": score for name, score in scores.items()}
-    say(describe(run.epoch, epochs, values))
+    print_main(describe(run.epoch, epochs, values))
     write("epoch", run.step, epoch=run.epoch - 1, **values)
     _save(run, files, images, is_best=is_best, epoch=run.epoch)
     return values

@@ -11,7 +11,7 @@ import scipy
 import torch
 import torchvision
 
-from lib.distributed import say
+from lib.distributed import print_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,4 +83,6 @@ def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             words = [
                 {True: "on", False: "off", "": "off"}.get(value, value) for value in (was, is_now)
             ]
-            say(f"--{name} was {words[0]}, is {words[1]}: goes on with that, not to the same bits")
+            print_main(
+                f"--{name} was {words[0]}, is {words[1]}: goes on with that, not to the same bits"
+            )

@@ -91,7 +91,7 @@ def listed(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Labels for unlabelled images, most confident first.
+    """Labels for unlabeled images, most confident first.
 
     Attributes:
         indexes: U, into the training set.
@@ -130,9 +130,9 @@ class PseudoLabels:
         if found:
             return found
         if torch.isin(self.indexes, self.labeled).any():
-            found.append("an image is both labelled and pseudo-labelled")
+            found.append("an image is both labeled and pseudo-labeled")
         if not torch.isin(self.indexes, self.unlabeled).all():
-            found.append("a pseudo-labelled image is not among unlabeled_indexes")
+            found.append("a pseudo-labeled image is not among unlabeled_indexes")
         found += self._meta_problems()
         labels = self._label_problems()
         found += labels + self._confidence_problems()
@@ -208,7 +208,7 @@ class PseudoLabels:
         Args:
             num_images, num_classes, digest, classes: of the data set; the last two are compared where
                 they are recorded.
-            num_labeled: labelled images that the pseudo-labels must have been made with.
+            num_labeled: labeled images that the pseudo-labels must have been made with.
 
         Raises:
             ValueError: listing every problem.
@@ -227,7 +227,7 @@ class PseudoLabels:
             )
         if len(self.labeled) != num_labeled:
             problems.append(
-                f"made with {len(self.labeled)} labelled images, but --num-labeled asks for {num_labeled}"
+                f"made with {len(self.labeled)} labeled images, but --num-labeled asks for {num_labeled}"
             )
         recorded = self.meta.get("data_digest", "")
         if recorded and digest and recorded != digest:
@@ -327,12 +327,12 @@ def load_chunks(folder: str | Path) -> list[PseudoLabels]:
     Raises:
         ValueError: if the folder does not hold the whole of one set and no other, listing the files that
             are missing and those that do not belong; if one of them is unusable; or if they were made
-            with different labelled images or data sets.
+            with different labeled images or data sets.
     """
     files = _chunk_files(Path(folder))
     parts = [load(file) for file in files]
     checks = {
-        "other labelled images": _sorted_labeled,
+        "other labeled images": _sorted_labeled,
         "another data set": lambda p: p.meta.get("data_digest", ""),
     }
     problems = []
@@ -403,16 +403,16 @@ def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:
 
 
 def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
-    """Chunks with one set of labelled images as one ranking by confidence.
+    """Chunks with one set of labeled images as one ranking by confidence.
 
     Raises:
-        ValueError: if the labelled images differ, or an image is in two of them.
+        ValueError: if the labeled images differ, or an image is in two of them.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     if any(_sorted_labeled(part) != _sorted_labeled(first) for part in parts):
-        raise ValueError("these chunks belong to different sets of labelled images")
+        raise ValueError("these chunks belong to different sets of labeled images")
     confidence = torch.cat([part.confidence for part in parts])
     order = confidence.argsort(descending=True, stable=True)
     probabilities = None
@@ -436,7 +436,7 @@ def _build(
     weigh: Callable[[Tensor], Tensor],
     as_probabilities: Callable[[Tensor], Tensor] | None,
 ) -> PseudoLabels:
-    """The unlabelled images ranked by confidence, `TILE` numbers at a time.
+    """The unlabeled images ranked by confidence, `TILE` numbers at a time.
 
     Args:
         scores: N x C, the higher the more likely.
@@ -474,7 +474,7 @@ def _build(
 def margin_confidence(probabilities: Tensor) -> Tensor:
     """1 - p2 / p1 of the two largest probabilities of each row: N, in [0, 1].
 
-    Of p = softmax(z / T) this is 1 - exp(-(z1 - z2) / T), the published confidence of the normalised cut.
+    Of p = softmax(z / T) this is 1 - exp(-(z1 - z2) / T), the published confidence of the normalized cut.
     """
     first, second = probabilities.topk(2, dim=1).values.unbind(1)
     return 1 - second / first
@@ -492,7 +492,7 @@ def entropy_confidence(probabilities: Tensor) -> Tensor:
 
 
 def largest_confidence(probabilities: Tensor) -> Tensor:
-    """The largest probability of each row, the published confidence of nearest neighbours: N."""
+    """The largest probability of each row, the published confidence of nearest neighbors: N."""
     return probabilities.amax(dim=1)
 
 
@@ -516,7 +516,7 @@ def from_probabilities(
     *,
     confidence: str = "largest",
 ) -> PseudoLabels:
-    """Pseudo-labels from N x C probabilities (nearest neighbours).
+    """Pseudo-labels from N x C probabilities (nearest neighbors).
 
     Args:
         confidence: a key of `CONFIDENCES`; published: the largest probability of each row.
@@ -536,7 +536,7 @@ def from_scores(
     confidence: str = "margin",
     probabilities: bool = True,
 ) -> PseudoLabels:
-    """Pseudo-labels from N x C scores (normalised cut).
+    """Pseudo-labels from N x C scores (normalized cut).
 
     Probabilities are softmax(z / T), and confidence is made with the same temperature.
 
@@ -570,7 +570,7 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     """Write pseudo-labels as a table with the columns `COLUMNS`, most confident first.
 
     Labels are class names where `meta` records them and no two are the same, else numbers. An image that
-    is labelled has no confidence, one that got no pseudo-label has no label and the confidence 0. A first
+    is labeled has no confidence, one that got no pseudo-label has no label and the confidence 0. A first
     line that starts with # holds `meta`. Probabilities and the order of `unlabeled` are not kept; all
     else comes back by `from_csv`.
 
@@ -637,7 +637,7 @@ def from_csv(path: str | Path) -> PseudoLabels:
 
 
 class _Row(NamedTuple):
-    """A line of a table: pseudo-labelled; without label: not; without confidence: labelled."""
+    """A line of a table: pseudo-labeled; without label: not; without confidence: labeled."""
 
     index: int
     label: int | None
@@ -726,7 +726,7 @@ def main(args: argparse.Namespace) -> None:
         pseudo = from_csv(args.source)
         save(pseudo, args.target)
     print(
-        f"{args.target}: {len(pseudo.indexes)} pseudo-labelled and {len(pseudo.labeled)} labelled images"
+        f"{args.target}: {len(pseudo.indexes)} pseudo-labeled and {len(pseudo.labeled)} labeled images"
     )
 
 

@@ -19,7 +19,7 @@ def num_batches(n: int, batch_size: int) -> int:
 class Stream:
     """An endless series of full batches: whole permutations of n items, one behind the other.
 
-    A set smaller than the batch (10 labelled images, batches of 128) repeats inside a batch instead
+    A set smaller than the batch (10 labeled images, batches of 128) repeats inside a batch instead
     of giving tiny ones. Batch `step` depends on (n, batch_size, seed, step) alone.
     """
 
@@ -30,7 +30,7 @@ class Stream:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:  # neighbouring steps share an epoch: a cache, no state
+        if epoch != self._epoch:  # neighboring steps share an epoch: a cache, no state
             self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
         return self._order
 

@@ -28,7 +28,7 @@ IMAGENET_FINETUNE_DROPS = Drops((3 / 7, 6 / 7), 0.1)
 
 
 def cosine(step: int, total: int, base: float, eta_min: float = ETA_MIN) -> float:
-    """Half a cosine from `base` at step 0 towards `eta_min` at `total` (Loshchilov & Hutter 2017)."""
+    """Half a cosine from `base` at step 0 toward `eta_min` at `total` (Loshchilov & Hutter 2017)."""
     return eta_min + (base - eta_min) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
 
 

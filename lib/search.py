@@ -131,7 +131,7 @@ def _best_of_tiles(
     return top
 
 
-def search(
+def exact_search(
     queries: Tensor,
     columns: Tensor,
     k: int,

@@ -1,4 +1,4 @@
-"""Spectrum of the normalised Laplacian of a sparse graph, its null space taken exactly.
+"""Spectrum of the normalized Laplacian of a sparse graph, its null space taken exactly.
 
 L = I - S with S = D^-1/2 W D^-1/2. The smallest eigenvalues of L are the largest of S, and Lanczos
 finds the largest ones without solving any linear system; both matrices have the same eigenvectors.
@@ -228,15 +228,15 @@ def _chebyshev_filter(operator: Operator, low: float, cut: float, high: float) -
 
     What lies between `low` and `cut` is damped, what lies above grows the faster the larger it is.
     """
-    centre, half = (cut + low) / 2, (cut - low) / 2
-    growth = np.arccosh((high - centre) / half)
+    center, half = (cut + low) / 2, (cut - low) / 2
+    growth = np.arccosh((high - center) / half)
     degree = int(np.clip(round(GROWTH / growth), *DEGREES))
     gain = np.cosh(degree * growth)
 
     def apply(x: Tensor) -> Tensor:
-        before, now = x, operator(x).sub_(x, alpha=centre).div_(half)
+        before, now = x, operator(x).sub_(x, alpha=center).div_(half)
         for _ in range(degree - 1):
-            after = operator(now).sub_(now, alpha=centre).mul_(2 / half).sub_(before)
+            after = operator(now).sub_(now, alpha=center).mul_(2 / half).sub_(before)
             before, now = now, after
         return now.div_(gain)
 
@@ -432,7 +432,7 @@ def laplacian_spectrum(
     basis_bytes: int = BASIS_BYTES,
     product: Operator | None = None,
 ) -> Spectrum:
-    """The eigenvectors of smallest positive eigenvalue of the normalised Laplacian.
+    """The eigenvectors of smallest positive eigenvalue of the normalized Laplacian.
 
     A graph with c components has c eigenvalues 0, whose vectors are known in closed form. They are
     moved to the other end of the spectrum before the solver starts, so that neither their number nor
@@ -502,7 +502,7 @@ def _warn_of_components(components: np.ndarray, count: int) -> None:
         warnings.warn(
             f"the graph has {count} components (the largest holds {np.bincount(components).max()} of "
             f"{len(components)} images); an image whose component holds no label gets confidence 0. More "
-            "neighbours per image join them",
+            "neighbors per image join them",
             stacklevel=3,
         )
 
@@ -579,7 +579,7 @@ def _deflated_eigh(
         except ArpackError as error:
             raise ValueError(
                 f"the eigenvectors of this graph of {count} components cannot be found ({error}); take "
-                "more neighbours per image or fewer eigenvectors"
+                "more neighbors per image or fewer eigenvectors"
             ) from error
     order = np.argsort(-values)[:k]
     order = order[values[order] > NULL_BELOW]

@@ -1,4 +1,4 @@
-"""Which images count as labelled: the published class-balanced split, bit for bit."""
+"""Which images count as labeled: the published class-balanced split, bit for bit."""
 
 import warnings
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Split:
 
 
 def parse_num_labeled(text: str | int) -> int | str:
-    """A number of labelled images from a command line or a notebook: an integer, or `all`.
+    """A number of labeled images from a command line or a notebook: an integer, or `all`.
 
     Raises:
         ValueError: for anything else.
@@ -31,7 +31,7 @@ def parse_num_labeled(text: str | int) -> int | str:
         return int(str(text))  # of the text, so that 2.5 is refused and not cut down
     except ValueError:
         raise ValueError(
-            f"{text!r} is no number of labelled images: give an integer or all"
+            f"{text!r} is no number of labeled images: give an integer or all"
         ) from None
 
 
@@ -45,11 +45,11 @@ def expected_count(num_labeled: int | str, targets: Tensor, num_classes: int) ->
 def labeled_split(
     targets: Tensor, num_labeled: int | str, num_classes: int, seed: int = 0
 ) -> Split:
-    """Draw `num_labeled` labelled images, equally many of each class.
+    """Draw `num_labeled` labeled images, equally many of each class.
 
     As published: `perm = randperm(N)` under the seed; of every class the first `num_labeled // C`
-    members in the order of `perm` are labelled, the others are not. Images without a known target
-    come last among the unlabelled ones.
+    members in the order of `perm` are labeled, the others are not. Images without a known target
+    come last among the unlabeled ones.
 
     Args:
         targets: N class numbers, `UNKNOWN` where there is none.
@@ -58,7 +58,7 @@ def labeled_split(
         seed: of the draw; the published files have 0.
 
     Raises:
-        ValueError: if a class has too few labelled images, fewer labels than classes are asked for, or
+        ValueError: if a class has too few labeled images, fewer labels than classes are asked for, or
             a target is no class.
     """
     num_labeled = parse_num_labeled(num_labeled)
@@ -76,21 +76,21 @@ def labeled_split(
         per_class = num_labeled // num_classes
         if per_class < 1:
             raise ValueError(
-                f"{num_labeled} labelled images for {num_classes} classes: give {num_classes} at least"
+                f"{num_labeled} labeled images for {num_classes} classes: give {num_classes} at least"
             )
         if num_labeled % num_classes:
             warnings.warn(
                 f"{num_labeled} is no multiple of {num_classes} classes; using "
-                f"{per_class * num_classes} labelled images, {per_class} of each class",
+                f"{per_class * num_classes} labeled images, {per_class} of each class",
                 stacklevel=2,
             )
         counts = [per_class] * num_classes
     for label, (have, want) in enumerate(zip(map(len, members), counts, strict=True)):
         if have == 0:
-            raise ValueError(f"class {label} has no labelled image; every class needs one at least")
+            raise ValueError(f"class {label} has no labeled image; every class needs one at least")
         if have < want:
             raise ValueError(
-                f"class {label} has {have} labelled images and {want} are asked for; lower the number "
+                f"class {label} has {have} labeled images and {want} are asked for; lower the number "
                 "of labels"
             )
     unknown = order[shuffled == UNKNOWN]
@@ -101,7 +101,7 @@ def labeled_split(
 
 
 def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor]:
-    """The unlabelled images shuffled and cut into parts of equal size, up to one image.
+    """The unlabeled images shuffled and cut into parts of equal size, up to one image.
 
     The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
     classes and gives its labels away.
@@ -110,7 +110,7 @@ def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor
         ValueError: for fewer images than chunks.
     """
     if not 1 <= num_chunks <= len(split.unlabeled):
-        raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabelled images")
+        raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabeled images")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split.unlabeled), generator=generator)
     return list(split.unlabeled[order].tensor_split(num_chunks))

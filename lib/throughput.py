@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.devices import Compute
-from lib.distributed import is_main, say, share
+from lib.devices import Device
+from lib.distributed import is_main, print_main, share
 from lib.seeding import generator
 
 LONG_ENOUGH_S = 0.01  # a product that takes this long is not ruled by what it costs to start one
@@ -43,34 +43,34 @@ class Arithmetic:
     per_image: float
     rate: float
 
-    def share(self, images_per_s: float) -> float:
+    def mfu(self, images_per_s: float) -> float:
         """The part of the rate that training uses at that speed."""
         return images_per_s * self.per_image / self.rate
 
 
-def matrix_rate(compute: Compute) -> float:
+def matrix_rate(device: Device) -> float:
     """Operations per second of a matrix product in the format of the forward pass, 2 n^3 being counted.
 
     Measured on squares of growing size until one takes `LONG_ENOUGH_S`: a fraction of a second in all. The
     fastest of several counts: other programs only make them slower.
     """
-    dtype = torch.bfloat16 if compute.bf16 else torch.float32
+    dtype = torch.bfloat16 if device.bf16 else torch.float32
     best, size = 0.0, SMALLEST
     while True:
         square = torch.rand(size, size, generator=generator(0, "sample"))
-        square = square.to(compute.device, dtype)
-        seconds = min(_product_s(square, compute) for _ in range(REPEATS))
+        square = square.to(device.torch_device, dtype)
+        seconds = min(_product_s(square, device) for _ in range(REPEATS))
         best = max(best, 2 * size**3 / seconds)
         if seconds > LONG_ENOUGH_S or size >= LARGEST:
             return best
         size *= 2
 
 
-def _product_s(square: Tensor, compute: Compute) -> float:
-    compute.wait()
+def _product_s(square: Tensor, device: Device) -> float:
+    device.synchronize()
     start = time.perf_counter()
     torch.mm(square, square)
-    compute.wait()
+    device.synchronize()
     return time.perf_counter() - start
 
 
@@ -92,7 +92,7 @@ def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float
 def arithmetic(
     model: nn.Module,
     image_shape: tuple[int, int, int],
-    compute: Compute,
+    device: Device,
     *,
     more_per_image: float = 0.0,
 ) -> Arithmetic:
@@ -102,29 +102,29 @@ def arithmetic(
         more_per_image: operations of the loss.
     """
     needed = training_flops(model, image_shape) + more_per_image
-    return Arithmetic(needed, matrix_rate(compute) * share().size)
+    return Arithmetic(needed, matrix_rate(device) * share().size)
 
 
-def keep_freed_memory(compute: Compute) -> None:
+def keep_freed_memory(device: Device) -> None:
     """Let the C library keep what a step frees on the CPU, for the next one to use.
 
     glibc returns freed activations to the system, and every step would touch new pages: 6% of the time.
     Blocks above 32 MiB still come from the system. No other C library does this, and none is told.
     """
-    if compute.device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+    if device.torch_device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     library = ctypes.CDLL(None)
     library.mallopt(M_MMAP_THRESHOLD, 2**25)
     library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def use_large_pages(compute: Compute) -> None:
+def use_large_pages(device: Device) -> None:
     """Let large tensors on the CPU lie in pages of 2 MiB where Linux offers them.
 
     PyTorch asks the environment at the first tensor that it makes, and what the user has set there stays. It
     takes more memory, and pays where tensors are kept: for training alone.
     """
-    if compute.device.type == "cpu":
+    if device.torch_device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -144,7 +144,7 @@ def require_compiler(option: str) -> None:
 
 
 @contextmanager
-def traced(number: int, folder: Path, compute: Compute) -> Iterator[Callable[[], None]]:
+def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], None]]:
     """Trace `number` training steps of rank 0 after a few to warm up; 0: none.
 
     Gives a function to be called after each step. At the end of the traced steps, or of the block, the trace
@@ -153,7 +153,7 @@ def traced(number: int, folder: Path, compute: Compute) -> Iterator[Callable[[],
     if not number or not is_main():
         yield lambda: None
         return
-    on_gpu, done_at_all = compute.device.type == "cuda", []
+    on_gpu, done_at_all = device.torch_device.type == "cuda", []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
 
     def report(done: profile) -> None:
@@ -161,14 +161,14 @@ def traced(number: int, folder: Path, compute: Compute) -> Iterator[Callable[[],
         folder.mkdir(parents=True, exist_ok=True)
         done.export_chrome_trace(str(folder / TRACE))
         key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
-        say(done.key_averages().table(sort_by=key, row_limit=TABLE_ROWS))
-        say(f"trace: {folder / TRACE}; https://ui.perfetto.dev shows it")
+        print_main(done.key_averages().table(sort_by=key, row_limit=TABLE_ROWS))
+        print_main(f"trace: {folder / TRACE}; https://ui.perfetto.dev shows it")
 
     plan = schedule(wait=WARM_UP - 1, warmup=1, active=number, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=report) as profiler:
         yield profiler.step
     if not done_at_all:
-        say(f"no trace: the run ended within the {WARM_UP} steps that come before it")
+        print_main(f"no trace: the run ended within the {WARM_UP} steps that come before it")
 
 
 def compile_network(model: nn.Module, mode: str) -> None:

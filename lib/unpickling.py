@@ -65,7 +65,7 @@ STAND_INS = (
 )
 REASONS = {
     "torch._utils._rebuild_sparse_tensor": "it holds a sparse tensor; they must be dense tensors",
-    "torch._utils._rebuild_qtensor": "it holds a quantised tensor; save it dequantised",
+    "torch._utils._rebuild_qtensor": "it holds a quantized tensor; save it dequantized",
     "torch._utils._rebuild_nested_tensor": "it holds a nested tensor; they must be dense tensors",
 }
 

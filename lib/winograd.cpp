@@ -1,5 +1,5 @@
 // 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray 2016, arXiv 1509.09308, section
-// 4), and batch normalisation joined with ReLU, in bfloat16 on a CPU with AVX512-BF16.
+// 4), and batch normalization joined with ReLU, in bfloat16 on a CPU with AVX512-BF16.
 //
 // Images are N x H x W x C in memory (channels last). A tile is 4 x 4 input pixels that give 2 x 2 output
 // pixels; tiles overlap by two. With d a tile of one channel, g a filter, Y the outputs,
@@ -443,7 +443,7 @@ at::Tensor filter_gradient(const at::Tensor& input, const at::Tensor& gradient) 
   return transform_back(sums);
 }
 
-// ---------------------------------------------------------------------------- batch normalisation and ReLU
+// ---------------------------------------------------------------------------- batch normalization and ReLU
 
 // Two sums over all pixels for each channel, in double: `adder(channel)` gives a function of (offset of 16
 // channels of a pixel, first sum, second sum) that adds to the sums.
@@ -492,7 +492,7 @@ void for_each_pixel(int64_t pixels, int64_t channels, F f) {
   });
 }
 
-// The normalised value is x * scale + offset.
+// The normalized value is x * scale + offset.
 struct Affine {
   std::vector<float> scale, offset;
 
@@ -506,7 +506,7 @@ struct Affine {
   }
 };
 
-void check_normalisation(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+void check_normalization(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   check(x, "winograd::batch_norm_relu");
   for (const at::Tensor& one : {weight, bias})
     TORCH_CHECK(one.scalar_type() == at::kFloat && one.is_contiguous() && one.numel() == x.size(1),
@@ -518,7 +518,7 @@ void check_normalisation(const at::Tensor& x, const at::Tensor& weight, const at
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor& input,
                                                                const at::Tensor& weight,
                                                                const at::Tensor& bias, double eps) {
-  check_normalisation(input, weight, bias);
+  check_normalization(input, weight, bias);
   const int64_t channels = input.size(1), pixels = input.numel() / channels;
   const bf16* x = data(input);
   // relative to the first pixel: squares of numbers far from zero would lose what their differences are
@@ -553,7 +553,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(const at::Tensor&
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
     const at::Tensor& gradient, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
     const at::Tensor& mean, const at::Tensor& variance, double eps) {
-  check_normalisation(input, weight, bias);
+  check_normalization(input, weight, bias);
   check(gradient, "winograd::batch_norm_relu_backward");
   const int64_t channels = input.size(1), pixels = input.numel() / channels;
   const bf16 *x = data(input), *dy = data(gradient);
@@ -562,8 +562,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
   const float *means = mean.data_ptr<float>(), *inverse = inverse_std.data_ptr<float>();
   // what ReLU lets through: 0 where the output was 0
   const auto passed = [=](Reals value, int64_t at, Reals scale, Reals offset) {
-    const Reals normalised = _mm512_fmadd_ps(value, scale, offset);
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(normalised, _mm512_setzero_ps(), _CMP_GT_OQ),
+    const Reals normalized = _mm512_fmadd_ps(value, scale, offset);
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(normalized, _mm512_setzero_ps(), _CMP_GT_OQ),
                                load(dy + at));
   };
   const auto sums = two_sums(pixels, channels, [&](int64_t channel) {
@@ -576,14 +576,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       with_input = _mm512_fmadd_ps(g, value - center, with_input);
     };
   });
-  // dx = scale (g - mean(g) - x^ mean(g x^)), x^ the standardised input: a line in x beside scale * g
+  // dx = scale (g - mean(g) - x^ mean(g x^)), x^ the standardized input: a line in x beside scale * g
   at::Tensor d_weight = at::empty({channels}, at::kFloat), d_bias = at::empty({channels}, at::kFloat);
   std::vector<float> slope(channels), level(channels);
   for (int64_t i = 0; i < channels; ++i) {
-    const double with_standardised = sums[channels + i] * inverse[i];
+    const double with_standardized = sums[channels + i] * inverse[i];
     d_bias.data_ptr<float>()[i] = sums[i];
-    d_weight.data_ptr<float>()[i] = with_standardised;
-    slope[i] = -affine.scale[i] * inverse[i] * with_standardised / pixels;
+    d_weight.data_ptr<float>()[i] = with_standardized;
+    slope[i] = -affine.scale[i] * inverse[i] * with_standardized / pixels;
     level[i] = -affine.scale[i] * sums[i] / pixels - slope[i] * means[i];
   }
   at::Tensor d_input = at::empty_like(input);

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import files
-from lib.distributed import main_first, say
+from lib.distributed import main_first, print_main
 from models.layers import BatchNormReLU
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -75,7 +75,7 @@ def build() -> None:
     kept = Path(folder) / f"deep_metric_transfer_winograd_{digest}.so"
     with main_first():
         if not _loaded(kept):
-            say("compiling the kernels of --winograd: a quarter of a minute, once")
+            print_main("compiling the kernels of --winograd: a quarter of a minute, once")
             _compile(kept, cpp_extension)
 
 
@@ -101,7 +101,7 @@ def _compile(kept: Path, cpp_extension: ModuleType) -> None:
             files.write_whole((Path(made) / f"{kept.stem}.so").read_bytes(), beside)
             files.put_in_place(beside, kept)
         except OSError as error:
-            say(f"these kernels are not kept for the next run: {error.strerror or error}")
+            print_main(f"these kernels are not kept for the next run: {error.strerror or error}")
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def install(model: nn.Module) -> int:
         elif type(module) is BatchNormReLU and module.num_features % CHANNELS == 0:
             module.__class__ = OnePassBatchNormReLU
     total = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    say(f"Winograd's algorithm suits {number} of {total} convolutions")
+    print_main(f"Winograd's algorithm suits {number} of {total} convolutions")
     return number
 
 
@@ -192,7 +192,7 @@ def _filter_gradient(maps: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 class OnePassBatchNormReLU(BatchNormReLU):
-    """Batch normalisation and ReLU that read and write the maps once where PyTorch does twice."""
+    """Batch normalization and ReLU that read and write the maps once where PyTorch does twice."""
 
     def forward(self, maps: Tensor) -> Tensor:
         usual = self.affine and self.track_running_stats and self.momentum is not None

@@ -1,11 +1,11 @@
-"""Every propagation algorithm on the same features, labelled images and graph: a table of precisions.
+"""Every propagation algorithm on the same features, labeled images and graph: a table of precisions.
 
     python scripts/benchmark_algorithms.py --features checkpoint/NAME/ckpt.cifar.folder.features.pth.tar
 
-Rows are algorithms, columns are numbers of labels; an entry is the mean over --splits draws of the labelled
+Rows are algorithms, columns are numbers of labels; an entry is the mean over --splits draws of the labeled
 images of the precision of the pseudo-labels of all other images, in percent, and its standard deviation.
 The graph and its spectrum are made once, before the clock starts; seconds are those of one draw at one
-number of labels, all draws of a row sharing their products. `auto` and `ensemble` see the labelled images
+number of labels, all draws of a row sharing their products. `auto` and `ensemble` see the labeled images
 only. scikit-learn's LabelSpreading (a row of its own) is measured where scikit-learn is installed. With
 --images a random part of the features: minutes become seconds.
 """
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lib import devices, features, options, provenance
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.checks import Labeling
 from lib.seeding import generator
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def scikit_learn(rows: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
-    """Predicted classes of LabelSpreading with its own graph of 20 neighbours."""
+    """Predicted classes of LabelSpreading with its own graph of 20 neighbors."""
     from sklearn.semi_supervised import LabelSpreading
 
     known = torch.full((len(rows),), -1)
@@ -88,7 +88,7 @@ def scikit_learn(rows: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
 
 
 def answers(
-    name: str, metric: Metric, draws: list[Draw], targets: Tensor, num_classes: int
+    name: str, metric: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
 ) -> tuple[list[Tensor], list[str]]:
     """Predicted classes for every draw, and what `auto` and `ensemble` chose."""
     method, parameters = METHODS[name]
@@ -109,7 +109,7 @@ def answers(
 
 
 def measure(
-    name: str, metric: Metric, draws: list[Draw], targets: Tensor, num_classes: int
+    name: str, metric: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
 ) -> dict[str, object]:
     """Precisions in percent by number of labels, seconds per draw, and choices."""
     start = time.perf_counter()
@@ -133,7 +133,7 @@ def table_row(name: str, found: dict) -> str:
     return f"| {name} | {' | '.join(cells)} | {found['seconds']:.2f} |"
 
 
-def prepare(args: argparse.Namespace) -> tuple[Metric, Tensor, int, dict[str, float]]:
+def prepare(args: argparse.Namespace) -> tuple[EmbeddingGraph, Tensor, int, dict[str, float]]:
     """Features with their graph and spectrum, targets, classes, and the seconds these took."""
     rows, targets, meta = features.read(args.features)
     if targets is None:
@@ -141,7 +141,7 @@ def prepare(args: argparse.Namespace) -> tuple[Metric, Tensor, int, dict[str, fl
     if args.images:
         kept = torch.randperm(len(rows), generator=generator(0, "sample"))[: args.images]
         rows, targets = rows[kept], targets[kept]
-    metric, seconds = Metric(rows, self_loops=args.self_loops), {}
+    metric, seconds = EmbeddingGraph(rows, self_loops=args.self_loops), {}
     for step, build in (
         ("graph", lambda: metric.affinity),
         ("operator", lambda: metric.operator),
@@ -155,7 +155,7 @@ def prepare(args: argparse.Namespace) -> tuple[Metric, Tensor, int, dict[str, fl
 
 def main(args: argparse.Namespace) -> dict:
     options.require_positive(args, "splits")
-    compute = devices.select("cpu")
+    device = devices.select("cpu")
     metric, targets, num_classes, seconds = prepare(args)
     draws = [
         (count, labeled_split(targets, count, num_classes, seed))
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> dict:
         for seed in range(args.splits)
     ]
     steps = ", ".join(f"{step} {s:.1f} s" for step, s in seconds.items())
-    print(f"{len(targets)} images, {num_classes} classes; {compute}; {steps}\n")
+    print(f"{len(targets)} images, {num_classes} classes; {device}; {steps}\n")
     print(f"| method | {' | '.join(map(str, args.num_labeled))} | s |")
     print("|---" * (len(args.num_labeled) + 2) + "|")
     found = {}

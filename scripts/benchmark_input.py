@@ -34,7 +34,7 @@ from datasets import FileSet, build_datasets
 from datasets.images import IMAGENET_STATS
 from datasets.transforms import Augmentation, RandomResizedCrop, instance_ops
 from lib import devices, options, provenance
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batches, in_order
 from lib.seeding import generator
 
@@ -101,7 +101,7 @@ def published_evaluation() -> transforms.Compose:
     )
 
 
-def passes(folder: Path, data: FileSet, args: argparse.Namespace, compute: Compute) -> dict:
+def passes(folder: Path, data: FileSet, args: argparse.Namespace, device: Device) -> dict:
     """Both sides of each comparison, as functions that go once over the images."""
     common = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     theirs = {
@@ -118,15 +118,15 @@ def passes(folder: Path, data: FileSet, args: argparse.Namespace, compute: Compu
     }
     whole = Augmentation(instance_ops(), data.stats)
     crop = Augmentation(whole.ops[:1], data.stats)
-    training, cropping = (Batches(data, a, compute, **common) for a in (whole, crop))
+    training, cropping = (Batches(data, a, device, **common) for a in (whole, crop))
     plain = Augmentation((), data.stats)
     return {
         "training": (lambda: theirs["training"], lambda: training.epoch(0)),
-        # where a GPU does the colours, this is what is left to the processors
-        "training, colours on a GPU": (lambda: theirs["training"], lambda: cropping.epoch(0)),
+        # where a GPU does the colors, this is what is left to the processors
+        "training, colors on a GPU": (lambda: theirs["training"], lambda: cropping.epoch(0)),
         "evaluation": (
             lambda: theirs["evaluation"],
-            lambda: in_order(data, plain, compute, **common),
+            lambda: in_order(data, plain, device, **common),
         ),
     }
 
@@ -165,7 +165,7 @@ def _crop(path: Path, row: list[float]) -> Image.Image:
     return functional.resized_crop(image, *box, [SHOWN, SHOWN])
 
 
-def _colours(
+def _colors(
     image: Image.Image | torch.Tensor, rows: list[list[float]]
 ) -> Image.Image | torch.Tensor:
     """What torchvision makes of a crop, with the numbers of our operations."""
@@ -182,7 +182,7 @@ def _colours(
     return functional.hflip(image) if flip[0] < 0.5 else image
 
 
-def compare_pixels(data: FileSet, compute: Compute, count: int = 32) -> dict[str, dict[str, float]]:
+def compare_pixels(data: FileSet, device: Device, count: int = 32) -> dict[str, dict[str, float]]:
     """Differences for the same random numbers, in steps of 255, over one batch.
 
     Pillow cuts down to whole bytes after every operation, and to 256 hues; torchvision's operations on
@@ -191,18 +191,18 @@ def compare_pixels(data: FileSet, compute: Compute, count: int = 32) -> dict[str
     count, ops, ones = min(count, len(data)), instance_ops(), ((0.0,) * 3, (1.0,) * 3)
     whole, cropping = (Augmentation(chosen, ones) for chosen in (ops, ops[:1]))
     batch, crops = (
-        next(Batches(data, a, compute, batch_size=count).epoch(0)) for a in (whole, cropping)
+        next(Batches(data, a, device, batch_size=count).epoch(0)) for a in (whole, cropping)
     )
-    drawn = whole.draw(count, generator(0, "augmentation", 0))
+    drawn = whole.sample_params(count, generator(0, "augmentation", 0))
     found: dict[str, list[torch.Tensor]] = {}
     for k, index in enumerate(batch.indexes.tolist()):
         crop, *rows = (values[k].tolist() for values in drawn)
         image, ours = _crop(data.root / data.paths[index], crop), batch.images[k]
-        floats = _colours(crops.images[k], rows)
+        floats = _colors(crops.images[k], rows)
         found.setdefault("crop", []).append(crops.images[k] - functional.to_tensor(image))
-        found.setdefault("colours", []).append(ours - functional.to_tensor(_colours(image, rows)))
-        found.setdefault("colours in floats", []).append(ours - floats)
-    shown = next(in_order(data, Augmentation((), ones), compute, batch_size=count))
+        found.setdefault("colors", []).append(ours - functional.to_tensor(_colors(image, rows)))
+        found.setdefault("colors in floats", []).append(ours - floats)
+    shown = next(in_order(data, Augmentation((), ones), device, batch_size=count))
     central = transforms.Compose(published_evaluation().transforms[:3])
     for image, path in zip(shown.images, data.paths, strict=False):
         with Image.open(data.root / path) as file:
@@ -216,7 +216,7 @@ def _summary(difference: torch.Tensor) -> dict[str, float]:
 
 
 def benchmark(folder: Path, args: argparse.Namespace) -> dict:
-    compute = devices.select("cpu")
+    device = devices.select("cpu")
     data, _ = build_datasets("folder", folder, image_size=SHOWN, in_memory=False)
     known = len(ImageFolder(folder / "train"))
     if known != len(data):
@@ -224,13 +224,13 @@ def benchmark(folder: Path, args: argparse.Namespace) -> dict:
     unit = "of wall clock" if args.num_workers else "of one core"
     print(f"{len(data)} photographs, {args.num_workers} workers; images per second {unit}:")
     found = {}
-    for name, pair in passes(folder, data, args, compute).items():
+    for name, pair in passes(folder, data, args, device).items():
         one = found[name] = measure(pair, len(data), args, name)
         print(
             f"{name:27s} torchvision {one['torchvision']:7.1f}   ours {one['ours']:7.1f}   ratio "
             f"{one['ratio']:.2f} ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})"
         )
-    pixels = compare_pixels(data, compute)
+    pixels = compare_pixels(data, device)
     for name, one in pixels.items():
         print(
             f"pixels, {name:20s} ours - torchvision, in steps of 255: mean {one['bias']:+.3f}, absolute "

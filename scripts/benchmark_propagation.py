@@ -3,7 +3,7 @@
     python scripts/benchmark_propagation.py --features DIR/ckpt.cifar.folder.features.pth.tar
 
 Every variant runs in a process of its own, so that its peak memory is its own, on the same features and
-the same labelled images. Without --features: a synthetic mixture of --images points. Prints seconds, peak
+the same labeled images. Without --features: a synthetic mixture of --images points. Prints seconds, peak
 memory, the precision of the pseudo-labels at each number of labels, and on what share of the images a
 variant agrees with the literal one; writes the same to --output. With several --images: how time and
 memory grow, as exponents of N and, with --picture, as a picture.
@@ -40,7 +40,7 @@ from lib import devices, features, options, plots, provenance, throughput
 from lib.graph import affinity, chosen_preset
 from lib.neighbors import METHODS as SEARCHES
 from lib.neighbors import PRECISIONS, nearest_neighbors
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS, NUM_EIGENVECTORS, others, run_algorithm
 from lib.propagation.checks import Labeling
 from lib.seeding import generator
@@ -49,7 +49,7 @@ from models.layers import l2_normalize
 
 COUNTS = [50, 100, 250, 500, 1000, 2000, 4000, 8000]  # published
 CLUSTERS, NOISE = 5, 1.4  # per class of the mixture; of its points around a cluster
-# seconds by step, predicted class of every image by number of labels, recall of the neighbours
+# seconds by step, predicted class of every image by number of labels, recall of the neighbors
 Answer = tuple[dict[str, float], dict[int, Tensor], float]
 
 
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num-neighbors", type=int, default=20, help="of the graph (published: 20)"
     )
     parser.add_argument(
-        "--search", choices=SEARCHES, default="auto", help="of the neighbours; ivf is approximate"
+        "--search", choices=SEARCHES, default="auto", help="of the neighbors; ivf is approximate"
     )
     parser.add_argument(
         "--search-precision", choices=PRECISIONS, default="auto", help="of its products"
@@ -96,24 +96,24 @@ def mixture(
 
     All directions are drawn with variances that fall as exp(-k / 15), which gives the cloud about the
     spread of a trained metric: on CIFAR-10 features of phase 1 the participation ratio of the covariance
-    is 20, here 31 with a thousand classes. There, half of all nearest neighbours are of another class at
-    N = 320,000, as published for ImageNet (nearest-neighbour accuracy 47%).
+    is 20, here 31 with a thousand classes. There, half of all nearest neighbors are of another class at
+    N = 320,000, as published for ImageNet (nearest-neighbor accuracy 47%).
     """
     rng = generator(seed, "sample")
     scale = torch.exp(-torch.arange(dim) / 30)
     scale /= scale.norm()
-    centres = torch.randn(num_classes, dim, generator=rng).repeat_interleave(CLUSTERS, 0)
-    centres = scale * (centres + 0.6 * torch.randn(len(centres), dim, generator=rng))
-    cluster = torch.randint(len(centres), (num_images,), generator=rng)
+    centers = torch.randn(num_classes, dim, generator=rng).repeat_interleave(CLUSTERS, 0)
+    centers = scale * (centers + 0.6 * torch.randn(len(centers), dim, generator=rng))
+    cluster = torch.randint(len(centers), (num_images,), generator=rng)
     rows = torch.empty(num_images, dim)
     for part, of in zip(rows.split(65536), cluster.split(65536), strict=True):
         noise = torch.randn(part.shape, generator=rng)
-        part[:] = l2_normalize(centres[of] + NOISE * scale * noise)
+        part[:] = l2_normalize(centers[of] + NOISE * scale * noise)
     return rows, cluster // CLUSTERS
 
 
 def literal(rows, splits, num_classes, num_neighbors, search) -> Answer:
-    """The normalised cut step by step as published: a dense N x N matrix, smallest eigenvalues."""
+    """The normalized cut step by step as published: a dense N x N matrix, smallest eigenvalues."""
     seconds, start = {}, time.perf_counter()
     n = len(rows)
     similarities = rows @ rows.T
@@ -151,12 +151,12 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
 
     def run(rows, splits, num_classes, num_neighbors, search):
         seconds, start = {}, time.perf_counter()
-        metric, recall = Metric(rows), 1.0
+        metric, recall = EmbeddingGraph(rows), 1.0
         algorithm = ALGORITHMS.get(method)
         if algorithm is None or algorithm.needs_graph:
             preset = chosen_preset("cifar", num_neighbors=num_neighbors)
             found = nearest_neighbors(rows, num_neighbors, include_self=True, **search)
-            metric, recall = Metric(rows, given=affinity(found, preset)), found.recall
+            metric, recall = EmbeddingGraph(rows, given=affinity(found, preset)), found.recall
             del found
             seconds["graph"] = time.perf_counter() - start
             start = time.perf_counter()
@@ -185,7 +185,7 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
 
 
 def scikit_learn(rows, splits, num_classes, num_neighbors, search) -> Answer:
-    """LabelSpreading of scikit-learn with its kernel of nearest neighbours, once per number of labels."""
+    """LabelSpreading of scikit-learn with its kernel of nearest neighbors, once per number of labels."""
     from sklearn.semi_supervised import LabelSpreading
 
     start, answers = time.perf_counter(), {}

@@ -57,9 +57,9 @@ from datasets.transforms import (
     instance_ops,
 )
 from lib import devices, engine, options, pretraining, provenance, throughput, winograd
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batches
-from lib.meters import Clock, Mean
+from lib.meters import AverageMeter, Throughput
 from models import build_model
 
 benchmark_input = options.load_script("scripts/benchmark_input.py")
@@ -233,7 +233,7 @@ def _published_loss(task: Task, device: torch.device) -> Callable[[Tensor, Tenso
 def _classic_transform(task: Task) -> transforms.Compose:
     if task.is_imagenet:
         return benchmark_input.published_training() if task.num_images else _classic_finetuning()
-    normalise = [transforms.ToTensor(), transforms.Normalize(*CIFAR10_STATS)]
+    normalize = [transforms.ToTensor(), transforms.Normalize(*CIFAR10_STATS)]
     chain = [transforms.RandomCrop(32, padding=4, padding_mode="reflect")]
     if task.num_images:
         chain = [
@@ -241,7 +241,7 @@ def _classic_transform(task: Task) -> transforms.Compose:
             transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
             transforms.RandomGrayscale(0.2),
         ]
-    return transforms.Compose([*chain, transforms.RandomHorizontalFlip(), *normalise])
+    return transforms.Compose([*chain, transforms.RandomHorizontalFlip(), *normalize])
 
 
 def _classic_finetuning() -> transforms.Compose:
@@ -255,7 +255,7 @@ def _classic_finetuning() -> transforms.Compose:
     )
 
 
-def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -> Advance:
+def literal(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> Advance:
     """The published loop: float32, one image at a time, a wait and six scalars at every step."""
     transform = _classic_transform(task)
     data = _Files(folder / "train", transform) if task.is_imagenet else None
@@ -266,20 +266,20 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute
         drop_last=True,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
-        pin_memory=compute.device.type == "cuda",
+        pin_memory=device.torch_device.type == "cuda",
     )
     items = itertools.chain.from_iterable(loader for _ in itertools.count())
     outputs = 128 if task.num_images else NUM_CLASSES[task.image_size]
     words = {"normalize": bool(task.num_images), "imagenet": task.is_imagenet}
-    net = build_model(task.architecture, outputs, **words).to(compute.device)
+    net = build_model(task.architecture, outputs, **words).to(device.torch_device)
     nesterov = not task.is_imagenet
     sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=nesterov)
     supervised = nn.CrossEntropyLoss()
-    contrastive = _published_loss(task, compute.device) if task.num_images else None
+    contrastive = _published_loss(task, device.torch_device) if task.num_images else None
     writer, counter = SummaryWriter(tempfile.mkdtemp(dir=folder)), itertools.count()
     Finalize(None, writer.close, exitpriority=100)  # its thread would outlive what it reads from
     net.train()
-    if compute.device.type == "cuda":
+    if device.torch_device.type == "cuda":
         torch.backends.cudnn.benchmark = (
             True  # or its convolutions would be slower than they need be
         )
@@ -290,8 +290,8 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, compute: Compute
             itertools.islice(counter, steps), items, strict=False
         ):
             waited = time.time() - end
-            images, targets = images.to(compute.device), targets.to(compute.device)
-            indexes = indexes.to(compute.device)
+            images, targets = images.to(device.torch_device), targets.to(device.torch_device)
+            indexes = indexes.to(device.torch_device)
             out = net(images)
             loss = contrastive(out, indexes) if contrastive else supervised(out, targets)
             sgd.zero_grad()
@@ -361,46 +361,48 @@ def settings_of(task: Task, batch_size: int) -> pretraining.Settings:
     )
 
 
-def _classifier(task: Task, compute: Compute) -> nn.Module:
+def _classifier(task: Task, device: Device) -> nn.Module:
     classes = NUM_CLASSES[task.image_size]
-    return compute.prepare(build_model(task.architecture, classes, imagenet=task.is_imagenet))
+    return device.prepare(build_model(task.architecture, classes, imagenet=task.is_imagenet))
 
 
-def _pretraining_run(task: Task, batch_size: int, compute: Compute) -> pretraining.Run:
+def _pretraining_run(task: Task, batch_size: int, device: Device) -> pretraining.Run:
     settings = settings_of(task, batch_size)
-    model = pretraining.build_network(settings, compute, imagenet=task.is_imagenet)
-    return pretraining.start(model, settings, task.num_images, compute, imagenet=task.is_imagenet)
+    model = pretraining.build_network(settings, device, imagenet=task.is_imagenet)
+    return pretraining.start(model, settings, task.num_images, device, imagenet=task.is_imagenet)
 
 
 def ours(
-    task: Task, folder: Path, args: argparse.Namespace, compute: Compute, *, compiled: bool = False
+    task: Task, folder: Path, args: argparse.Namespace, device: Device, *, compiled: bool = False
 ) -> Advance:
     """The script's own loop, its meters and its line every few steps."""
     data = training_data(task, folder, args)
     words = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    batches = Batches(data, augmentation_of(task, data), compute, **words)
+    batches = Batches(data, augmentation_of(task, data), device, **words)
     if task.num_images:
-        run = _pretraining_run(task, args.batch_size, compute)
+        run = _pretraining_run(task, args.batch_size, device)
         model, parts = run.model, (run.bank, run.criterion, run.optimizer)
         endless = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-        steps = engine.pretrain(model, *parts, endless, _constant, compute, first_step=0)
+        steps = engine.pretrain(model, *parts, endless, _constant, device, first_step=0)
     else:
-        model = _classifier(task, compute)
+        model = _classifier(task, device)
         optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
         endless = batches.stream(torch.arange(len(data)), 0, 10**6)
-        about = data.targets, torch.ones(len(data)), _constant, compute
+        about = data.targets, torch.ones(len(data)), _constant, device
         criterion = nn.CrossEntropyLoss(reduction="none")
         steps = engine.finetune(model, criterion, optimizer, endless, *about, first_step=0)
     if compiled:
         throughput.compile_network(model, throughput.COMPILE_MODES[0])
-    return partial(_advance, steps, Mean(), Clock(lambda: batches.waited_s))
+    return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
 
 
 def _constant(_: int) -> float:
     return 0.01
 
 
-def _advance(steps: Iterator[engine.Step], loss: Mean, clock: Clock, number: int) -> None:
+def _advance(
+    steps: Iterator[engine.Step], loss: AverageMeter, clock: Throughput, number: int
+) -> None:
     for step in itertools.islice(steps, number):
         loss.update(step.loss, step.batch_size)
         clock.count(step.batch_size)
@@ -408,17 +410,17 @@ def _advance(steps: Iterator[engine.Step], loss: Mean, clock: Clock, number: int
             _ = f"{loss.value:.4f} {clock.lap()}"
 
 
-def bare(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -> Advance:
+def bare(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> Advance:
     """What is left when nothing has to be read, augmented, counted or remembered."""
     images = torch.randn(args.batch_size, 3, task.image_size, task.image_size)
-    images = images.to(compute.device, memory_format=torch.channels_last)
-    indexes = torch.arange(args.batch_size, device=compute.device)
+    images = images.to(device.torch_device, memory_format=torch.channels_last)
+    indexes = torch.arange(args.batch_size, device=device.torch_device)
     if task.num_images:
-        run = _pretraining_run(task, args.batch_size, compute)
+        run = _pretraining_run(task, args.batch_size, device)
         model, optimizer = run.model, run.optimizer
         loss = lambda v: run.criterion(v, indexes, run.bank.memory, 0)  # noqa: E731
     else:
-        model = _classifier(task, compute)
+        model = _classifier(task, device)
         optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
         loss = lambda z: F.cross_entropy(z.float(), indexes % z.shape[1])  # noqa: E731
     model.train()
@@ -426,7 +428,7 @@ def bare(task: Task, folder: Path, args: argparse.Namespace, compute: Compute) -
     def advance(steps: int) -> None:
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            with compute.autocast():
+            with device.autocast():
                 outputs = model(images)
             loss(outputs).backward()
             optimizer.step()
@@ -439,10 +441,10 @@ def with_winograd(
     task: Task,
     folder: Path,
     args: argparse.Namespace,
-    compute: Compute,
+    device: Device,
 ) -> Advance:
-    winograd.check_hardware(compute.device, bf16=compute.bf16)
-    return variant(task, folder, args, replace(compute, winograd=True))
+    winograd.check_hardware(device.torch_device, bf16=device.bf16)
+    return variant(task, folder, args, replace(device, winograd=True))
 
 
 VARIANTS = {
@@ -461,19 +463,19 @@ VARIANTS = {
 def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
     torch.manual_seed(0)
-    compute = devices.select(args.gpus, args.precision)
+    device = devices.select(args.gpus, args.precision)
     if variant != BASELINE:
-        throughput.use_large_pages(compute)
-        throughput.keep_freed_memory(compute)
-    advance = VARIANTS[variant](task, folder, args, compute)
+        throughput.use_large_pages(device)
+        throughput.keep_freed_memory(device)
+    advance = VARIANTS[variant](task, folder, args, device)
     while steps := _order(pipe):
         start = time.perf_counter()
         advance(steps)
-        compute.wait()
+        device.synchronize()
         pipe.send(time.perf_counter() - start)
     peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if compute.device.type == "cuda":
-        peaks["device"] = torch.cuda.max_memory_allocated(compute.device) / 2**20
+    if device.torch_device.type == "cuda":
+        peaks["device"] = torch.cuda.max_memory_allocated(device.torch_device) / 2**20
     with contextlib.suppress(BrokenPipeError):  # nobody waits for them where another process failed
         pipe.send(peaks)
 
@@ -511,11 +513,9 @@ def start_runners(task: Task, folder: Path, args: argparse.Namespace) -> dict[st
     return runners
 
 
-def measure(
-    task: Task, folder: Path, args: argparse.Namespace, compute: Compute, bar: tqdm
-) -> dict:
+def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, bar: tqdm) -> dict:
     """Speeds of each variant, images/s by round, and its peaks."""
-    on_cpu = compute.device.type == "cpu"
+    on_cpu = device.torch_device.type == "cpu"
     args = argparse.Namespace(**vars(args))
     args.batch_size = args.batch_size or (task.on_cpu if on_cpu else task.batch_size)
     steps = args.steps or (task.steps_on_cpu if on_cpu else task.steps)
@@ -550,22 +550,22 @@ def ratio(found: dict, variant: str, over: str) -> tuple[float, float, float]:
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def with_share(task: Task, found: dict, rate: float, compute: Compute) -> dict:
+def with_share(task: Task, found: dict, rate: float, device: Device) -> dict:
     """Adds the network's operations per image, and what share of `rate` each speed makes.
 
     `rate` is in the format of ours: bfloat16, where the literal step computes in float32.
     """
     if task.num_images:
-        run = _pretraining_run(task, found["batch_size"], compute)
+        run = _pretraining_run(task, found["batch_size"], device)
         model, more = run.model, run.criterion.flops(task.num_images, 128)
     else:
-        model, more = _classifier(task, compute), 0.0
+        model, more = _classifier(task, device), 0.0
     per_image = more + throughput.training_flops(model, (3, task.image_size, task.image_size))
     shares = {
         variant: statistics.median(speeds) * per_image / rate
         for variant, speeds in found["images_per_s"].items()
     }
-    return found | {"flops_per_image": per_image, "matrix_share": shares}
+    return found | {"flops_per_image": per_image, "mfu": shares}
 
 
 def table(results: dict[str, dict], variants: list[str]) -> str:
@@ -583,7 +583,7 @@ def table(results: dict[str, dict], variants: list[str]) -> str:
                     "{:.2f} ({:.2f}, {:.2f})".format(*ratio(found, variant, other)) if known else ""
                 )
                 cells.append(words)
-            cells.append(f"{100 * found['matrix_share'][variant]:.0f}%")
+            cells.append(f"{100 * found['mfu'][variant]:.0f}%")
             cells.append(" / ".join(f"{peak:.0f}" for peak in found["peak_mib"][variant].values()))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -592,9 +592,9 @@ def table(results: dict[str, dict], variants: list[str]) -> str:
 def main(args: argparse.Namespace) -> None:
     options.require_positive(args, "rounds")
     options.require_not_negative(args, "steps", "batch_size", "num_workers")
-    compute = devices.select(args.gpus, args.precision)
-    rate = throughput.matrix_rate(compute)
-    print(f"{compute}; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    device = devices.select(args.gpus, args.precision)
+    rate = throughput.matrix_rate(device)
+    print(f"{device}; matrix rate {rate / 1e9:.0f} GFLOP/s")
     tasks = {name: TASKS[name] for name in args.tasks}
     if args.arch:
         tasks = {name: replace(task, architecture=args.arch) for name, task in tasks.items()}
@@ -605,10 +605,10 @@ def main(args: argparse.Namespace) -> None:
             benchmark_input.make_photographs(Path(made), PHOTOGRAPHS)
         for name, task in tasks.items():
             bar.set_description(name)
-            found = measure(task, Path(made), args, compute, bar)
-            results[name] = with_share(task, found, rate, compute)
+            found = measure(task, Path(made), args, device, bar)
+            results[name] = with_share(task, found, rate, device)
             if args.output:  # after each: a run that is cut off leaves what it has measured
-                record = {"device": str(compute), "matrix_rate": rate, "tasks": results}
+                record = {"device": str(device), "matrix_rate": rate, "tasks": results}
                 record["meta"] = provenance.record(vars(args))
                 Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
     print(table(results, args.variants))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Phase 1 on ImageNet with the published settings: NCE with 4096 negatives, 200 epochs, on four GPUs.
 #
-#   bash scripts/instance_imagenet.sh DIR      ResNet-50, 46.8% nearest-neighbour top-1 published
+#   bash scripts/instance_imagenet.sh DIR      ResNet-50, 46.8% nearest-neighbor top-1 published
 #
 # ResNet-18 (41.0%): add --arch resnet18 --model-dir checkpoint/instance_resnet18
 #                    --log-dir tensorboard/instance_resnet18

@@ -2,7 +2,7 @@
 
     python scripts/make_pictures.py --output DIR
 
-Folders by default, as `--dataset folder` reads them: DIR/train/<class>/ with a few labelled pictures of each
+Folders by default, as `--dataset folder` reads them: DIR/train/<class>/ with a few labeled pictures of each
 class, DIR/unlabeled/album-<k>/ with the rest of the training pictures in no order, DIR/test/<class>/ to
 measure on. With --layout csv all of them lie in DIR/pictures/ and DIR/labels.csv says which is what: its
 columns are path, label (empty where there is none) and split (train or test).
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout", choices=("folders", "csv"), default="folders", help="how labels are told"
     )
-    parser.add_argument("--labeled", type=int, default=5, help="labelled pictures of each class")
+    parser.add_argument("--labeled", type=int, default=5, help="labeled pictures of each class")
     parser.add_argument(
         "--unlabeled", type=int, default=200, help="training pictures of each class without a label"
     )
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
         write_all(pictures, Path(made) / "pictures", args.layout)
         (Path(made) / "pictures").rename(root)
     print(
-        f"{root}: {len(pictures)} pictures of {train.num_classes} classes, {len(labeled)} labelled"
+        f"{root}: {len(pictures)} pictures of {train.num_classes} classes, {len(labeled)} labeled"
     )
 
 

@@ -3,7 +3,7 @@
     python scripts/predict.py --checkpoint checkpoint/cifar10-semi/exp/ckpt.pth.tar \\
         --images DIR --output predictions.csv
 
-The checkpoint is one of `cifar-semi.py` or `imagenet-semi.py`; network, size of the images, gray or colour
+The checkpoint is one of `cifar-semi.py` or `imagenet-semi.py`; network, size of the images, gray or color
 and the names of the classes are read from it. All pictures below DIR are classified, however deep their
 folders are. --top 3 adds the second and third class and their confidences. --report adds, beside the
 table, a contact sheet of the most and least confident pictures of each class, and a page that shows them.
@@ -85,15 +85,15 @@ def write_report(args: argparse.Namespace, predictions: Predictions, data: FileS
 def main(args: argparse.Namespace) -> None:
     # 1. The classifier, and the pictures as it wants them
     check_options(args)
-    compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+    device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     classifier = prediction.load_classifier(args.checkpoint, args.architecture)
     data = prediction.pictures(args.images, classifier)
     if is_main():
-        print(f"{compute}; {len(data)} pictures, {len(classifier.classes)} classes")
+        print(f"{device}; {len(data)} pictures, {len(classifier.classes)} classes")
 
     # 2. What it says
     predictions = prediction.predict(
-        *(classifier, data, compute),
+        *(classifier, data, device),
         top=args.top,
         batch_size=args.batch_size,
         num_workers=own_workers(args.num_workers),

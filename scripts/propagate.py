@@ -7,7 +7,7 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... scripts/propagate.py ...      several machines
 
 Methods: `knn` and `nc`, the published ones; `filter`, `spreading`, `poisson`, `poisson-prior` on the same
-graph without eigenvectors; `auto` chooses among all of them by cross-validation on the labelled images
+graph without eigenvectors; `auto` chooses among all of them by cross-validation on the labeled images
 alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar` is written per count, for
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
@@ -18,9 +18,9 @@ Through a network from elsewhere: --arch torchvision:NAME, torchvision:NAME@WEIG
 timm:NAME. --checkpoint FILE is then a local file of its weights; without one they are the library's own,
 downloaded the first time. Its features are kept in checkpoint/backbones.
 
-With --chunks 10 the unlabelled images are shuffled and cut into ten parts, each with a graph of its own, in
+With --chunks 10 the unlabeled images are shuffled and cut into ten parts, each with a graph of its own, in
 the published ImageNet layout `num_labeled_<number of labels>/10_0.pth.tar` ... `10_9.pth.tar`. --report adds
-the confidence-precision curve, contact sheets of the most and least confident images of each class, and
+the accuracy-coverage curve, contact sheets of the most and least confident images of each class, and
 `report.html` that shows them all.
 
 Several processes give the labels of one: the rows of the graph are divided among them
@@ -48,18 +48,18 @@ from tqdm import tqdm
 from datasets import DataSet, build_datasets
 from lib import devices, distributed, features, options, plots, provenance, pseudo_labels, report
 from lib.backbones import is_external
-from lib.curves import Curve, confidence_precision
+from lib.curves import Curve, accuracy_coverage
 from lib.features import FeatureSet
 from lib.files import write_whole
 from lib.filters import FILTERS
 from lib.graph import PRESETS
 from lib.neighbors import METHODS as SEARCHES
 from lib.neighbors import PRECISIONS
-from lib.propagation import METHODS, Metric
+from lib.propagation import METHODS, EmbeddingGraph
 from lib.propagation.algorithms import ALGORITHMS, FILTER_BY, check_parameters
+from lib.propagation.cache import GraphCache
 from lib.propagation.choose import cross_validate
 from lib.propagation.chunks import pseudo_label_parts, save_part
-from lib.propagation.kept import Kept
 from lib.propagation.workers import lead, serve
 from lib.pseudo_labels import CONFIDENCES, PseudoLabels
 from lib.spectral import SELF_LOOPS, SOLVERS
@@ -104,10 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[50, 100, 250, 500, 1000, 2000, 4000, 8000],
         metavar="N",
-        help="numbers of labelled images, equally many of each class; all: every known label",
+        help="numbers of labeled images, equally many of each class; all: every known label",
     )
     labels.add_argument(
-        "--chunks", type=int, default=1, help="parts of the unlabelled images, a graph each"
+        "--chunks", type=int, default=1, help="parts of the unlabeled images, a graph each"
     )
     add_algorithm(parser)
     add_graph(parser)
@@ -141,7 +141,7 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
     """What spreads the labels, and the parameters of each method."""
     group = parser.add_argument_group("algorithm")
     group.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
-    group.add_argument("--k", type=int, default=None, help="knn: neighbours that vote (200)")
+    group.add_argument("--k", type=int, default=None, help="knn: neighbors that vote (200)")
     group.add_argument(
         "--knn-temperature", type=float, default=None, help="knn: of the votes (0.1)"
     )
@@ -152,7 +152,7 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
         help="nc, and filter by eigenvectors: with the constant one (200)",
     )
     group.add_argument(
-        "--clamp", action="store_true", default=None, help="nc: labelled images keep their labels"
+        "--clamp", action="store_true", default=None, help="nc: labeled images keep their labels"
     )
     group.add_argument(
         "--filter", choices=FILTERS, default=None, help="filter: its kind (smoothed-step)"
@@ -192,7 +192,7 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
 
 
 def add_graph(parser: argparse.ArgumentParser) -> None:
-    """The affinity matrix, the search for its neighbours, the solver for its eigenvectors."""
+    """The affinity matrix, the search for its neighbors, the solver for its eigenvectors."""
     group = parser.add_argument_group("graph")
     group.add_argument("--graph", choices=PRESETS, default="cifar", help="affinity matrix")
     group.add_argument(
@@ -211,7 +211,7 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
         "--search",
         choices=SEARCHES,
         default="auto",
-        help="of the neighbours: exact compares all pairs; ivf compares near cells of k-means, finds 97%% "
+        help="of the neighbors: exact compares all pairs; ivf compares near cells of k-means, finds 97%% "
         "or more and pays from about 250,000 images on a CPU, 4 million on a GPU; faiss, where it is "
         "installed; auto chooses between exact and ivf by the number of images",
     )
@@ -294,9 +294,9 @@ def method_parameters(args: argparse.Namespace) -> dict:
 
 def build_metric(
     args: argparse.Namespace, found: FeatureSet, device, workers, work: Path
-) -> Metric:
+) -> EmbeddingGraph:
     """The features with all choices; graph and spectrum are made when they are first asked for."""
-    return Metric(
+    return EmbeddingGraph(
         found.features.to(device),
         args.graph,
         args.num_neighbors,
@@ -307,8 +307,8 @@ def build_metric(
             "block_bytes": args.block_mib * MIB,
         },
         solver={"solver": args.solver, "basis_bytes": args.basis_mib * MIB},
-        kept=Kept(
-            work, args.graph_file, reuse=not args.fresh, say=lambda line: print(line, flush=True)
+        cache=GraphCache(
+            work, args.graph_file, reuse=not args.fresh, log=lambda line: print(line, flush=True)
         ),
         workers=workers,
     )
@@ -339,13 +339,15 @@ def ending_at_once(work: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def label(args: argparse.Namespace, metric: Metric, n: int | str, found: FeatureSet, meta: dict):
+def label(
+    args: argparse.Namespace, metric: EmbeddingGraph, n: int | str, found: FeatureSet, meta: dict
+):
     """Pseudo-labels of one number of labels, written part by part; all without probabilities, and where."""
     split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
     prior = [1 / found.num_classes] * found.num_classes if args.class_prior == "uniform" else None
     if args.chunks > 1:
-        own = Path(metric.kept.folder) / str(n)
-        metric = replace(metric, kept=replace(metric.kept, folder=own))
+        own = Path(metric.cache.folder) / str(n)
+        metric = replace(metric, cache=replace(metric.cache, folder=own))
     parts = []
     found_parts = pseudo_label_parts(
         metric,
@@ -369,7 +371,7 @@ def label(args: argparse.Namespace, metric: Metric, n: int | str, found: Feature
         )  # those of all numbers of labels would not fit
     if args.chunks > 1:
         file = file.with_name(f"{args.chunks}_*.pth.tar")
-        metric.kept.discard()  # ten graphs of each number would fill a disk
+        metric.cache.discard()  # ten graphs of each number would fill a disk
     return pseudo_labels.merged(parts), file
 
 
@@ -403,7 +405,7 @@ def write_report(
     """The curve, contact sheets where there are images, and report.html."""
     pictures, sheets = {}, {}
     if curves:
-        plots.confidence_precision(curves, args.method).savefig(folder / "curve.png", dpi=120)
+        plots.accuracy_coverage(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
     for name, pseudo in tqdm(done.items(), desc="contact sheets", leave=False, disable=None):
         if data is not None:
@@ -430,7 +432,7 @@ def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: 
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
-def label_all(args: argparse.Namespace, metric: Metric, found: FeatureSet, meta: dict):
+def label_all(args: argparse.Namespace, metric: EmbeddingGraph, found: FeatureSet, meta: dict):
     """Pseudo-labels of every number of labels, their curves and results; prints the table."""
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
@@ -441,7 +443,7 @@ def label_all(args: argparse.Namespace, metric: Metric, found: FeatureSet, meta:
         pseudo, file = label(args, metric, n, found, meta)
         seconds = time.perf_counter() - start
         done[str(n)], results[str(n)] = pseudo, {"seconds": seconds}
-        curve = confidence_precision(pseudo, found.targets)
+        curve = accuracy_coverage(pseudo, found.targets)
         if curve is not None:
             curves[len(pseudo.labeled)] = curve
             results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
@@ -454,8 +456,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     check_options(args)
     work, folder = work_folder(args), Path(args.save_path)
     with ending_at_once(work):
-        compute = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
-        found = features.obtain(
+        device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
+        found = features.load_or_extract(
             features=args.features,
             checkpoint_file=args.checkpoint,
             architecture=args.architecture,
@@ -463,20 +465,20 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             data_dir=args.data_dir,
             image_size=args.image_size,
             num_workers=args.num_workers,
-            compute=compute,
+            device=device,
         )
         if not distributed.is_main():
             del found  # rank 0 hands out what is needed
-            serve(compute.device)
+            serve(device.torch_device)
             return {}
 
         # 2. Propagation; the graph and its spectrum serve every number of labels
-        with lead(compute.device) as workers:
+        with lead(device.torch_device) as workers:
             meta = provenance.record(vars(args), found.digest)
             meta["classes"] = list(found.classes)
             shape = f"{len(found.features)} x {found.features.shape[1]}"
             print(f"{shape} features, {found.num_classes} classes", flush=True)
-            metric = build_metric(args, found, compute.device, workers, work)
+            metric = build_metric(args, found, device.torch_device, workers, work)
             done, curves, results = label_all(args, metric, found, meta)
 
         # 3. What they look like

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Phase 2 on CIFAR-10: run the notebooks headless, one pseudo-label file per number of labels.
 #
-#   bash scripts/propagate_cifar10.sh                 nearest neighbours, then normalised cut
+#   bash scripts/propagate_cifar10.sh                 nearest neighbors, then normalized cut
 #   bash scripts/propagate_cifar10.sh nc              one of them: knn or nc
 #   bash scripts/propagate_cifar10.sh nc -p checkpoint FILE -y 'num_labeled: [250, 4000]'
 #

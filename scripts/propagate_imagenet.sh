@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Phase 2 on ImageNet with the published settings: 13,000, 26,000 and 51,000 labels (1, 2 and 4%), the
-# unlabelled images in 10 chunks, each a graph of 500 neighbours with local scale, 200 eigenvectors.
+# unlabeled images in 10 chunks, each a graph of 500 neighbors with local scale, 200 eigenvectors.
 #
-#   bash scripts/propagate_imagenet.sh --data-dir DIR --checkpoint FILE     extract, then normalised cut
+#   bash scripts/propagate_imagenet.sh --data-dir DIR --checkpoint FILE     extract, then normalized cut
 #   bash scripts/propagate_imagenet.sh --features FILE                      from a feature file instead
-#   bash scripts/propagate_imagenet.sh knn --features FILE                  nearest neighbours
+#   bash scripts/propagate_imagenet.sh knn --features FILE                  nearest neighbors
 #
 # --data-dir DIR     train/<class>/* (default data/imagenet); not read with --features
 # --checkpoint FILE  of phase 1 (default checkpoint/instance_imagenet/model_best.pth.tar)

@@ -4,17 +4,17 @@
 
 1. `unsupervised/cifar.py` learns a metric of 3,000 small gray patches of ten photographs, without labels.
 2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` spread 10, 20, 50 and 100 labels to all of them; the
-   normalised cut does so once more with the labelled images clamped, each to its own label.
+   normalized cut does so once more with the labeled images clamped, each to its own label.
 3. `cifar-semi.py` trains on the labels and all of the clamped cut's pseudo-labels, each weighted by its
-   confidence. Beside it, with the same batches, steps and schedule, two baselines see the labelled images
+   confidence. Beside it, with the same batches, steps and schedule, two baselines see the labeled images
    only: one from scratch, one from the network of phase 1.
 
 From the network of phase 1 the last layer alone is trained (`--finetune`), for the baseline as for the
 method: so few steps of all layers lose more of the metric than they gain, even with every true label.
 
-Repeated over eight draws of the labelled images: the gain at 50 and 100 labels differs between draws by
+Repeated over eight draws of the labeled images: the gain at 50 and 100 labels differs between draws by
 more than its mean. Everything lies below --output afterwards: `results.json`,
-`results.png`, `confidence_precision.png`, the executed notebooks, pseudo-label files and checkpoints.
+`results.png`, `accuracy_coverage.png`, the executed notebooks, pseudo-label files and checkpoints.
 About four minutes on two CPU cores.
 """
 
@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
 from lib import options, plots, provenance, pseudo_labels
-from lib.curves import confidence_precision
-from lib.features import FeatureSet, obtain
-from lib.propagation import Metric
+from lib.curves import accuracy_coverage
+from lib.features import FeatureSet, load_or_extract
+from lib.propagation import EmbeddingGraph
 from lib.propagation.chunks import pseudo_label, save_part
 from lib.split import labeled_split
 
@@ -60,7 +60,7 @@ COLUMNS = {
     "scratch": "labels only, from scratch",
     "metric": "labels only, from the metric",
     "knn": "kNN pseudo-labels",
-    "nc": "normalised-cut pseudo-labels",
+    "nc": "normalized-cut pseudo-labels",
     "nc-clamped": "the same, clamped",
     "method": "all three phases",
 }
@@ -81,13 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="checkpoint/quickstart", help="folder for everything")
     parser.add_argument("--epochs", type=int, default=70, help="of phase 1")
     parser.add_argument("--max-iters", type=int, default=200, help="steps of each run of phase 3")
-    parser.add_argument("--splits", type=int, default=8, help="draws of the labelled images")
+    parser.add_argument("--splits", type=int, default=8, help="draws of the labeled images")
     parser.add_argument(
         "--num-labeled",
         type=int,
         nargs="+",
         default=[10, 20, 50, 100],
-        help="numbers of labelled images, multiples of ten",
+        help="numbers of labeled images, multiples of ten",
     )
     return parser
 
@@ -110,7 +110,7 @@ def run_script(name: str, words: list[object]) -> dict[str, float]:
 
 def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
     """Pseudo-label files of the splits `seeds` that are not there yet, by the calls of the notebooks."""
-    space = Metric(metric.features, num_neighbors=NUM_NEIGHBORS)
+    space = EmbeddingGraph(metric.features, num_neighbors=NUM_NEIGHBORS)
     meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
     for name, seed, n in itertools.product(SPREAD, seeds, num_labeled):
         file = pseudo_file(output, name, n, seed)
@@ -129,7 +129,7 @@ def pseudo_file(output: Path, name: str, num_labeled: int, seed: int) -> Path:
 
 def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path) -> FeatureSet:
     """Phase 2: the notebooks for the first split, the same calls for all else."""
-    metric = obtain(checkpoint_file=checkpoint, dataset="patches")
+    metric = load_or_extract(checkpoint_file=checkpoint, dataset="patches")
     for algorithm in NOTEBOOKS:
         folder = pseudo_file(output, algorithm, 0, 0).parent
         print(f"notebooks/{algorithm}.ipynb -> {folder}/", flush=True)
@@ -195,7 +195,7 @@ def measure(metric: FeatureSet, accuracy: dict, num_labeled: list[int], splits: 
                 results[name][n] = [accuracy[name, n, s] for s in range(splits)]
                 continue
             files = [pseudo_file(output, name, n, s) for s in range(splits)]
-            curves = [confidence_precision(pseudo_labels.load(f), metric.targets) for f in files]
+            curves = [accuracy_coverage(pseudo_labels.load(f), metric.targets) for f in files]
             results[name][n] = [curve.overall for curve in curves]
     return results
 
@@ -241,8 +241,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     record["seconds"] = round(time.perf_counter() - start, 1)
     (output / "results.json").write_text(json.dumps(record, indent=1))
     plots.accuracy_by_labels(results, COLUMNS).savefig(output / "results.png", dpi=120)
-    shutil.copy(output / "pseudos" / "nc-split0" / "confidence_precision.png", output)
-    print(f"\nPercent, mean and deviation over {args.splits} draws of the labelled images:\n")
+    shutil.copy(output / "pseudos" / "nc-split0" / "accuracy_coverage.png", output)
+    print(f"\nPercent, mean and deviation over {args.splits} draws of the labeled images:\n")
     print(table(results))
     print(f"\n{record['seconds']:.0f} s; results.json, results.png and all else: {output}/")
     return results

@@ -90,9 +90,9 @@ def blobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors around one random direction per class, in shuffled order, and their classes."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(num_classes, dim, generator=generator)
-    centres = centres / centres.norm(dim=1, keepdim=True)
+    centers = torch.randn(num_classes, dim, generator=generator)
+    centers = centers / centers.norm(dim=1, keepdim=True)
     targets = torch.arange(num_classes).repeat_interleave(per_class)
     targets = targets[torch.randperm(len(targets), generator=generator)]
-    points = centres[targets] + spread * torch.randn(len(targets), dim, generator=generator)
+    points = centers[targets] + spread * torch.randn(len(targets), dim, generator=generator)
     return points / points.norm(dim=1, keepdim=True), targets

@@ -227,8 +227,8 @@ def test_features_of_a_folder_are_those_of_torchvisions_own_preprocessing(
     monkeypatch.setattr(backbones.PooledFeatures, "pooled", lambda _, x: seventh_pixels(x))
     weights = files / "shufflenet_v2_x0_5.pth"
     words = {"architecture": NAME, "dataset": "folder", "data_dir": str(folder)}
-    words |= {"num_workers": 0, "compute": select("cpu", "fp32")}
-    found = features.obtain(checkpoint_file=weights, **words)
+    words |= {"num_workers": 0, "device": select("cpu", "fp32")}
+    found = features.load_or_extract(checkpoint_file=weights, **words)
     assert (found.num_classes, found.classes) == (4, ("blue", "gray", "green", "red"))
     view = zoo.ShuffleNet_V2_X0_5_Weights.DEFAULT.transforms()
     data, _ = build_datasets("folder", folder, in_memory=False)
@@ -242,13 +242,13 @@ def test_features_of_a_folder_are_those_of_torchvisions_own_preprocessing(
     kept = Path("checkpoint/backbones/torchvision_shufflenet_v2_x0_5.folder.features.pth.tar")
     assert kept.is_file()
     monkeypatch.setattr(features, "extract", None)
-    again = features.obtain(checkpoint_file=weights, **words)
+    again = features.load_or_extract(checkpoint_file=weights, **words)
     assert torch.equal(again.features, found.features)
     changed = dict(checkpoint.load_dict(weights))
     changed["conv1.0.weight"] = changed["conv1.0.weight"] * 2
     checkpoint.save(changed, "other.pth")
     with pytest.raises(TypeError):  # extracted anew
-        features.obtain(checkpoint_file="other.pth", **words)
+        features.load_or_extract(checkpoint_file="other.pth", **words)
 
 
 def test_an_architecture_alone_is_enough_for_phase_2(files, folder, monkeypatch, capsys):

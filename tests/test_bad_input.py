@@ -93,10 +93,10 @@ FINETUNING = {
     "--pseudo-ratio 2": ["--pseudo-ratio 2", "[0, 1]"],
     "--pseudo-ratio -0.5": ["--pseudo-ratio -0.5", "[0, 1]"],
     "--pseudo-ratio nan": ["--pseudo-ratio nan", "[0, 1]"],
-    "--num-labeled 3": ["3 labelled images for 4 classes"],
-    "--num-labeled 0": ["0 labelled images"],
-    "--num-labeled -8": ["-8 labelled images"],
-    "--num-labeled 400": ["class 0 has 10 labelled images", "100"],
+    "--num-labeled 3": ["3 labeled images for 4 classes"],
+    "--num-labeled 0": ["0 labeled images"],
+    "--num-labeled -8": ["-8 labeled images"],
+    "--num-labeled 400": ["class 0 has 10 labeled images", "100"],
     "--num-labeled few": ["--num-labeled", "give an integer or all"],
     "--arch vgg16": ["unknown architecture 'vgg16'"],
     "--criterion L1": ["--criterion", "invalid choice"],
@@ -156,21 +156,21 @@ PSEUDO = {
         ),
         "index 52 in a data set of 52 images",
     ),
-    "with a labelled index out of range": (
+    "with a labeled index out of range": (
         with_entry("labeled_indexes", 0, 1000),
         "index 1000 in a data set of 52 images",
     ),
     "with a negative index": (with_entry("pseudo_indexes", 0, -1), "negative index -1"),
-    "with a labelled image among the pseudo-labelled": (
+    "with a labeled image among the pseudo-labeled": (
         lambda s: with_entry("pseudo_indexes", 0, int(s["labeled_indexes"][0]))(s),
-        "both labelled and pseudo-labelled",
+        "both labeled and pseudo-labeled",
     ),
     "without labels": (lambda s: {k: s[k] for k in s if k != "pseudo_labels"}, "no pseudo_labels"),
     "with a confidence that is no number": (
         lambda s: s | {"pseudo_weights": s["pseudo_weights"] * float("nan")},
         "NaN",
     ),
-    "with an unlabelled image called labelled": (
+    "with an unlabeled image called labeled": (
         lambda s: with_entry("labeled_indexes", 0, 51)(  # the last twelve have no label
             {k: s[k] for k in s if k != "meta"} | drop_image(s, 51)
         ),
@@ -202,7 +202,7 @@ def test_a_pseudo_label_file_is_refused(refused, world, tmp_path, fault):
 def test_num_labeled_is_compared_with_the_pseudo_file(refused, world):
     file = world / "pseudo.pth.tar"
     message = refused(finetuning, "--pseudo-file", file, "--num-labeled", 12)
-    assert "made with 8 labelled images, but --num-labeled asks for 12" in message
+    assert "made with 8 labeled images, but --num-labeled asks for 12" in message
     assert str(file) in message
 
 

@@ -15,18 +15,18 @@ def test_the_benchmark_of_the_input_compares_speed_and_pixels_with_torchvision(t
     printed = assert_ok(run_script(SCRIPT, *words))
     record = json.loads(output.read_text())
     assert record["photographs"] == 12
-    assert list(record["speed"]) == ["training", "training, colours on a GPU", "evaluation"]
+    assert list(record["speed"]) == ["training", "training, colors on a GPU", "evaluation"]
     for name, one in record["speed"].items():
         assert f"{name} " in printed
         assert one["ratio"] > 0
     pixels = record["pixels"]
     assert pixels["crop"]["max"] < 1.01  # of 255 steps
     assert pixels["evaluation"]["max"] < 1.01
-    assert pixels["colours in floats"]["max"] < 0.5
+    assert pixels["colors in floats"]["max"] < 0.5
     assert (
-        pixels["colours"]["mean"] < 4
+        pixels["colors"]["mean"] < 4
     )  # Pillow cuts down to bytes after every step, and to 256 hues
-    assert 0 < pixels["colours"]["bias"] < 3
+    assert 0 < pixels["colors"]["bias"] < 3
     assert record["meta"]["options"]["images"] == 12
 
 

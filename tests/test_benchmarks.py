@@ -54,7 +54,7 @@ def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
         assert printed.count(f"| {name} |") == 3
         for variant, speeds in found["images_per_s"].items():
             rate = statistics.median(speeds) * found["flops_per_image"] / record["matrix_rate"]
-            assert found["matrix_share"][variant] == pytest.approx(rate)
+            assert found["mfu"][variant] == pytest.approx(rate)
             assert found["peak_mib"][variant]["resident"] > 100
 
 

@@ -1,4 +1,4 @@
-"""Choosing by cross-validation on the labelled images alone."""
+"""Choosing by cross-validation on the labeled images alone."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.propagation.choose
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import run_algorithm
 from lib.propagation.checks import Labeling
 from lib.propagation.choose import (
@@ -33,7 +33,7 @@ POISSON = Candidate("poisson")
 def task(num_labeled=12, spread=0.4, seed=0):
     features, targets = blobs(3, 25, spread=spread, seed=seed)
     split = labeled_split(targets, num_labeled, 3, seed)
-    return Metric(features, num_neighbors=10), split, targets
+    return EmbeddingGraph(features, num_neighbors=10), split, targets
 
 
 @settings(max_examples=50, deadline=None)
@@ -79,7 +79,7 @@ def test_no_candidate_is_told_a_held_out_label(monkeypatch):
         answers = run_algorithm(metric, method, labelings, num_classes, **options)
         for labeling, answer in zip(labelings, answers, strict=True):
             told = labeling.labeled
-            if len(metric.features) == len(split.labeled):  # knn works on the labelled images alone
+            if len(metric.features) == len(split.labeled):  # knn works on the labeled images alone
                 told = split.labeled[told]
             seen.append(told)
             assert torch.equal(labeling.labels, targets[told])
@@ -113,7 +113,7 @@ def test_losses_equal_a_naive_leave_one_out_loop():
 
 @pytest.mark.parametrize("method", ["auto", "ensemble"])
 @pytest.mark.parametrize("num_labeled", [3, 6, 30])
-def test_true_labels_of_unlabelled_images_change_nothing(method, num_labeled):
+def test_true_labels_of_unlabeled_images_change_nothing(method, num_labeled):
     metric, split, targets = task(num_labeled)
     corrupted = (targets + 1) % 3
     corrupted[split.labeled] = targets[split.labeled]
@@ -162,12 +162,12 @@ def test_few_held_out_images_leave_the_choice_to_preference():
 
 
 def test_auto_takes_the_algorithm_that_fits_the_data():
-    # classes on a line of many small steps: neighbours' neighbours know, the distances do not
+    # classes on a line of many small steps: neighbors' neighbors know, the distances do not
     angle = torch.linspace(0, 3.0, 240)
     features = torch.stack([angle.cos(), angle.sin(), torch.zeros(240)], dim=1)
     blocks = (torch.arange(240) // 40) % 2
     split = labeled_split(blocks, 60, 2)
-    metric = Metric(features, num_neighbors=6)
+    metric = EmbeddingGraph(features, num_neighbors=6)
     bad = Candidate("knn", {"k": 60, "temperature": 100.0})  # the majority of all labels
     verdicts = cross_validate(
         metric,
@@ -232,8 +232,8 @@ def test_auto_compares_nothing_where_too_few_images_can_be_held_out(monkeypatch)
 
     monkeypatch.setattr(lib.propagation.choose, "_held_out_logits", watched)
     few, many = labeled_split(targets, 9, 3), labeled_split(targets, 60, 3)
-    propagate(Metric(features), "auto", few, targets[few.labeled], 3)
+    propagate(EmbeddingGraph(features), "auto", few, targets[few.labeled], 3)
     assert asked == [CANDIDATES[0]]
     asked.clear()
-    propagate(Metric(features), "auto", many, targets[many.labeled], 3)
+    propagate(EmbeddingGraph(features), "auto", many, targets[many.labeled], 3)
     assert asked == list(CANDIDATES)

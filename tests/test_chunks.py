@@ -8,7 +8,7 @@ from conftest import blobs
 
 from lib import checkpoint, pseudo_labels
 from lib.curves import top_k_hits
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part, subset
 from lib.split import Split, cut_into_chunks, labeled_split
 
@@ -17,15 +17,15 @@ SPLIT = labeled_split(TARGETS, 20, 5)
 
 
 def parts_of(method, chunks, **keywords):
-    metric = Metric(FEATURES, num_neighbors=8)
+    metric = EmbeddingGraph(FEATURES, num_neighbors=8)
     answers = pseudo_label_parts(
         metric, method, SPLIT, TARGETS[SPLIT.labeled], 5, chunks=chunks, **keywords
     )
     return list(answers)
 
 
-def test_nearest_neighbours_do_not_notice_the_chunks():
-    # an image asks labelled images only, and these are in every chunk
+def test_nearest_neighbors_do_not_notice_the_chunks():
+    # an image asks labeled images only, and these are in every chunk
     whole, merged = parts_of("knn", 1)[0], pseudo_labels.merged(parts_of("knn", 4))
     assert merged.indexes[merged.indexes.argsort()].tolist() == sorted(SPLIT.unlabeled.tolist())
     first, second = whole.indexes.argsort(), merged.indexes.argsort()
@@ -39,11 +39,11 @@ def test_a_chunk_holds_images_of_every_class():
         assert TARGETS[part].unique().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labelled_images():
+def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labeled_images():
     parts = parts_of("nc", 3, parameters={"num_eigenvectors": 10})
     for part in parts:
         members = torch.cat([SPLIT.labeled, part.unlabeled])
-        alone = Metric(FEATURES[members], num_neighbors=8)
+        alone = EmbeddingGraph(FEATURES[members], num_neighbors=8)
         local = Split(torch.arange(20), torch.arange(20, len(members)))
         labels = TARGETS[SPLIT.labeled]
         answer = propagate(alone, "nc", local, labels, 5, num_eigenvectors=10)
@@ -53,7 +53,7 @@ def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labelled_images
 
 
 def test_a_subset_shares_the_choices_but_neither_graph_nor_spectrum():
-    metric = Metric(FEATURES, "local-scale", 6, "drop")
+    metric = EmbeddingGraph(FEATURES, "local-scale", 6, "drop")
     metric.spectrum(5)
     part = subset(metric, torch.arange(50))
     assert part.affinity.shape == (50, 50)
@@ -64,7 +64,7 @@ def test_a_subset_shares_the_choices_but_neither_graph_nor_spectrum():
 
 def test_the_meta_record_says_what_was_done():
     pseudo = pseudo_label(
-        *(Metric(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5),
+        *(EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5),
         parameters={"k": 3},
         confidence="entropy",
         meta={"mine": 1},
@@ -74,7 +74,7 @@ def test_the_meta_record_says_what_was_done():
 
 
 def test_top_5_is_known_without_probabilities_too():
-    words = (Metric(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5)
+    words = (EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5)
     whole, bare = (pseudo_label(*words, probabilities=wanted) for wanted in (True, False))
     assert bare.probabilities is None
     assert torch.equal(bare.labels, whole.labels)

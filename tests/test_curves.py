@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.curves import Curve, confidence_precision, summary, top_k_hits
+from lib.curves import Curve, accuracy_coverage, summary, top_k_hits
 from lib.pseudo_labels import PseudoLabels, from_probabilities
 from lib.split import Split
 
@@ -28,7 +28,7 @@ def pseudo_of(labels, num_labeled=2):
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=30))
 def test_curve_equals_the_naive_loop(pairs):
     labels, true = zip(*pairs, strict=True)
-    curve = confidence_precision(pseudo_of(list(labels)), torch.tensor([0, 1, *true]))
+    curve = accuracy_coverage(pseudo_of(list(labels)), torch.tensor([0, 1, *true]))
     known = [(a, b) for a, b in pairs if b != -1]
     if not known:
         assert curve is None
@@ -53,19 +53,19 @@ def test_targets_are_looked_up_by_index_and_not_by_position():
         torch.tensor([0]),
         torch.tensor([1, 4]),
     )
-    curve = confidence_precision(pseudo, torch.tensor([1, 0, 0, 0, 1]))
+    curve = accuracy_coverage(pseudo, torch.tensor([1, 0, 0, 0, 1]))
     assert curve.precision.tolist() == [1, 1]
     assert curve.auc == 100
 
 
 def test_images_with_unknown_targets_count_neither_way():
-    curve = confidence_precision(pseudo_of([0, 1, 1]), torch.tensor([0, 1, 0, -1, 0]))
+    curve = accuracy_coverage(pseudo_of([0, 1, 1]), torch.tensor([0, 1, 0, -1, 0]))
     assert curve.precision.tolist() == [1, 0.5]
 
 
 def test_no_known_target_gives_no_curve():
-    assert confidence_precision(pseudo_of([0, 1]), torch.tensor([0, 1, -1, -1])) is None
-    assert confidence_precision(pseudo_of([]), torch.tensor([0, 1])) is None
+    assert accuracy_coverage(pseudo_of([0, 1]), torch.tensor([0, 1, -1, -1])) is None
+    assert accuracy_coverage(pseudo_of([]), torch.tensor([0, 1])) is None
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 9])

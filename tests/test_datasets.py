@@ -47,7 +47,7 @@ def test_patches_have_their_sizes_and_classes():
     assert torch.equal(train.targets.bincount(), torch.full((10,), 300))
     assert torch.equal(test.targets.bincount(), torch.full((10,), 100))
     assert train.classes == test.classes == patches.PHOTOGRAPHS
-    for data in (train, test):  # colour gives nothing away
+    for data in (train, test):  # color gives nothing away
         assert torch.equal(data.images[:, 0], data.images[:, 1])
         assert torch.equal(data.images[:, 0], data.images[:, 2])
 
@@ -172,7 +172,7 @@ def test_another_image_size_resizes_every_image():
     assert small.digest != whole.digest
 
 
-def test_folder_gives_labelled_images_first_and_then_those_without_a_label(tmp_path):
+def test_folder_gives_labeled_images_first_and_then_those_without_a_label(tmp_path):
     train, test = build_datasets("folder", tree(tmp_path), image_size=16)
     assert train.classes == test.classes == ("cat", "dog")
     assert train.paths == (
@@ -303,7 +303,7 @@ def test_pixels_of_unknown_range_are_refused_by_path(tmp_path, kind):
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (16, 16), (5, 9)])
-def test_any_shape_is_resized_by_its_shorter_side_and_cut_in_the_centre(tmp_path, size):
+def test_any_shape_is_resized_by_its_shorter_side_and_cut_in_the_center(tmp_path, size):
     image = picture(1, size)
     short = min(size)
     scaled = image.resize((size[0] * 16 // short, size[1] * 16 // short), Image.Resampling.BILINEAR)

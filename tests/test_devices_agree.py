@@ -10,19 +10,19 @@ from torch import nn
 from datasets.images import CIFAR10_STATS, ImageSet
 from datasets.transforms import Augmentation, finetune_ops, instance_ops
 from lib import engine
-from lib.devices import Compute
+from lib.devices import Device
 from lib.features import extract
 from lib.knn import classify
 from lib.loader import Batches
 from lib.memory_bank import MemoryBank, build_loss
 from lib.neighbors import nearest_neighbors
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.seeding import generator
 from lib.split import labeled_split
 from models import build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FLOAT32 = Compute(DEVICE, bf16=False)
+FLOAT32 = Device(DEVICE, bf16=False)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def random_set(n: int = 48, size: int = 16) -> ImageSet:
 @pytest.mark.parametrize("ops", [instance_ops(), finetune_ops()], ids=["phase 1", "phase 3"])
 def test_a_batch_is_augmented_as_its_images_are_one_by_one_on_the_cpu(ops):
     data, augmentation = random_set(), Augmentation(ops, CIFAR10_STATS)
-    rows = augmentation.draw(len(data), generator(1, "augmentation"))
+    rows = augmentation.sample_params(len(data), generator(1, "augmentation"))
     together = augmentation(data.images.to(DEVICE), rows).cpu()
     for i, image in enumerate(data.images):
         alone = augmentation(image[None], [values[i : i + 1] for values in rows])
@@ -75,25 +75,25 @@ def test_the_softmax_over_the_bank_is_that_of_float64(bf16):
 def test_twenty_steps_end_near_those_of_float64(bf16):
     data = random_set()
 
-    def train(compute: Compute, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def train(device: Device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(0)
-        model = compute.prepare(build_model("wrn-10-1", 16, normalize=True)).to(dtype)
+        model = device.prepare(build_model("wrn-10-1", 16, normalize=True)).to(dtype)
         model.apply(lambda m: m.eval() if isinstance(m, nn.BatchNorm2d) else m)
-        bank = MemoryBank(len(data), 16).to(compute.device, dtype)
+        bank = MemoryBank(len(data), 16).to(device.torch_device, dtype)
         ops = Augmentation(finetune_ops(), data.stats)
-        batches = Batches(data, ops, compute, batch_size=16)
+        batches = Batches(data, ops, device, batch_size=16)
         items = [batch for epoch in range(7) for batch in batches.epoch(epoch)][:20]
         items = [
             type(b)(b.images.to(dtype), b.indexes, b.first, b.total) for b in items
         ]  # the same pixels
         sgd = engine.sgd(model.parameters(), 0.01, 5e-4)
-        parts = bank, build_loss(0, 0.1, bf16=compute.bf16), sgd, items
-        steps = list(engine.pretrain(model, *parts, lambda _: 0.01, compute, first_step=0))
+        parts = bank, build_loss(0, 0.1, bf16=device.bf16), sgd, items
+        steps = list(engine.pretrain(model, *parts, lambda _: 0.01, device, first_step=0))
         losses = torch.stack([step.loss for step in steps])
         return losses.cpu().double(), bank.memory.cpu().double()
 
-    exact, bank = train(Compute(torch.device("cpu"), bf16=False), torch.float64)
-    losses, own = train(Compute(DEVICE, bf16=bf16), torch.float32)
+    exact, bank = train(Device(torch.device("cpu"), bf16=False), torch.float64)
+    losses, own = train(Device(DEVICE, bf16=bf16), torch.float32)
     torch.testing.assert_close(losses, exact, rtol=3e-2 if bf16 else 1e-3, atol=0)
     assert (own * bank).sum(dim=1).min() > (0.98 if bf16 else 0.9999)
 
@@ -105,7 +105,7 @@ def test_features_do_not_depend_on_the_batch():
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
 
 
-def test_neighbours_and_votes_are_those_of_float64():
+def test_neighbors_and_votes_are_those_of_float64():
     features, targets = blobs(5, 60, dim=24)
     found = nearest_neighbors(features.to(DEVICE), 10, include_self=False)
     cosines = features.double() @ features.double().T
@@ -130,9 +130,9 @@ def test_neighbours_and_votes_are_those_of_float64():
 def test_labels_spread_on_the_device_as_on_the_cpu_by_dense_matrices(method):
     features, targets = blobs(4, 100, dim=24, spread=0.35)
     split = labeled_split(targets, 20, 4, 0)
-    metric = Metric(features.to(DEVICE), num_neighbors=10, solver={"solver": "block"})
+    metric = EmbeddingGraph(features.to(DEVICE), num_neighbors=10, solver={"solver": "block"})
     scores = propagate(metric, method, split, targets[split.labeled], 4).scores.cpu()
-    exact = Metric(features, num_neighbors=10)  # few images: all eigenvectors by LAPACK
+    exact = EmbeddingGraph(features, num_neighbors=10)  # few images: all eigenvectors by LAPACK
     expected = propagate(exact, method, split, targets[split.labeled], 4).scores
     assert (scores.argmax(dim=1) == expected.argmax(dim=1)).double().mean() > 0.97
     right = (scores.argmax(dim=1) == targets)[split.unlabeled].double().mean()
@@ -142,18 +142,18 @@ def test_labels_spread_on_the_device_as_on_the_cpu_by_dense_matrices(method):
 @pytest.mark.parametrize("phase", [1, 3])
 def test_the_loop_never_waits_for_a_gpu(phase):
     """On the CPU there is nothing to wait for: there tests/test_throughput.py counts reads."""
-    data, compute = random_set(), FLOAT32
-    model = compute.prepare(build_model("wrn-10-1", 8, normalize=phase == 1))
+    data, device = random_set(), FLOAT32
+    model = device.prepare(build_model("wrn-10-1", 8, normalize=phase == 1))
     ops = instance_ops() if phase == 1 else finetune_ops()
-    batches = Batches(data, Augmentation(ops, data.stats), compute, batch_size=8)
+    batches = Batches(data, Augmentation(ops, data.stats), device, batch_size=8)
     sgd = engine.sgd(model.parameters(), 0.1, 5e-4)
     if phase == 1:
         bank = MemoryBank(len(data), 8).to(DEVICE)
         parts = bank, build_loss(0, 0.1), sgd, batches.epoch(0)
-        steps = engine.pretrain(model, *parts, lambda _: 0.1, compute, first_step=0)
+        steps = engine.pretrain(model, *parts, lambda _: 0.1, device, first_step=0)
     else:
         stream = batches.stream(torch.arange(len(data)), 0, 12)
-        about = data.targets, torch.ones(len(data)), lambda _: 0.1, compute
+        about = data.targets, torch.ones(len(data)), lambda _: 0.1, device
         criterion = nn.CrossEntropyLoss(reduction="none")
         steps = engine.finetune(model, criterion, sgd, stream, *about, first_step=0)
     next(steps)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from datasets.images import CIFAR10_STATS, UNKNOWN, ImageSet
 from datasets.transforms import Augmentation, finetune_ops
 from lib import checkpoint, distributed, engine
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batches
 from models import build_model
 
 __all__ = ["world"]  # the fixture
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 NUM_IMAGES, NUM_CLASSES, STEPS = 103, 7, 20
 EQUAL = {torch.float32: {"rtol": 1e-5, "atol": 1e-7}, torch.float64: {"rtol": 1e-12, "atol": 1e-14}}
 
@@ -64,7 +64,7 @@ def trained(model: nn.Module, iter_size: int) -> list[float]:
     batches = Batches(data, augmentation, CPU, batch_size=12 // iter_size)
     weights = torch.linspace(0.2, 1, NUM_IMAGES)
     steps = engine.finetune(
-        distributed.parallel(model),
+        distributed.wrap_ddp(model),
         nn.CrossEntropyLoss(reduction="none"),
         engine.sgd(model.parameters(), 0.05, 5e-4),
         batches.stream(torch.arange(NUM_IMAGES), 0, STEPS * iter_size),
@@ -190,7 +190,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """The lines of the log without what the clock and rounding decide."""
-    left_out = ("time", "images_per_s", "data_wait", "matrix_share", "meta", "loss")
+    left_out = ("time", "images_per_s", "data_wait", "mfu", "meta", "loss")
     return [
         {k: v for k, v in x.items() if k not in left_out} for x in log_lines(folder / "log" / "e")
     ]

@@ -20,13 +20,13 @@ from torch import nn
 from datasets.images import ImageSet
 from datasets.transforms import Augmentation, instance_ops
 from lib import checkpoint, distributed, engine, features, knn, options
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batches
 from lib.memory_bank import MemoryBank, build_loss
 from lib.options import load_script
 from models import build_model
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 STATS = ((0.5,) * 3, (0.25,) * 3)
 STEPS = 20
 LOSSES = {"softmax": {"k": 0}, "nce": {"k": 16}, "infonce": {"k": 16, "kind": "infonce"}}
@@ -81,7 +81,7 @@ def train(loss, batch_size, iter_size, dtype, steps=STEPS, ops=None):
     augmentation = Augmentation(instance_ops() if ops is None else ops, STATS)
     batches = Batches(noise(), augmentation, CPU, batch_size=batch_size)
     taken = in_format(several_epochs(batches, steps * iter_size), dtype)
-    parts = (distributed.parallel(model), bank, criterion, optimizer, taken, lambda _: 0.05, CPU)
+    parts = (distributed.wrap_ddp(model), bank, criterion, optimizer, taken, lambda _: 0.05, CPU)
     done = list(engine.pretrain(*parts, first_step=0, iter_size=iter_size))
     losses = torch.stack([step.loss for step in done])
     return {"net": model.state_dict(), "bank": bank.memory, "losses": losses}
@@ -122,7 +122,7 @@ def statistics_of_one_row():
     before = [buffer.clone() for buffer in model.buffers()]
     batches = Batches(noise(1), Augmentation((), STATS), CPU, batch_size=1).epoch(0)
     optimizer = engine.sgd(model.parameters(), 0.05, 5e-4)
-    parts = (distributed.parallel(model), bank, build_loss(0, 0.2), optimizer, batches)
+    parts = (distributed.wrap_ddp(model), bank, build_loss(0, 0.2), optimizer, batches)
     list(engine.pretrain(*parts, lambda _: 0.05, CPU, first_step=0))
     return {"before": before, "after": list(model.buffers()), "training": model.training}
 

@@ -8,10 +8,10 @@ from torch import nn
 from datasets import UNKNOWN
 from datasets.images import ImageSet
 from lib import checkpoint, features, loader
-from lib.devices import Compute
+from lib.devices import Device
 from models import build_model
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 STATS = ((0.5,) * 3, (0.25,) * 3)
 
 
@@ -67,11 +67,11 @@ def test_short_last_batch_is_written_to_its_own_rows(monkeypatch, batch_size):
     assert torch.allclose(rows, one_by_one(model, data), atol=1e-5)
 
 
-def test_features_are_unit_vectors_of_a_network_without_normalisation_and_in_bf16():
+def test_features_are_unit_vectors_of_a_network_without_normalization_and_in_bf16():
     model = network()
     model.normalize = False
-    for compute in (CPU, Compute(torch.device("cpu"), bf16=True)):
-        rows = features.extract(model, images_of(), compute)
+    for device in (CPU, Device(torch.device("cpu"), bf16=True)):
+        rows = features.extract(model, images_of(), device)
         assert torch.allclose(rows.norm(dim=1), torch.ones(23), atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_a_written_feature_file_has_the_published_keys(tmp_path):
     state = checkpoint.load(tmp_path / "f")
     assert state["train_features"].dtype == torch.float32
     assert state["train_labels"].dtype == torch.int64
-    back = features.obtain(features=tmp_path / "f")
+    back = features.load_or_extract(features=tmp_path / "f")
     assert torch.equal(back.features, rows)
     assert torch.equal(back.targets, targets)
     assert (back.num_classes, back.digest, back.classes) == (5, "d", names)
@@ -157,7 +157,7 @@ def test_a_written_feature_file_has_the_published_keys(tmp_path):
 
 @pytest.fixture
 def phase1(tmp_path, monkeypatch):
-    """A checkpoint of phase 1, a data set that `obtain` finds, and a count of the extractions."""
+    """A checkpoint of phase 1, a data set that `load_or_extract` finds, and a count of the extractions."""
     data = {"set": images_of(), "extractions": 0}
     monkeypatch.setattr(features, "build_datasets", lambda *_, **__: (data["set"], None))
     extract = features.extract
@@ -177,12 +177,12 @@ def save_network(path, model):
     checkpoint.save({"net": model.state_dict(), "architecture": "wrn-10-1"}, path)
 
 
-def obtain(phase1, **keywords):
-    return features.obtain(checkpoint_file=phase1["file"], compute=CPU, **keywords)
+def load_or_extract(phase1, **keywords):
+    return features.load_or_extract(checkpoint_file=phase1["file"], device=CPU, **keywords)
 
 
 def test_an_extraction_is_kept_and_used_again_bit_for_bit(phase1):
-    first, second = obtain(phase1), obtain(phase1)
+    first, second = load_or_extract(phase1), load_or_extract(phase1)
     assert phase1["extractions"] == 1
     assert torch.equal(first.features, second.features)
     assert torch.equal(second.targets, phase1["set"].targets)
@@ -193,7 +193,7 @@ def test_an_extraction_is_kept_and_used_again_bit_for_bit(phase1):
 
 
 def test_features_that_another_process_lacks_are_extracted_with_it(phase1, monkeypatch):
-    obtain(phase1)
+    load_or_extract(phase1)
     asked = []
 
     def of_two(missing):  # as if the other process saw no file
@@ -201,55 +201,55 @@ def test_features_that_another_process_lacks_are_extracted_with_it(phase1, monke
         return True
 
     monkeypatch.setattr(features, "any_process", of_two)
-    obtain(phase1)
+    load_or_extract(phase1)
     assert asked == [False]
     assert phase1["extractions"] == 2
 
 
 def test_kept_features_are_not_used_for_another_checkpoint(phase1):
-    first = obtain(phase1)
+    first = load_or_extract(phase1)
     other = network()
     save_network(phase1["file"], other)
-    second = obtain(phase1)
+    second = load_or_extract(phase1)
     assert phase1["extractions"] == 2
     assert not torch.allclose(first.features, second.features, atol=1e-3)
     assert torch.allclose(second.features, one_by_one(other, phase1["set"]), atol=1e-5)
 
 
 def test_kept_features_are_not_used_for_other_images_labels_or_sizes(phase1):
-    first = obtain(phase1)
+    first = load_or_extract(phase1)
     phase1["set"] = images_of(seed=1)
-    assert not torch.allclose(first.features, obtain(phase1).features, atol=1e-3)
+    assert not torch.allclose(first.features, load_or_extract(phase1).features, atol=1e-3)
     assert phase1["extractions"] == 2
     phase1["set"] = images_of(n=22, seed=1)
-    assert len(obtain(phase1).features) == 22
-    obtain(phase1, image_size=40)
+    assert len(load_or_extract(phase1).features) == 22
+    load_or_extract(phase1, image_size=40)
     assert phase1["extractions"] == 4
 
 
 def test_labels_are_those_of_the_data_set_at_hand_not_a_cached_global(phase1):
-    obtain(phase1)
+    load_or_extract(phase1)
     before = phase1["set"]
     phase1["set"] = ImageSet("noise", before.images, before.targets.flip(0), before.classes, STATS)
-    assert torch.equal(obtain(phase1).targets, before.targets.flip(0))
+    assert torch.equal(load_or_extract(phase1).targets, before.targets.flip(0))
 
 
 def test_features_that_are_not_finite_never_reach_the_disk(phase1, tmp_path):
     phase1["model"].fc.bias.data[3] = float("nan")
     save_network(phase1["file"], phase1["model"])
     with pytest.raises(ValueError, match="NaN"):
-        obtain(phase1)
+        load_or_extract(phase1)
     assert [f.name for f in tmp_path.iterdir()] == [phase1["file"].name]
 
 
 def test_a_file_without_labels_takes_those_of_the_data_set_of_its_length(phase1, tmp_path):
     torch.save(torch.randn(23, 4), tmp_path / "bare.t7")
     assert torch.equal(
-        features.obtain(features=tmp_path / "bare.t7").targets, phase1["set"].targets
+        features.load_or_extract(features=tmp_path / "bare.t7").targets, phase1["set"].targets
     )
     torch.save(torch.randn(20, 4), tmp_path / "short.t7")
     with pytest.raises(ValueError, match="20 rows for a data set of 23"):
-        features.obtain(features=tmp_path / "short.t7")
+        features.load_or_extract(features=tmp_path / "short.t7")
 
 
 def test_labels_of_a_folder_are_taken_without_decoding_an_image(tmp_path, monkeypatch):
@@ -257,7 +257,7 @@ def test_labels_of_a_folder_are_taken_without_decoding_an_image(tmp_path, monkey
     monkeypatch.setattr("datasets.folder.read_images", None)
     torch.save(torch.randn(52, 4), tmp_path / "bare.t7")
     words = {"dataset": "folder", "data_dir": str(tmp_path / "pictures")}
-    found = features.obtain(features=tmp_path / "bare.t7", **words)
+    found = features.load_or_extract(features=tmp_path / "bare.t7", **words)
     assert found.targets.tolist() == [*torch.arange(4).repeat_interleave(10), *[UNKNOWN] * 12]
     assert found.classes == ("blue", "gray", "green", "red")
     assert found.digest == ""  # phase 3 may hold the images in memory or in files
@@ -272,7 +272,7 @@ def test_a_backbone_without_head_is_no_metric(tmp_path):
 
 def test_neither_features_nor_checkpoint_is_a_mistake_with_a_message():
     with pytest.raises(ValueError, match="give features"):
-        features.obtain()
+        features.load_or_extract()
 
 
 @pytest.mark.parametrize(("channels", "dims"), [(3, 16), (1, 128)])

@@ -31,7 +31,7 @@ def pixels(image):
 
 
 def rows(n=6, scale=0.2):
-    return RandomResizedCrop(scale).draw(n, torch.Generator().manual_seed(0)).tolist()
+    return RandomResizedCrop(scale).sample_params(n, torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_crop_has_the_pixels_of_torchvision_for_the_same_box(kind, size):
 
 @pytest.mark.parametrize("size", [(100, 75), (75, 100), (64, 64), (40, 300), (20, 31)])
 @pytest.mark.parametrize(("image_size", "shorter"), [(224, 256), (32, 37), (28, 32)])
-def test_the_central_view_is_resize_and_centre_crop(size, image_size, shorter):
+def test_the_central_view_is_resize_and_center_crop(size, image_size, shorter):
     data = encoded(photograph(size))
     published = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(image_size)])
     expected = pixels(published(Image.open(io.BytesIO(data)))).int()
@@ -95,8 +95,8 @@ def test_the_box_of_the_central_view_is_what_it_shows():
     view = central_view((100, 240), 56)
     shown = view.cut(Image.fromarray(gradient.copy()))[0, 0].float()
     top, left, height, width = view.box
-    centres = left + (torch.arange(56) + 0.5) * width / 56 - 0.5
-    assert (shown - centres).abs().max() <= 0.6
+    centers = left + (torch.arange(56) + 0.5) * width / 56 - 0.5
+    assert (shown - centers).abs().max() <= 0.6
     assert top == pytest.approx((100 - height) / 2, abs=1)
 
 

@@ -33,13 +33,13 @@ from test_pretraining import (
 from datasets import build_datasets
 from lib import checkpoint, engine, options, pseudo_labels
 from lib import finetuning as shared
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batch
 from lib.split import labeled_split
 from models import build_model
 
 finetuning = load_script("cifar-semi.py")
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 LABELS = 8
 
 
@@ -83,7 +83,7 @@ def examples_of(world: Path, *words: object) -> Any:
     args = finetuning.build_parser().parse_args([str(w) for w in (*data, *words)])
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
     parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return shared.choose_examples(train, parts, options.values(args, shared.Settings))
+    return shared.choose_training_set(train, parts, options.values(args, shared.Settings))
 
 
 def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp_path):
@@ -109,7 +109,7 @@ def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp
     assert f"last accuracy {state['acc']:.2f}%, best accuracy {best['acc']:.2f}%" in output
 
 
-def test_without_a_pseudo_file_exactly_the_labelled_images_of_the_split_are_trained_on(world):
+def test_without_a_pseudo_file_exactly_the_labeled_images_of_the_split_are_trained_on(world):
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
     for seed in (0, 1):
         # the published draw, spelled out
@@ -125,7 +125,7 @@ def test_without_a_pseudo_file_exactly_the_labelled_images_of_the_split_are_trai
         assert examples.num_labeled == LABELS
 
 
-def test_with_a_pseudo_file_the_same_images_are_labelled_and_keep_their_true_labels(world):
+def test_with_a_pseudo_file_the_same_images_are_labeled_and_keep_their_true_labels(world):
     examples = examples_of(world, "--pseudo-file", world / "pseudo.pth.tar")
     baseline = examples_of(world)
     assert torch.equal(examples.indexes[:LABELS], baseline.indexes)
@@ -141,7 +141,7 @@ def test_pseudo_ratio_takes_the_most_confident_share_of_one_global_ranking(world
     examples = examples_of(
         world, "--pseudo-file", world / "pseudo.pth.tar", "--pseudo-ratio", ratio
     )
-    count = int(ratio * 44)  # 40 labelled and 12 unlabelled pictures, less 8 labels
+    count = int(ratio * 44)  # 40 labeled and 12 unlabeled pictures, less 8 labels
     assert examples.indexes[LABELS:].tolist() == pseudo.indexes[:count].tolist()
 
 

@@ -151,13 +151,13 @@ def chunks_of(world: Path) -> Path:
     return world / f"num_labeled_{LABELS}"
 
 
-def examples_of(world: Path, *more: object) -> shared.Examples:
+def examples_of(world: Path, *more: object) -> shared.TrainingSet:
     """What a command line would train on."""
     line = ["--data-dir", world / "pictures", "--num-labeled", LABELS, *more]
     args = imagenet.build_parser().parse_args([str(w) for w in line])
     train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
     parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return shared.choose_examples(train, parts, options.values(args, shared.Settings))
+    return shared.choose_training_set(train, parts, options.values(args, shared.Settings))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
@@ -195,7 +195,7 @@ def test_a_single_file_is_the_ranking_of_its_chunks(world, tmp_path):
     assert (one.weights[LABELS:] < 1).all()
 
 
-def test_without_pseudo_labels_exactly_the_labelled_images_are_trained_on(world):
+def test_without_pseudo_labels_exactly_the_labeled_images_are_trained_on(world):
     examples = examples_of(world)
     train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
     assert torch.equal(examples.indexes, labeled_split(train.targets, LABELS, 4).labeled)
@@ -297,7 +297,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_uninterrupted_one_bit_for_
         (("--resume", "/nowhere/c.pth.tar"), "--resume /nowhere/c.pth.tar: there is no such file"),
         (("--pretrained", "/nowhere/c.pth.tar"), "--pretrained /nowhere/c.pth.tar: there is no"),
         (("--pseudo-dir", "CHUNKS", "--pseudo-file", "CHUNKS"), "name one of them"),
-        (("--pseudo-dir", "CHUNKS", "--num-labeled", 12), "made with 8 labelled images"),
+        (("--pseudo-dir", "CHUNKS", "--num-labeled", 12), "made with 8 labeled images"),
         (("--pseudo-dir", "/nowhere"), "/nowhere is no folder"),
         (("--arch", "wrn-28-2"), "--arch wrn-28-2: take one of resnet18"),
         (("--iter-size", 0), "--iter-size 0: must be positive"),
@@ -372,9 +372,9 @@ def test_the_script_measures_its_speed_without_data(tmp_path):
         "--finetune",
     )
     output = assert_ok(run_script("imagenet-semi.py", *line, "--gpus", "cpu", cwd=tmp_path))
-    assert "dummy: 13000 labelled and 0 pseudo-labelled images of 50000, 1000 classes" in output
+    assert "dummy: 13000 labeled and 0 pseudo-labeled images of 50000, 1000 classes" in output
     assert "% of the time waiting for images, " in output
-    assert "% of the matrix rate)" in output
+    assert "% MFU)" in output
     assert (tmp_path / "checkpoint" / "imagenet-dummy" / "exp" / "ckpt.pth.tar").is_file()
     (line, *_) = [
         x for x in log_lines(tmp_path / "tensorboard/imagenet-dummy/exp") if x["event"] == "train"

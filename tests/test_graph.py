@@ -41,7 +41,7 @@ def naive_affinity(features, k, *, include_self, factor, scale, rank, symmetrize
     return (directed + directed.T) / 2
 
 
-NAIVE = {  # PUBLISHED.md, section 1, the table of graphs; with 7 neighbours
+NAIVE = {  # PUBLISHED.md, section 1, the table of graphs; with 7 neighbors
     "cifar": {"include_self": True, "factor": 2, "scale": 0.2, "rank": 0, "symmetrize": "mean"},
     "local-scale": {
         "include_self": False,
@@ -81,14 +81,14 @@ def test_presets_have_the_published_numbers():
     } == PRESETS
 
 
-def test_scale_of_a_rank_beyond_the_neighbours_is_that_of_the_rank():
+def test_scale_of_a_rank_beyond_the_neighbors_is_that_of_the_rank():
     features, _ = blobs(4, 15)
     preset = replace(PRESETS["imagenet"], num_neighbors=5, scale_rank=30)
     expected = naive_affinity(features, 5, **NAIVE["imagenet"] | {"rank": 30})
     np.testing.assert_allclose(build_graph(features, preset).toarray(), expected, atol=2e-5)
 
 
-def test_self_loops_have_weight_one_where_the_image_is_its_own_neighbour():
+def test_self_loops_have_weight_one_where_the_image_is_its_own_neighbor():
     features, _ = blobs(4, 15)
     assert (build_graph(features, "cifar").diagonal() == 1).all()
     assert (build_graph(features, "local-scale").diagonal() == 0).all()
@@ -96,7 +96,7 @@ def test_self_loops_have_weight_one_where_the_image_is_its_own_neighbour():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_fewer_images_than_neighbours_are_all_neighbours(preset):
+def test_fewer_images_than_neighbors_are_all_neighbors(preset):
     features, _ = blobs(2, 3)
     W = build_graph(features, preset).toarray()
     assert np.isfinite(W).all()
@@ -135,10 +135,10 @@ def test_permuted_images_give_the_permuted_graph(seed, preset):
     np.testing.assert_allclose(permuted, W[order][:, order], atol=1e-5)
 
 
-def test_number_of_neighbours_replaces_the_rank_of_a_scale_that_follows_it():
+def test_number_of_neighbors_replaces_the_rank_of_a_scale_that_follows_it():
     features, _ = blobs(3, 20)
     W = build_graph(features, "local-scale", num_neighbors=5).toarray()
-    # the farthest of its own five neighbours has weight exp(-2); "max" can only raise it
+    # the farthest of its own five neighbors has weight exp(-2); "max" can only raise it
     assert np.sort(W, axis=1)[:, -5].min() >= np.exp(-2) - 1e-5
     assert W[W > 0].min() == pytest.approx(np.exp(-2), rel=1e-4)
 
@@ -157,7 +157,7 @@ def test_weight_that_underflows_is_no_edge():
     [
         (torch.ones(1, 4), {}, "two images at least, not 1"),
         (torch.ones(0, 4), {}, "two images at least, not 0"),
-        (torch.ones(5, 4), {"num_neighbors": 0}, "one neighbour per image at least, not 0"),
+        (torch.ones(5, 4), {"num_neighbors": 0}, "one neighbor per image at least, not 0"),
         (torch.ones(5, 4), {"preset": "cifar-10"}, "take one of cifar, local-scale, imagenet"),
         (
             torch.ones(5, 4),
@@ -190,8 +190,8 @@ def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path):
 
     features, _ = blobs(3, 20)
     kept = {"path": tmp_path / "graph.pth.tar", "search": counted}
-    first = build_graph(features, num_neighbors=6, **kept, say=said.append)
-    again = build_graph(features, num_neighbors=6, **kept, say=said.append)
+    first = build_graph(features, num_neighbors=6, **kept, log=said.append)
+    again = build_graph(features, num_neighbors=6, **kept, log=said.append)
     assert len(built) == 1
     assert ["built" in line for line in said] == [True, False]
     assert "read from" in said[1]

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours against loops."""
+"""Weighted nearest neighbors against loops."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_rows_with_an_unknown_label_have_no_vote():
     )
 
 
-def test_fewer_images_than_neighbours_all_vote():
+def test_fewer_images_than_neighbors_all_vote():
     features, targets = blobs(2, 10)
     votes = classify(features[:5], features[5:], targets[5:], 2, k=200)
     expected = [naive_votes(q, features[5:], targets[5:], 2, 15) for q in features[:5]]
@@ -110,7 +110,7 @@ def test_class_without_a_label_gets_no_votes():
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(60))
 
 
-def test_propagation_uses_at_most_200_neighbours():
+def test_propagation_uses_at_most_200_neighbors():
     features, _ = blobs(2, 150, spread=2.0)
     labeled = torch.arange(299)
     labels = torch.arange(299) % 2
@@ -140,7 +140,7 @@ def test_impossible_propagation_says_why(options, words):
 
 
 def test_bank_without_any_label_is_refused():
-    with pytest.raises(ValueError, match="at least one labelled image"):
+    with pytest.raises(ValueError, match="at least one labeled image"):
         classify(torch.ones(1, 2), torch.ones(3, 2), torch.full((3,), -1), 2)
 
 
@@ -188,7 +188,7 @@ def test_accuracies_of_votes_and_of_the_nearest_image_equal_the_naive_count():
     assert found["nearest"] != found["top1"] != found["top5"]
 
 
-def test_an_accuracy_needs_labelled_images_to_measure_on():
+def test_an_accuracy_needs_labeled_images_to_measure_on():
     features, targets = blobs(2, 5)
-    with pytest.raises(ValueError, match="no labelled image"):
+    with pytest.raises(ValueError, match="no labeled image"):
         lib.knn.accuracy(features, torch.full((10,), -1), features, targets, 2)

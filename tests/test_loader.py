@@ -26,12 +26,12 @@ from datasets.transforms import (
     finetune_ops,
     instance_ops,
 )
-from lib.devices import Compute
+from lib.devices import Device
 from lib.distributed import Share
 from lib.loader import LOADERS, Batches, in_order
 from lib.seeding import generator
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 STATS = ((0.0,) * 3, (1.0,) * 3)
 
 
@@ -216,7 +216,7 @@ def test_images_in_files_are_cropped_by_the_rows_of_their_step(in_files):
     steps = batches_of(in_files, ops, seed=3)
     for place, batch in enumerate(steps.epoch(2)):
         step = 2 * steps.per_epoch + place
-        crops, *rows = Augmentation(ops, STATS).draw(
+        crops, *rows = Augmentation(ops, STATS).sample_params(
             batch.total, generator(3, "augmentation", step)
         )
         for k, (image, index) in enumerate(zip(batch.images, batch.indexes, strict=True)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import engine, memory_bank
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batch
 from lib.memory_bank import (
     NCE,
@@ -22,7 +22,7 @@ from lib.memory_bank import (
 )
 from models.layers import l2_normalize
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 
 
 def unit(*shape, seed=0):
@@ -119,7 +119,7 @@ def naive_z(v, own, memory, negatives, temperature):
 # N below and above GATHER_COST * K: the two ways of taking the similarities
 @pytest.mark.parametrize(("images", "k"), [(40, 12), (200, 5)])
 @pytest.mark.parametrize("z_momentum", [None, 0.9])
-def test_nce_equals_the_published_formula_and_normaliser(images, k, z_momentum):
+def test_nce_equals_the_published_formula_and_normalizer(images, k, z_momentum):
     memory, criterion = unit(images, 16, seed=1), NCE(k, 0.2, seed=3, z_momentum=z_momentum)
     z = None
     for step in range(4):
@@ -144,7 +144,7 @@ def test_nce_equals_the_published_formula_and_normaliser(images, k, z_momentum):
         assert torch.allclose(gradient, naive.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_published_normaliser_is_estimated_once_and_survives_a_resume():
+def test_the_published_normalizer_is_estimated_once_and_survives_a_resume():
     v, own, memory = unit(6, 16), torch.arange(6), unit(50, 16, seed=1)
     first = NCE(4, 0.1, seed=0, z_momentum=None)
     first(v, own, memory, 0)
@@ -243,7 +243,7 @@ def test_bank_start_is_uniform_before_scaling_and_a_function_of_the_seed():
     assert not torch.equal(bank.memory, MemoryBank(4000, 8, seed=3).memory)
     assert bank.memory.mean(0).abs().max() < 0.02
     assert torch.allclose(bank.memory.T @ bank.memory / 4000, torch.eye(8) / 8, atol=0.02)
-    # a cube seen from its centre: the fourth moment lies below that of a round cloud, 3 / (D (D + 2))
+    # a cube seen from its center: the fourth moment lies below that of a round cloud, 3 / (D (D + 2))
     assert (bank.memory**4).mean() < 0.95 * 3 / 80
 
 

@@ -159,7 +159,7 @@ def test_a_wide_resnet_for_imagenet_is_refused():
         build_model("wrn-28-2", 10, imagenet=True)
 
 
-def test_normalising_a_zero_vector_gives_zero_and_a_finite_gradient():
+def test_normalizing_a_zero_vector_gives_zero_and_a_finite_gradient():
     vectors = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], requires_grad=True)
     unit = l2_normalize(vectors)
     assert torch.equal(unit.detach()[0], torch.zeros(3))
@@ -168,7 +168,7 @@ def test_normalising_a_zero_vector_gives_zero_and_a_finite_gradient():
     assert torch.isfinite(vectors.grad).all()
 
 
-def test_the_gradient_of_normalisation_is_tangent_to_the_sphere():
+def test_the_gradient_of_normalization_is_tangent_to_the_sphere():
     vectors = torch.randn(5, 8, requires_grad=True)
     direction = torch.randn(5, 8)
     (l2_normalize(vectors) * direction).sum().backward()
@@ -178,7 +178,7 @@ def test_the_gradient_of_normalisation_is_tangent_to_the_sphere():
     assert torch.allclose(vectors.grad, expected, atol=1e-6)
 
 
-def test_normalisation_stays_precise_under_bf16_autocast():
+def test_normalization_stays_precise_under_bf16_autocast():
     vectors = torch.randn(50, 128)
     with torch.autocast("cpu", torch.bfloat16):
         unit = l2_normalize(vectors.bfloat16())

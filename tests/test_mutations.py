@@ -119,7 +119,7 @@ def write_patch(path: Path, name: str, old: str, new: str) -> Path:
 
 @pytest.mark.slow
 def test_a_patch_that_no_test_notices_or_that_does_not_apply_is_reported(tmp_path):
-    old, new = '"""Weighted nearest-neighbour', '"""Weighted near-neighbour'
+    old, new = '"""Weighted nearest-neighbor', '"""Weighted near-neighbor'
     harmless = write_patch(tmp_path / "harmless.patch", "lib/knn.py", old, new)
     stale = tmp_path / "stale.patch"
     stale.write_text(harmless.read_text().replace("nearest", "farthest"))

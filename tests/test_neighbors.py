@@ -1,4 +1,4 @@
-"""Nearest neighbours against a dense matrix of cosines: exact, by cells, by FAISS."""
+"""Nearest neighbors against a dense matrix of cosines: exact, by cells, by FAISS."""
 
 import sys
 import types
@@ -62,7 +62,7 @@ def test_group_maxima_are_what_a_large_graph_is_made_from():
 
 
 @pytest.mark.parametrize("n", [33, 1023])
-def test_columns_outside_of_any_group_are_neighbours_as_well(n):
+def test_columns_outside_of_any_group_are_neighbors_as_well(n):
     features = torch.nn.functional.normalize(torch.eye(n) - 1 / n)
     found = nearest_neighbors(features, 4, include_self=False)
     assert 0 <= int(found.indexes.min()) <= int(found.indexes.max()) < n
@@ -218,7 +218,7 @@ def many_rounds(monkeypatch):
 
 @pytest.mark.usefixtures("many_rounds")
 @pytest.mark.parametrize("include_self", [True, False])
-def test_second_round_that_may_lose_nothing_finds_every_neighbour(include_self, monkeypatch):
+def test_second_round_that_may_lose_nothing_finds_every_neighbor(include_self, monkeypatch):
     monkeypatch.setattr(lib.cells, "SAMPLED_ROWS", 10**6)  # the margin of all rows
     features, _ = blobs(4, 150, spread=0.5)
     found = nearest_neighbors(features, 7, include_self=include_self, method="ivf", recall=1.0)
@@ -246,7 +246,7 @@ def test_second_round_of_some_rows_is_that_of_all_of_them():
     assert torch.equal(torch.cat([p.indexes for p in parts]), whole.indexes)
 
 
-def test_candidates_are_merged_into_the_neighbours_of_their_rows():
+def test_candidates_are_merged_into_the_neighbors_of_their_rows():
     found = lib.cells.Found(
         torch.tensor([[0.9, 0.1], [0.5, 0.4], [0.3, 0.2]]), torch.zeros(3, 2).int(), 0
     )
@@ -256,8 +256,8 @@ def test_candidates_are_merged_into_the_neighbours_of_their_rows():
     assert found.places.tolist() == [[0, 7], [0, 0], [10, 9]]
 
 
-@pytest.mark.parametrize("kind", ["constant", "two points", "more neighbours than a cell holds"])
-def test_cells_of_degenerate_features_have_neighbours_enough(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["constant", "two points", "more neighbors than a cell holds"])
+def test_cells_of_degenerate_features_have_neighbors_enough(kind, monkeypatch):
     monkeypatch.setattr(lib.cells, "WORTHWHILE", 2.0)  # otherwise exact search would take over
     features, _ = blobs(2, 20, spread=0.05)
     if kind == "constant":
@@ -269,7 +269,7 @@ def test_cells_of_degenerate_features_have_neighbours_enough(kind, monkeypatch):
     assert torch.isfinite(found.similarities).all()
 
 
-def test_search_that_misses_neighbours_warns(monkeypatch):
+def test_search_that_misses_neighbors_warns(monkeypatch):
     # one cell each where the groups overlap
     monkeypatch.setattr(lib.cells, "PROBES", 1)
     features, _ = blobs(1, 900, dim=32, spread=5.0)
@@ -308,7 +308,7 @@ class FlatIndex:
 
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("kind", ["blobs", "constant"])
-def test_faiss_gives_the_same_neighbours(include_self, kind, monkeypatch):
+def test_faiss_gives_the_same_neighbors(include_self, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(IndexFlatIP=FlatIndex))
     features, _ = blobs(3, 30)
     if kind == "constant":
@@ -345,9 +345,11 @@ def test_impossible_search_says_why(options, words):
 
 def test_automatic_precision_is_bfloat16_for_many_rows_where_it_is_fast(monkeypatch):
     asked = []
-    search = lib.neighbors.search
+    search = lib.neighbors.exact_search
     monkeypatch.setattr(
-        lib.neighbors, "search", lambda *a, **b: asked.append(b.get("precision")) or search(*a, **b)
+        lib.neighbors,
+        "exact_search",
+        lambda *a, **b: asked.append(b.get("precision")) or search(*a, **b),
     )
     for fast, enough, wanted in ((True, 50, "bf16"), (True, 1000, "fp32"), (False, 50, "fp32")):
         monkeypatch.setattr(lib.neighbors, "has_fast_bf16", lambda _, fast=fast: fast)
@@ -369,13 +371,13 @@ def test_crowds_that_bfloat16_cannot_tell_apart_are_searched_in_float32(monkeypa
     assert found.recall == 1
 
 
-def test_far_neighbours_that_only_set_the_scale_are_not_kept(monkeypatch):
+def test_far_neighbors_that_only_set_the_scale_are_not_kept(monkeypatch):
     features, _ = blobs(5, 60)
     whole = nearest_neighbors(features, 4, include_self=True, scale_rank=200)
     sizes = []
-    search = lib.neighbors.search
+    search = lib.neighbors.exact_search
     monkeypatch.setattr(
-        lib.neighbors, "search", lambda q, *a, **b: sizes.append(len(q)) or search(q, *a, **b)
+        lib.neighbors, "exact_search", lambda q, *a, **b: sizes.append(len(q)) or search(q, *a, **b)
     )
     monkeypatch.setattr(lib.neighbors, "KEPT_BYTES", 12 * 201 * 70)
     parts = nearest_neighbors(features, 4, include_self=True, scale_rank=200)
@@ -384,7 +386,7 @@ def test_far_neighbours_that_only_set_the_scale_are_not_kept(monkeypatch):
     torch.testing.assert_close(parts.scale_similarities, whole.scale_similarities)
 
 
-def test_more_neighbours_than_memory_holds_are_refused(monkeypatch):
+def test_more_neighbors_than_memory_holds_are_refused(monkeypatch):
     monkeypatch.setattr(lib.neighbors.os, "sysconf", lambda _: 100)  # 10,000 bytes
     with pytest.raises(ValueError, match=r"GiB.*chunks"):
         nearest_neighbors(blobs(5, 60)[0], 9, include_self=False, method="ivf")

@@ -1,4 +1,4 @@
-"""The constrained normalised cut against a literal dense version of the published formulas."""
+"""The constrained normalized cut against a literal dense version of the published formulas."""
 
 import warnings
 from dataclasses import replace
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lib.spectral
 from lib.graph import PRESETS, build_graph
 from lib.propagation import propagate_normalized_cut
-from lib.propagation.normalized_cut import between_components, seed_vectors
+from lib.propagation.normalized_cut import between_components, constraint_vectors
 from lib.pseudo_labels import from_scores
 from lib.spectral import laplacian_spectrum
 from lib.split import labeled_split
@@ -122,7 +122,7 @@ def test_degrees_with_and_without_self_loops_are_not_mixed(self_loops):
     features, targets = blobs(4, 20)
     labeled = labeled_split(targets, 12, 4).labeled
     spectrum = laplacian_spectrum(build_graph(features), 10, self_loops=self_loops)
-    seeds = seed_vectors(spectrum.degrees, labeled, targets[labeled], 4)
+    seeds = constraint_vectors(spectrum.degrees, labeled, targets[labeled], 4)
     np.testing.assert_allclose(spectrum.null[labeled] @ seeds, 0, atol=1e-12)
 
 
@@ -133,7 +133,7 @@ def test_seed_vectors_equal_the_published_formula(seed, num_classes, per_class):
     degree = rng.uniform(0.5, 20, 40)
     labeled = torch.from_numpy(rng.permutation(40)[: num_classes * per_class])
     labels = torch.arange(num_classes).repeat(per_class)
-    seeds = seed_vectors(degree, labeled, labels, num_classes)
+    seeds = constraint_vectors(degree, labeled, labels, num_classes)
     for label in range(num_classes):
         u = np.zeros(40)
         u[labeled] = np.where(labels == label, 1, -1)
@@ -194,7 +194,7 @@ def test_component_without_a_label_has_confidence_zero_and_nothing_is_infinite()
     seed=st.integers(0, 10**6),
     self_loops=st.sampled_from(["published", "keep", "drop"]),
 )
-def test_component_with_labels_of_one_class_is_labelled_with_it(sizes, seed, self_loops):
+def test_component_with_labels_of_one_class_is_labeled_with_it(sizes, seed, self_loops):
     rng = np.random.default_rng(seed)
     blocks = []
     for m in sizes:
@@ -242,7 +242,7 @@ def test_no_class_is_preferred_by_a_component_of_large_degree():
     with pytest.warns(UserWarning, match="2 components"):
         spectrum = laplacian_spectrum(sp.csr_matrix(W), 4)
     labeled, labels = torch.tensor([0, 1, 5]), torch.tensor([0, 1, 1])
-    seeds = seed_vectors(spectrum.degrees, labeled, labels, 2)
+    seeds = constraint_vectors(spectrum.degrees, labeled, labels, 2)
     inside = between_components(spectrum, seeds, labeled.numpy(), 2 / spectrum.values[0])
     between = spectrum.null[:, None] * inside[spectrum.components]
     mass = np.array([W[:3].sum(), W[3:].sum()])
@@ -329,8 +329,8 @@ def test_spectrum_without_vectors_still_tells_components_apart():
     [
         ([0, 1], [0, 1], 3, r"none of class \[.*2"),
         ([0, 1], [0, 0], 1, "needs two classes"),
-        ([0, 1], [0], 2, "2 labelled images with 1 labels"),
-        ([], [], 2, "0 labelled images"),
+        ([0, 1], [0], 2, "2 labeled images with 1 labels"),
+        ([], [], 2, "0 labeled images"),
         ([0, 0], [0, 1], 2, "named twice"),
         ([0, 40], [0, 1], 2, r"must lie in 0 \.\.\. 39"),
         ([0, -1], [0, 1], 2, r"must lie in 0 \.\.\. 39"),
@@ -345,7 +345,7 @@ def test_labels_that_do_not_fit_are_refused(labeled, labels, num_classes, words)
         propagate_normalized_cut(spectrum, labeled, labels, num_classes)
 
 
-def test_presets_differ_in_more_than_their_number_of_neighbours():
+def test_presets_differ_in_more_than_their_number_of_neighbors():
     features, _ = blobs(3, 20)
     graphs = [
         build_graph(features, replace(p, num_neighbors=8)).toarray() for p in PRESETS.values()

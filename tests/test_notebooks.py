@@ -16,9 +16,9 @@ from test_pretraining import call, make_folder, pretraining
 
 from datasets import build_datasets
 from lib import checkpoint, pseudo_labels
-from lib.curves import confidence_precision
-from lib.features import extract, load_embedding, obtain
-from lib.propagation import Metric, propagate
+from lib.curves import accuracy_coverage
+from lib.features import extract, load_embedding, load_or_extract
+from lib.propagation import EmbeddingGraph, propagate
 from lib.split import labeled_split
 
 NOTEBOOKS = ("knn", "nc")
@@ -161,7 +161,7 @@ def test_the_table_holds_the_precision_of_the_files(executed, name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_pictures_are_written_and_shown(executed, name):
     folder, notebook = executed[name]
-    expected = {"similarity.png", "confidence_precision.png"}
+    expected = {"similarity.png", "accuracy_coverage.png"}
     expected |= {"spectral.png"} if name == "nc" else set()
     assert {path.name for path in folder.glob("*.png")} == expected
     for path in folder.glob("*.png"):
@@ -182,18 +182,18 @@ def test_another_method_spreads_the_labels_of_the_same_images(executed, metric, 
     assert pseudo.meta["propagation"]["method"] == "poisson"
     assert torch.equal(pseudo.labeled, published.labeled)
     assert not torch.equal(pseudo.labels, published.labels)
-    found = obtain(checkpoint_file=metric, dataset="patches")
+    found = load_or_extract(checkpoint_file=metric, dataset="patches")
     labels = found.targets[pseudo.labeled]
     split = labeled_split(found.targets, 50, 10, 0)
-    answer = propagate(Metric(found.features), "poisson", split, labels, 10)
+    answer = propagate(EmbeddingGraph(found.features), "poisson", split, labels, 10)
     assert torch.equal(pseudo.labels, answer.scores.argmax(dim=1)[pseudo.indexes])
-    curve = confidence_precision(pseudo, found.targets)
+    curve = accuracy_coverage(pseudo, found.targets)
     assert f"{curve.overall:.2f}%" in printed(notebook)
 
 
 def test_the_votes_of_the_knn_notebook_are_those_of_its_parameters(metric, executed):
     pseudo = pseudo_labels.load(executed["knn"][0] / "50.pth.tar")
-    found = obtain(checkpoint_file=metric, dataset="patches")
+    found = load_or_extract(checkpoint_file=metric, dataset="patches")
     similarities = (
         found.features[pseudo.indexes].double() @ found.features[pseudo.labeled].double().T
     )
@@ -226,12 +226,12 @@ def test_a_classifier_can_be_trained_on_what_a_notebook_wrote(executed, metric, 
         *("--pseudo-ratio", 0.1, "--max-iters", 1, "--model-root", tmp_path, "-b", 8),
         *("--log-root", tmp_path / "log"),
     )
-    assert "10 labelled and 299 pseudo-labelled images of 3000" in capsys.readouterr().out
+    assert "10 labeled and 299 pseudo-labeled images of 3000" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="session")
 def unlabeled(tmp_path_factory) -> tuple[Path, Path]:
-    """A folder with 8 labelled and 60 unlabelled pictures, and a feature file for them."""
+    """A folder with 8 labeled and 60 unlabeled pictures, and a feature file for them."""
     root = tmp_path_factory.mktemp("unlabeled")
     data = make_folder(root / "data", unlabeled=60, test=False)
     for path in data.glob("train/*/*.png"):
@@ -263,13 +263,13 @@ def test_without_true_labels_curves_are_left_out_and_files_written(unlabeled, tm
     notebook = json.loads((out / f"{name}.ipynb").read_text())
     assert "68 images" in printed(notebook)
     assert "no true label is known" in printed(notebook)
-    # four colours: any propagation worth the name tells them apart
+    # four colors: any propagation worth the name tells them apart
     train, _ = build_datasets("folder", data, image_size=16)
-    colours = [train.classes.index(Path(p).parent.name) for p in train.paths]
+    colors = [train.classes.index(Path(p).parent.name) for p in train.paths]
     for count in ("8", "all"):
         pseudo = pseudo_labels.load(out / f"{count}.pth.tar")
         assert sorted(pseudo.indexes.tolist()) == list(range(8, 68))
-        assert pseudo.labels.tolist() == [colours[i] for i in pseudo.indexes.tolist()]
+        assert pseudo.labels.tolist() == [colors[i] for i in pseudo.indexes.tolist()]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from test_pretraining import call, make_folder
 from lib import checkpoint, plots, pseudo_labels
 from lib.knn import classify
 from lib.options import load_script
-from lib.propagation import Metric, propagate
+from lib.propagation import EmbeddingGraph, propagate
 from lib.split import labeled_split
 
 imagenet = load_script("unsupervised/imagenet.py")
@@ -62,7 +62,7 @@ def test_the_defaults_are_the_published_settings():
     assert (nc["num_eigenvectors"], nc["temperature"]) == (200, 1)
 
 
-def test_chunks_hold_every_unlabelled_image_once_in_no_order_of_classes(cache, in_chunks):
+def test_chunks_hold_every_unlabeled_image_once_in_no_order_of_classes(cache, in_chunks):
     folder = in_chunks[0] / f"num_labeled_{LABELS}"
     assert {p.name for p in folder.iterdir()} == {f"3_{i}.pth.tar" for i in range(3)}
     targets = checkpoint.load(cache["train"])["labels"]
@@ -113,10 +113,10 @@ def test_the_table_holds_top_1_and_top_5_precision_of_all_chunks(cache, in_chunk
 def test_pictures_are_written_and_shown(in_chunks):
     folder, notebook = in_chunks
     pictures = {p.name for p in folder.glob("*.png")}
-    assert pictures == {"similarity.png", "confidence_precision.png"}
+    assert pictures == {"similarity.png", "accuracy_coverage.png"}
     assert_picture(folder / "similarity.png")
-    curve = np.asarray(Image.open(folder / "confidence_precision.png").convert("RGB"))
-    assert (curve == (31, 119, 180)).all(axis=2).sum() > 300  # a line in matplotlib's first colour
+    curve = np.asarray(Image.open(folder / "accuracy_coverage.png").convert("RGB"))
+    assert (curve == (31, 119, 180)).all(axis=2).sum() > 300  # a line in matplotlib's first color
     assert len([o for o in outputs(notebook) if "image/png" in o.get("data", {})]) == 2
 
 
@@ -127,7 +127,7 @@ def test_one_graph_of_everything_gives_one_file_and_shows_its_spectrum(cache, tm
     state = checkpoint.load(tmp_path / f"{LABELS}.pth.tar")
     assert "pseudo_probs" not in state  # as published, unless asked for
     train = checkpoint.load(cache["train"])
-    metric = Metric(train["features"], "imagenet", QUICK["num_neighbors"])
+    metric = EmbeddingGraph(train["features"], "imagenet", QUICK["num_neighbors"])
     split = labeled_split(train["labels"], LABELS, CLASSES)
     labels = train["labels"][split.labeled]
     answer = propagate(metric, "nc", split, labels, CLASSES, num_eigenvectors=14)
@@ -135,7 +135,7 @@ def test_one_graph_of_everything_gives_one_file_and_shows_its_spectrum(cache, tm
 
 
 @pytest.mark.slow
-def test_nearest_neighbours_and_what_they_say_of_validation_images(cache, tmp_path):
+def test_nearest_neighbors_and_what_they_say_of_validation_images(cache, tmp_path):
     notebook = run("knn-imagenet", cache, tmp_path, chunks=2, val_features=str(cache["val"]), k=5)
     train, val = checkpoint.load(cache["train"]), checkpoint.load(cache["val"])
     votes = classify(val["val_features"], train["features"], train["labels"], CLASSES, k=5)

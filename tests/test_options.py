@@ -163,14 +163,14 @@ def test_help_is_the_docstring_and_every_option_is_explained(script):
 @pytest.mark.parametrize("script", [pretraining, finetuning], ids=["pretrain", "finetune"])
 def test_options_that_change_the_mathematics_are_options(script):
     known = vars(script.build_parser().parse_args([]))
-    assert set(script.MATHEMATICS) <= known.keys()
-    assert len(set(script.MATHEMATICS)) == len(script.MATHEMATICS)
+    assert set(script.RESUME_INVARIANTS) <= known.keys()
+    assert len(set(script.RESUME_INVARIANTS)) == len(script.RESUME_INVARIANTS)
     # what only decides where a run computes, writes, or stops to look
     free = {"data_dir", "num_workers", "gpus", "precision", "resume", "model_dir", "log_dir"}
     free |= {"test_only", "model_root", "log_root", "exp_name", "eval", "eval_freq", "print_freq"}
     free |= {"stop_after", "deterministic", "compile", "winograd", "profile"}
     free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path
-    assert set(script.MATHEMATICS) == known.keys() - free
+    assert set(script.RESUME_INVARIANTS) == known.keys() - free
 
 
 def test_num_labeled_takes_a_number_or_all_and_says_so(capsys):

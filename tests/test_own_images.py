@@ -69,7 +69,7 @@ def test_half_of_the_pictures_are_jpeg_and_no_name_gives_an_unknown_class_away(p
     hidden = [p.relative_to(pictures).as_posix() for p in files if "album" in p.as_posix()]
     assert len(hidden) == 60
     assert not [path for path in hidden if any(name in path for name in PHOTOGRAPHS)]
-    # in the order of the classes, neighbours would look alike
+    # in the order of the classes, neighbors would look alike
     train, _ = build_datasets("folder", pictures)
     levels = train.images[train.targets == UNKNOWN].float().mean(dim=(1, 2, 3)).numpy()
     assert abs(np.corrcoef(levels[:-1], levels[1:])[0, 1]) < 0.5

@@ -95,7 +95,7 @@ def test_a_gray_classifier_reads_gray_pictures(world, tmp_path):
     )  # train, unlabeled and test, at any depth
 
 
-def test_a_classifier_of_the_imagenet_kind_sees_the_centre_of_a_larger_picture(world, tmp_path):
+def test_a_classifier_of_the_imagenet_kind_sees_the_center_of_a_larger_picture(world, tmp_path):
     file = classifier_file(tmp_path / "imagenet.pth.tar", imagenet=True)
     words = ("--checkpoint", file, "--images", world / "pictures" / "test", "--precision", "fp32")
     call(predict, *words, "--output", tmp_path / "o.csv", "-j", 0)
@@ -117,7 +117,7 @@ def test_a_classifier_of_the_imagenet_kind_sees_the_centre_of_a_larger_picture(w
 @pytest.mark.parametrize(
     ("dataset", "first_mean"), [("cifar10", 0.4914), ("patches", 0.427), ("folder", 0.485)]
 )
-def test_pictures_are_normalised_as_those_of_the_training_set(tmp_path, dataset, first_mean):
+def test_pictures_are_normalized_as_those_of_the_training_set(tmp_path, dataset, first_mean):
     file = classifier_file(tmp_path / "ckpt.pth.tar", dataset=dataset)
     assert prediction.load_classifier(file).stats[0][0] == first_mean
 

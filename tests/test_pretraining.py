@@ -24,7 +24,7 @@ import lib.pretraining
 from datasets import build_datasets
 from lib import checkpoint, engine, features, memory_bank, options
 from lib import pretraining as loop
-from lib.devices import Compute
+from lib.devices import Device
 from lib.options import load_script
 from models import build_model
 
@@ -39,22 +39,22 @@ def call(script: ModuleType, *words: object) -> dict[str, float]:
 
 
 def make_folder(root: Path, *, unlabeled: int = 12, test: bool = True) -> Path:
-    """A data set of 16x16 pictures: four colours, 10 labelled pictures and 5 test pictures of each."""
+    """A data set of 16x16 pictures: four colors, 10 labeled pictures and 5 test pictures of each."""
     rng = np.random.default_rng(0)
-    colours = {
+    colors = {
         "red": (200, 40, 40),
         "green": (40, 200, 40),
         "blue": (40, 40, 200),
         "gray": (90,) * 3,
     }
-    wanted = [(f"train/{name}", c, 10) for name, c in colours.items()]
-    wanted += [(f"unlabeled/{name}", c, unlabeled // 4) for name, c in colours.items()]
-    wanted += [(f"test/{name}", c, 5) for name, c in colours.items() if test]
-    for folder, colour, count in wanted:
+    wanted = [(f"train/{name}", c, 10) for name, c in colors.items()]
+    wanted += [(f"unlabeled/{name}", c, unlabeled // 4) for name, c in colors.items()]
+    wanted += [(f"test/{name}", c, 5) for name, c in colors.items() if test]
+    for folder, color, count in wanted:
         (root / folder).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             noise = rng.integers(-40, 56, (16, 16, 3))
-            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / folder / f"{i}.png")
     return root
 
@@ -87,7 +87,7 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 
 def deterministic(lines: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """The lines of one event, without what the clock decides."""
-    clock = ("time", "images_per_s", "data_wait", "matrix_share")
+    clock = ("time", "images_per_s", "data_wait", "mfu")
     return [{k: v for k, v in x.items() if k not in clock} for x in lines if x["event"] == event]
 
 
@@ -363,7 +363,7 @@ def test_test_only_measures_a_recomputed_bank_and_writes_nothing(pretrain, pictu
     mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in train.stats)
     with torch.no_grad():
         bank, queries = (model((s.images / 255 - mean) / std) for s in (train, test))
-    mine = features.extract(model.train(), train, Compute(torch.device("cpu"), bf16=False))
+    mine = features.extract(model.train(), train, Device(torch.device("cpu"), bf16=False))
     torch.testing.assert_close(mine, bank, rtol=0, atol=1e-5)  # BatchNorm's running statistics
     known = train.targets >= 0
     votes = torch.zeros(len(test), 4)
@@ -449,7 +449,7 @@ def test_weights_that_are_not_finite_are_never_saved(number):
 
 
 def test_a_gpu_is_not_waited_for_at_every_step_and_the_very_step_is_named():
-    watch = engine._LossWatch(Compute(torch.device("cpu"), bf16=False))
+    watch = engine._LossWatch(Device(torch.device("cpu"), bf16=False))
     watch._every = engine.CHECK_EVERY  # as on a GPU
     for step in range(1, engine.CHECK_EVERY):
         watch.see(torch.tensor(math.nan if step >= 7 else 1.0), step)

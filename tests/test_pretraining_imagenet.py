@@ -14,13 +14,13 @@ from test_pretraining import assert_same, call, deterministic, log_lines, make_f
 from datasets import FileSet, build_datasets
 from lib import checkpoint, distributed, features, knn
 from lib import pretraining as loop
-from lib.devices import Compute
+from lib.devices import Device
 from lib.options import load_script
 from lib.sampler import permutation
 from models import IMAGENET_ARCHITECTURES, build_model
 
 imagenet = load_script("unsupervised/imagenet.py")
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 SMALL = ("--image-size", 40, "-b", 16, "-j", 0, "--nce-k", 8, "--precision", "fp32")
 
 # names and aliases -> default, copied from the published command line
@@ -87,7 +87,7 @@ def test_options_that_change_the_mathematics_are_all_options_but_those_of_place_
     free |= {"compile", "winograd", "profile"}
     free |= {"resume", "auto_resume", "start_epoch", "pretrained", "model_dir", "log_dir"}
     free |= {"test_only", "evaluate", "val_batch_size", "print_freq", "save_freq"}
-    assert set(imagenet.MATHEMATICS) == known - free
+    assert set(imagenet.RESUME_INVARIANTS) == known - free
 
 
 def test_a_run_leaves_the_published_keys_and_the_last_the_best_and_the_numbered_files(finished):
@@ -198,7 +198,7 @@ def test_pretrained_leaves_out_the_last_layer_of_a_classifier_even_where_it_has_
     assert torch.equal(model.fc.weight, head)
 
 
-def test_a_normaliser_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
+def test_a_normalizer_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
     begin = loop.start
 
     def broken(*words, **keywords):
@@ -294,13 +294,13 @@ def test_features_of_such_a_checkpoint_come_from_the_files_at_the_size_of_traini
 ):
     file = tmp_path / "ckpt.pth.tar"
     file.symlink_to(finished / "ckpt.pth.tar")
-    words = {"dataset": "folder", "data_dir": pictures, "num_workers": 0, "compute": CPU}
-    found = features.obtain(checkpoint_file=file, **words)
+    words = {"dataset": "folder", "data_dir": pictures, "num_workers": 0, "device": CPU}
+    found = features.load_or_extract(checkpoint_file=file, **words)
     train, _ = build_datasets("folder", pictures, image_size=40, in_memory=False)
     model = features.load_embedding(file)
     torch.testing.assert_close(found.features, features.extract(model, train, CPU))
     assert found.digest == train.digest
-    again = features.obtain(checkpoint_file=file, **words)
+    again = features.load_or_extract(checkpoint_file=file, **words)
     assert torch.equal(again.features, found.features)
 
 
@@ -338,7 +338,7 @@ def test_the_shell_script_has_the_published_settings(tmp_path):
         "auto_resume": True,
     }
     assert shell(VENV=str(venv)).returncode == 2
-    assert "ResNet-50, 46.8% nearest-neighbour" in assert_ok(shell("--help"))
+    assert "ResNet-50, 46.8% nearest-neighbor" in assert_ok(shell("--help"))
 
 
 @pytest.mark.slow

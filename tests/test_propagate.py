@@ -37,8 +37,8 @@ def features(tmp_path_factory) -> Path:
     """Features of the patches: a direction per class, and noise."""
     data, _ = build_datasets("patches", "")
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, 32, generator=generator)
-    rows = l2_normalize(centres[data.targets] + 1.4 * torch.randn(3000, 32, generator=generator))
+    centers = torch.randn(10, 32, generator=generator)
+    rows = l2_normalize(centers[data.targets] + 1.4 * torch.randn(3000, 32, generator=generator))
     path = tmp_path_factory.mktemp("features") / "features.pth.tar"
     checkpoint.save(FeatureSet(rows, data.targets, 10, data.digest).state(), path)
     return path
@@ -130,7 +130,7 @@ def test_merged_chunks_are_one_ranking(features, tmp_path):
         parts[1].unlabeled,
         parts[1].probabilities,
     )
-    with pytest.raises(ValueError, match="different sets of labelled images"):
+    with pytest.raises(ValueError, match="different sets of labeled images"):
         pseudo_labels.merged([parts[0], other])
 
 

@@ -18,7 +18,7 @@ from lib.filters import graph_operator
 from lib.graph import build_graph
 from lib.propagation import (
     METHODS,
-    Metric,
+    EmbeddingGraph,
     propagate,
     propagate_filter,
     propagate_normalized_cut,
@@ -26,8 +26,8 @@ from lib.propagation import (
     propagate_spreading,
 )
 from lib.propagation.algorithms import ALGORITHMS, log_shares, run_algorithm
+from lib.propagation.cache import GraphCache
 from lib.propagation.checks import Labeling
-from lib.propagation.kept import Kept
 from lib.propagation.priors import match_prior
 from lib.pseudo_labels import entropy_confidence, from_probabilities, from_scores
 from lib.spectral import laplacian_spectrum
@@ -55,7 +55,7 @@ def components_of_random_weights(sizes, seed):
 def task(num_classes=3, per_class=25, num_labeled=9, spread=0.4, seed=0):
     features, targets = blobs(num_classes, per_class, spread=spread, seed=seed)
     split = labeled_split(targets, num_labeled, num_classes, seed)
-    return Metric(features, num_neighbors=10), split, targets
+    return EmbeddingGraph(features, num_neighbors=10), split, targets
 
 
 @settings(max_examples=10, deadline=None)
@@ -124,7 +124,7 @@ def test_pseudo_inverse_filter_equals_the_normalized_cut_with_all_eigenvectors(s
 @pytest.mark.parametrize("name", DIFFUSIONS)
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.integers(1, 8), min_size=3, max_size=6), seed=st.integers(0, 10**6))
-def test_component_with_labels_of_one_class_is_labelled_with_it(name, sizes, seed):
+def test_component_with_labels_of_one_class_is_labeled_with_it(name, sizes, seed):
     rng = np.random.default_rng(seed)
     sizes = [*sizes, 4]  # the last component has no label
     W = components_of_random_weights(sizes, seed)
@@ -151,7 +151,7 @@ def test_component_with_labels_of_two_classes_is_divided_inside(name):
 @pytest.mark.parametrize("confidence", ["margin", "entropy"])
 def test_image_that_no_label_reaches_gets_confidence_zero(method, confidence):
     W = scipy.linalg.block_diag(np.ones((5, 5)), np.ones((6, 6)), np.ones((4, 4)), 0)
-    metric = Metric(torch.zeros(16, 2), given=sp.csr_matrix(W.astype(np.float32)))
+    metric = EmbeddingGraph(torch.zeros(16, 2), given=sp.csr_matrix(W.astype(np.float32)))
     split = Split(torch.tensor([0, 5]), torch.tensor([i for i in range(16) if i not in (0, 5)]))
     found = propagate(metric, method, split, torch.tensor([1, 0]), 2)
     pseudo = from_scores(found.scores, split, confidence=confidence)
@@ -192,7 +192,9 @@ def test_permuted_images_give_the_permuted_scores(method):
     labels = targets[split.labeled]
     moved = Split(place[split.labeled], place[split.unlabeled])
     one = propagate(metric, method, split, labels, 3).scores
-    two = propagate(Metric(metric.features[order], num_neighbors=10), method, moved, labels, 3)
+    two = propagate(
+        EmbeddingGraph(metric.features[order], num_neighbors=10), method, moved, labels, 3
+    )
     probabilities = one[order].softmax(dim=1), two.scores.softmax(dim=1)
     torch.testing.assert_close(*probabilities, atol=1e-2, rtol=0)
 
@@ -209,7 +211,7 @@ def test_degenerate_features_give_finite_probabilities(method, kind):
     elif kind == "zero rows":
         features[:15] = 0
     split = labeled_split(targets, 6, 3)
-    found = propagate(Metric(features), method, split, targets[split.labeled], 3)
+    found = propagate(EmbeddingGraph(features), method, split, targets[split.labeled], 3)
     pseudo = from_scores(found.scores, split, confidence=found.confidence)
     assert torch.isfinite(pseudo.probabilities).all()
     if kind == "no noise":
@@ -220,7 +222,7 @@ def test_clamped_images_keep_their_labels_and_the_others_are_smooth():
     features, targets = blobs(3, 30, spread=0.3)
     labeled = labeled_split(targets, 15, 3).labeled
     labels = targets[labeled].clone()
-    labels[0] = (labels[0] + 1) % 3  # a wrong one, whose neighbours disagree
+    labels[0] = (labels[0] + 1) % 3  # a wrong one, whose neighbors disagree
     spectrum = laplacian_spectrum(build_graph(features, num_neighbors=10), 12)
     free = propagate_normalized_cut(spectrum, labeled, labels, 3)
     clamped = propagate_normalized_cut(spectrum, labeled, labels, 3, clamp=True)
@@ -371,7 +373,7 @@ def test_graph_and_spectrum_are_made_once_for_all(monkeypatch):
 
 def test_a_spectrum_that_is_read_from_its_file_needs_no_product(tmp_path):
     metric, _, _ = task()
-    first, second = (replace(metric, kept=Kept(tmp_path), _largest=[]) for _ in range(2))
+    first, second = (replace(metric, cache=GraphCache(tmp_path), _largest=[]) for _ in range(2))
     computed, read = first.spectrum(9), second.spectrum(9)
     np.testing.assert_array_equal(read.vectors, computed.vectors)
     assert "product" in vars(first)
@@ -381,7 +383,7 @@ def test_a_spectrum_that_is_read_from_its_file_needs_no_product(tmp_path):
 def test_a_filter_through_eigenvectors_is_chosen_only_where_it_is_cheap_and_exact(monkeypatch):
     metric, split, targets = task(spread=0.2)
     labels, said = targets[split.labeled], []
-    metric = replace(metric, kept=Kept(say=said.append))
+    metric = replace(metric, cache=GraphCache(log=said.append))
 
     def scores(way, **more):
         options = {"filter": "heat", "filter_by": way, **more}
@@ -459,13 +461,13 @@ def test_large_graphs_are_multiplied_in_an_order_of_their_own_with_the_same_answ
 ):
     features, targets = blobs(4, 60)
     split = labeled_split(targets, 8, 4)
-    plain = propagate(Metric(features), method, split, targets[split.labeled], 4)
+    plain = propagate(EmbeddingGraph(features), method, split, targets[split.labeled], 4)
     monkeypatch.setattr(lib.propagation.algorithms, "SORTED_FROM", 100)
     asked = []
     near_order = lib.propagation.algorithms.near_order
     monkeypatch.setattr(
         lib.propagation.algorithms, "near_order", lambda *a: asked.append(1) or near_order(*a)
     )
-    ordered = propagate(Metric(features), method, split, targets[split.labeled], 4)
+    ordered = propagate(EmbeddingGraph(features), method, split, targets[split.labeled], 4)
     assert asked
     torch.testing.assert_close(ordered.scores, plain.scores, atol=2e-3, rtol=1e-3)

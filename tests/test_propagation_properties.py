@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lib.filters
 import lib.spectral
 from lib.filters import FILTERS
-from lib.propagation import METHODS, Metric, propagate, propagate_normalized_cut
+from lib.propagation import METHODS, EmbeddingGraph, propagate, propagate_normalized_cut
 from lib.propagation.algorithms import ALGORITHMS
 from lib.pseudo_labels import from_scores
 from lib.spectral import laplacian_spectrum
@@ -26,10 +26,12 @@ FEW = settings(
 )
 SEEDS = st.integers(0, 10**6)
 CLEAR = 0.02  # a difference of two probabilities that rounding does not turn round
-K = 8  # neighbours of each image
+K = 8  # neighbors of each image
 
 
-def answer(metric: Metric, method: str, split: Split, labels: torch.Tensor, classes: int, **more):
+def answer(
+    metric: EmbeddingGraph, method: str, split: Split, labels: torch.Tensor, classes: int, **more
+):
     """Probabilities N x C; warnings of falling graphs are no news here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -37,13 +39,18 @@ def answer(metric: Metric, method: str, split: Split, labels: torch.Tensor, clas
 
 
 def task(seed: int, per_class: int = 14, spread: float = 0.4, **choices):
-    """Metric, split, labels and all targets; every image's neighbours are clear of rounding."""
+    """EmbeddingGraph, split, labels and all targets; every image's neighbors are clear of rounding."""
     features, targets = blobs(3, per_class, spread=spread, seed=seed)
     closest = (features.double() @ features.double().T).topk(K + 2, dim=1).values
-    # K neighbours, with or without the image itself, and the next one: a tie is nobody's choice
+    # K neighbors, with or without the image itself, and the next one: a tie is nobody's choice
     assume((closest[:, K - 1 : K + 1] - closest[:, K : K + 2] > 1e-5).all())
     split = labeled_split(targets, 9, 3, seed)
-    return Metric(features, num_neighbors=K, **choices), split, targets[split.labeled], targets
+    return (
+        EmbeddingGraph(features, num_neighbors=K, **choices),
+        split,
+        targets[split.labeled],
+        targets,
+    )
 
 
 def assert_same_labels(one: torch.Tensor, two: torch.Tensor) -> None:
@@ -126,7 +133,9 @@ def test_dense_and_sparse_eigenvectors_agree(seed):
         assert_same_labels(answers[0], other)
 
 
-def finite_answer(metric: Metric, method: str, split: Split, labels: torch.Tensor, classes: int):
+def finite_answer(
+    metric: EmbeddingGraph, method: str, split: Split, labels: torch.Tensor, classes: int
+):
     """Probabilities, proved to be finite and to make pseudo-labels, which check themselves."""
     probabilities = answer(metric, method, split, labels, classes)
     assert torch.isfinite(probabilities).all()
@@ -141,7 +150,7 @@ def finite_answer(metric: Metric, method: str, split: Split, labels: torch.Tenso
 def test_duplicates_get_the_label_of_each_other(method, seed, copies):
     features, targets = blobs(3, 8, spread=0.2, seed=seed)
     split = labeled_split(targets.repeat(copies), 6, 3, seed)
-    metric = Metric(features.repeat(copies, 1), num_neighbors=3 * copies)
+    metric = EmbeddingGraph(features.repeat(copies, 1), num_neighbors=3 * copies)
     found = finite_answer(metric, method, split, targets.repeat(copies)[split.labeled], 3)
     predicted = found.argmax(dim=1).view(copies, -1)
     # one copy may hold the label and the others not, at the edge of a class
@@ -152,19 +161,21 @@ def test_duplicates_get_the_label_of_each_other(method, seed, copies):
 @pytest.mark.parametrize("graph", ["cifar", "local-scale", "imagenet"])
 def test_constant_features_give_finite_answers(method, graph):
     split = Split(torch.tensor([0, 1, 2]), torch.arange(3, 20))
-    metric = Metric(torch.ones(20, 4) / 2, graph, 5)
+    metric = EmbeddingGraph(torch.ones(20, 4) / 2, graph, 5)
     finite_answer(metric, method, split, torch.tensor([0, 1, 2]), 3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FEW
 @given(seed=SEEDS, n=st.integers(4, 12), k=st.integers(12, 500))
-def test_more_neighbours_than_images_are_all_images(method, seed, n, k):
+def test_more_neighbors_than_images_are_all_images(method, seed, n, k):
     features, _ = blobs(2, 6, seed=seed)
     split = Split(torch.tensor([0, 1]), torch.arange(2, n))
-    metric = Metric(features[:n], num_neighbors=k)
+    metric = EmbeddingGraph(features[:n], num_neighbors=k)
     found = finite_answer(metric, method, split, torch.tensor([0, 1]), 2)
-    exactly = answer(Metric(features[:n], num_neighbors=n), method, split, torch.tensor([0, 1]), 2)
+    exactly = answer(
+        EmbeddingGraph(features[:n], num_neighbors=n), method, split, torch.tensor([0, 1]), 2
+    )
     assert torch.equal(found, exactly)
 
 
@@ -180,7 +191,7 @@ def test_isolated_images_get_confidence_zero_and_the_rest_an_answer(method, size
     blocks = [rng.uniform(0.2, 1, (m, m)) for m in (6, 7, *sizes)]
     W = scipy.linalg.block_diag(*[b + b.T for b in blocks], np.zeros((zeros, zeros)))
     n = len(W)
-    metric = Metric(torch.zeros(n, 2), given=sp.csr_matrix(W.astype(np.float32)))
+    metric = EmbeddingGraph(torch.zeros(n, 2), given=sp.csr_matrix(W.astype(np.float32)))
     split = Split(torch.tensor([0, 6]), torch.tensor([i for i in range(n) if i not in (0, 6)]))
     found = answer(metric, method, split, torch.tensor([1, 0]), 2)
     assert torch.isfinite(found).all()
@@ -210,7 +221,7 @@ def test_a_class_without_a_label_is_refused_by_name_or_predicted_for_nobody(meth
 def test_every_filter_is_finite_on_any_graph(name, seed):
     rng = np.random.default_rng(seed)
     W = rng.uniform(0, 1, (20, 20)) * (rng.random((20, 20)) < 0.08) * 10.0 ** rng.integers(-8, 8)
-    metric = Metric(torch.zeros(20, 2), given=sp.csr_matrix((W + W.T).astype(np.float32)))
+    metric = EmbeddingGraph(torch.zeros(20, 2), given=sp.csr_matrix((W + W.T).astype(np.float32)))
     split = Split(torch.tensor([0, 1, 2]), torch.arange(3, 20))
     found = answer(metric, "filter", split, torch.tensor([0, 1, 0]), 2, filter=name)
     assert torch.isfinite(found).all()

@@ -21,7 +21,7 @@ CLASSES = ["ant", "bee", "cat", "dog"]
 
 
 def good_state(seed=0):
-    """A file as phase 2 writes it: 8 labelled images, 32 pseudo-labelled, 4 classes."""
+    """A file as phase 2 writes it: 8 labeled images, 32 pseudo-labeled, 4 classes."""
     order = torch.randperm(NUM_IMAGES, generator=torch.Generator().manual_seed(seed))
     scores = 3 * torch.randn(NUM_IMAGES, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
     split = Split(order[:NUM_LABELED], order[NUM_LABELED:])
@@ -92,24 +92,24 @@ MUTATIONS = {  # name: (change, words of the message)
     ),
     "negative index": (put("pseudo_indexes", 2, -3), "negative index -3"),
     "index out of range": (put("unlabeled_indexes", 2, 99), "not among unlabeled_indexes"),
-    "labelled index out of range": (put("labeled_indexes", 0, 40), "index 40 in a data set of 40"),
+    "labeled index out of range": (put("labeled_indexes", 0, 40), "index 40 in a data set of 40"),
     "index twice": (
         replaced("pseudo_indexes", lambda x: torch.cat([x[:1], x[:1], x[2:]])),
         "pseudo_indexes holds an index twice",
     ),
-    "labelled index twice": (
+    "labeled index twice": (
         replaced("labeled_indexes", lambda x: torch.cat([x[:1], x[:1], x[2:]])),
         "labeled_indexes holds an index twice",
     ),
-    "labelled and pseudo-labelled": (
+    "labeled and pseudo-labeled": (
         labeled_image_is_pseudo_labeled,
-        "both labelled and pseudo-labelled",
+        "both labeled and pseudo-labeled",
     ),
     "negative label": (put("pseudo_labels", 5, -1), "label -1 is negative"),
     "label out of range": (put("pseudo_labels", 5, 4), "label 4 is out of range"),
     "other number of labels": (
         replaced("labeled_indexes", lambda x: x[:-1]),
-        "made with 7 labelled images, but --num-labeled asks for 8",
+        "made with 7 labeled images, but --num-labeled asks for 8",
     ),
     "NaN probability": (put("pseudo_probs", (1, 1), math.nan), "pseudo_probs hold NaN"),
     "infinite probability": (put("pseudo_probs", (1, 1), math.inf), "pseudo_probs hold NaN, inf"),
@@ -282,7 +282,7 @@ def test_a_thousand_damaged_files_of_fourteen_kinds_are_all_refused(tmp_path_fac
 
 def test_message_names_the_file_and_every_problem(tmp_path):
     state = good_state()
-    for name in ("negative label", "NaN weight", "labelled and pseudo-labelled"):
+    for name in ("negative label", "NaN weight", "labeled and pseudo-labeled"):
         MUTATIONS[name][0](state)
     with pytest.raises(ValueError, match=r"p\.pth\.tar: .*both.*negative.*NaN"):
         read(tmp_path, state)
@@ -465,7 +465,7 @@ def test_ratio_outside_of_0_to_1_is_refused(ratio):
 
 
 def chunks(folder, sizes, seed=0, num_chunks=None):
-    """`sizes[i]` pseudo-labelled images in chunk i, all with the labelled images 0 ... 3."""
+    """`sizes[i]` pseudo-labeled images in chunk i, all with the labeled images 0 ... 3."""
     parts, first = [], 4
     generator = torch.Generator().manual_seed(seed)
     for number, size in enumerate(sizes):
@@ -495,13 +495,13 @@ def other_labels(folder):
     checkpoint.save(state, folder / "3_1.pth.tar")
 
 
-def test_chunks_may_list_their_labelled_images_in_any_order(tmp_path):
+def test_chunks_may_list_their_labeled_images_in_any_order(tmp_path):
     parts = chunks(tmp_path, [2, 3])
     turned = replace(parts[1], labeled=parts[1].labeled.flip(0))
     pseudo_labels.save(turned, tmp_path / "2_1.pth.tar")
     merged = pseudo_labels.merged(pseudo_labels.load_chunks(tmp_path))
     assert sorted(merged.indexes.tolist()) == [4, 5, 6, 7, 8]
-    with pytest.raises(ValueError, match="different sets of labelled images"):
+    with pytest.raises(ValueError, match="different sets of labeled images"):
         pseudo_labels.merged([parts[0], replace(parts[1], labeled=torch.arange(3))])
 
 
@@ -535,9 +535,9 @@ CHUNK_FAULTS = {
         lambda f: (f / "3_01.pth.tar").touch(),
         r"1 that do not belong to it \(3_01.pth.tar\)",
     ),
-    "other labelled images": (
+    "other labeled images": (
         other_labels,
-        r"3_1.pth.tar made with other labelled images than 3_0",
+        r"3_1.pth.tar made with other labeled images than 3_0",
     ),
     "another data set": (other_data, r"3_2.pth.tar made with another data set than 3_0.pth.tar"),
     "a damaged one": (lambda f: (f / "3_2.pth.tar").write_bytes(b"x"), r"3_2.pth.tar"),
@@ -591,7 +591,7 @@ def read_values(state):
     return PseudoLabels(*values, state["meta"])
 
 
-def test_a_table_says_names_paths_and_what_is_labelled(tmp_path):
+def test_a_table_says_names_paths_and_what_is_labeled(tmp_path):
     pseudo = PseudoLabels(
         torch.tensor([4, 1]),
         torch.tensor([1, 0]),
@@ -705,7 +705,7 @@ def test_the_command_line_goes_there_and_back(tmp_path):
     checkpoint.save(good_state(), tmp_path / "p.pth.tar")
     module = ("-m", "lib.pseudo_labels")
     output = assert_ok(run_script(*module, "export", tmp_path / "p.pth.tar", tmp_path / "p.csv"))
-    assert "32 pseudo-labelled and 8 labelled images" in output
+    assert "32 pseudo-labeled and 8 labeled images" in output
     assert_ok(run_script(*module, "import", tmp_path / "p.csv", tmp_path / "q.pth.tar"))
     one, other = (checkpoint.load_dict(tmp_path / f"{name}.pth.tar") for name in "pq")
     for key in ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "labeled_indexes"):

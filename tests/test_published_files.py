@@ -15,7 +15,7 @@ from lib import checkpoint, devices, features, options, pretraining, pseudo_labe
 from lib.options import load_script
 from models import build_model
 
-CPU = devices.Compute(torch.device("cpu"), bf16=False)
+CPU = devices.Device(torch.device("cpu"), bf16=False)
 TINY = ("--dataset", "folder", "--image-size", 16, "--arch", "wrn-10-1", "--precision", "fp32")
 
 
@@ -140,9 +140,9 @@ def test_a_colorization_backbone_is_refused_where_it_does_not_fit(tmp_path, keep
     gray = build_model("wrn-10-1", 10, in_channels=1)
     published.colorization_backbone(file := tmp_path / "ckpt.pth.tar", gray)
     weights = checkpoint.model_weights(checkpoint.load_dict(file), file)
-    colour = build_model("wrn-10-1", 10)
+    color = build_model("wrn-10-1", 10)
     with pytest.raises(ValueError, match=r"1 mismatched \(conv1.weight\).*--input-gray"):
-        checkpoint.load_weights(colour, weights, source=file, keep_head=keep_head)
+        checkpoint.load_weights(color, weights, source=file, keep_head=keep_head)
     with pytest.raises(ValueError, match=r"missing \(bn1"):
         checkpoint.load_weights(gray, weights, source=file)  # a whole classifier is wanted
     del weights["2.layer.0.bn1.weight"]
@@ -338,13 +338,13 @@ def test_labels_are_propagated_through_a_published_bare_tensor(world, tmp_path):
 
 def test_a_published_checkpoint_is_extracted_and_propagated(world, tmp_path):
     folder, _, _, _, rows = world
-    found = features.obtain(
+    found = features.load_or_extract(
         checkpoint_file=folder / "metric.pth.tar",
         architecture="wrn-10-1",
         dataset="folder",
         data_dir=str(folder / "pictures"),
         image_size=16,
-        compute=CPU,
+        device=CPU,
     )
     torch.testing.assert_close(found.features, rows)
 

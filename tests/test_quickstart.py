@@ -37,7 +37,7 @@ def test_the_table_shows_the_results(small):
 
 def test_every_file_on_the_way_is_left(small):
     output, _ = small
-    for name in ("results.png", "confidence_precision.png", "metric/ckpt.cifar.pth.tar"):
+    for name in ("results.png", "accuracy_coverage.png", "metric/ckpt.cifar.pth.tar"):
         assert (output / name).stat().st_size > 1000
     for algorithm in ("knn", "nc"):
         folder = output / "pseudos" / f"{algorithm}-split0"
@@ -52,7 +52,7 @@ def test_every_file_on_the_way_is_left(small):
 
 def test_the_other_splits_get_what_the_notebooks_write_for_the_first(small, tmp_path):
     output, _ = small
-    metric = quickstart.obtain(
+    metric = quickstart.load_or_extract(
         checkpoint_file=output / "metric" / "ckpt.cifar.pth.tar", dataset="patches"
     )
     quickstart.spread(metric, [20], range(1), tmp_path)

@@ -303,7 +303,7 @@ PROGRAMS = {
     "resized by its state": program(
         tensor() + b"(" + storage() + number(0) + number((10**11,)) + number((1,)) + b"tb"
     ),
-    "quantised": program(
+    "quantized": program(
         reduce(
             name("torch._utils", "_rebuild_qtensor"),
             *(storage(), number(0), number((10**11,)), number((1,))),

@@ -14,14 +14,14 @@ from conftest import ROOT, assert_ok, run_script
 from tensorboardX import SummaryWriter
 
 from lib import checkpoint, devices, log, provenance
-from lib.devices import Compute
+from lib.devices import Device
 from lib.log import RunLog
-from lib.meters import Mean
+from lib.meters import AverageMeter
 from models import build_model
 
 
 def test_a_mean_is_weighted_and_reads_nan_before_the_first_update():
-    mean = Mean()
+    mean = AverageMeter()
     assert math.isnan(mean.value)
     mean.update(2.0, 3)
     mean.update(torch.tensor(10.0, requires_grad=True), 1)
@@ -31,7 +31,7 @@ def test_a_mean_is_weighted_and_reads_nan_before_the_first_update():
 
 
 def test_a_mean_keeps_small_numbers_beside_many_large_ones():
-    mean = Mean()
+    mean = AverageMeter()
     for _ in range(1000):
         mean.update(torch.tensor(1e8))
     mean.update(torch.tensor(1.0))
@@ -40,7 +40,7 @@ def test_a_mean_keeps_small_numbers_beside_many_large_ones():
 
 
 def test_a_mean_waits_for_the_device_only_when_it_is_read(monkeypatch):
-    mean, value = Mean(), torch.tensor(3.0)
+    mean, value = AverageMeter(), torch.tensor(3.0)
 
     def refuse(_):
         raise AssertionError("update read a tensor")
@@ -64,11 +64,11 @@ def pretend_cuda(monkeypatch, count, capability=(9, 0)):
 @pytest.mark.parametrize("gpus", ["0", "3", "cpu", " 1 "])
 def test_without_cuda_every_choice_is_the_cpu(monkeypatch, gpus):
     pretend_cuda(monkeypatch, 0)
-    compute = devices.select(gpus, "fp32")
-    assert compute == Compute(torch.device("cpu"), bf16=False)
-    assert str(compute).startswith("CPU, ")
-    assert str(compute).endswith("fp32")
-    assert "\n" not in str(compute)
+    device = devices.select(gpus, "fp32")
+    assert device == Device(torch.device("cpu"), bf16=False)
+    assert str(device).startswith("CPU, ")
+    assert str(device).endswith("fp32")
+    assert "\n" not in str(device)
 
 
 def test_with_cuda_the_number_is_an_index_among_the_visible_devices(monkeypatch):
@@ -126,9 +126,9 @@ def test_bf16_needs_an_ampere_device(monkeypatch, capability, fast):
 
 def test_autocast_and_memory_order_follow_the_choice():
     for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        with Compute(torch.device("cpu"), bf16).autocast():
+        with Device(torch.device("cpu"), bf16).autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-    model = Compute(torch.device("cpu"), False).prepare(build_model("wrn-10-1", 4))
+    model = Device(torch.device("cpu"), False).prepare(build_model("wrn-10-1", 4))
     weight = model.block2.layer[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.dtype == torch.float32
@@ -136,7 +136,7 @@ def test_autocast_and_memory_order_follow_the_choice():
 
 def test_a_model_goes_to_the_device_that_was_chosen():
     # to one that is no hardware, so that a machine with a GPU says the same as one without
-    model = Compute(torch.device("meta"), False).prepare(build_model("wrn-10-1", 4))
+    model = Device(torch.device("meta"), False).prepare(build_model("wrn-10-1", 4))
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -197,7 +197,7 @@ def test_failure_of_the_solver_is_an_error_that_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(lib.spectral, "DENSE_BELOW", 0)
     monkeypatch.setattr(lib.spectral, "eigsh", failing)
-    with pytest.raises(ValueError, match="take more neighbours per image"):
+    with pytest.raises(ValueError, match="take more neighbors per image"):
         laplacian_spectrum(cliques(20), 5)
 
 

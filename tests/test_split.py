@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lib.split import ALL, expected_count, labeled_split, parse_num_labeled
 
-# the first 50 labelled images of the real CIFAR-10, class by class (published)
+# the first 50 labeled images of the real CIFAR-10, class by class (published)
 PUBLISHED_50 = [
     [24681, 42151, 48978, 41040, 36909],
     [8628, 24936, 35926, 15934, 8801],
@@ -137,9 +137,9 @@ def test_even_number_warns_of_nothing():
         ([0, 0, 1, 1], 1, "give 2 at least"),
         ([0, 0, 1, 1], 0, "give 2 at least"),
         ([0, 0, 1, 1], -4, "give 2 at least"),
-        ([0, 0, 0, 1], 4, "class 1 has 1 labelled images and 2 are asked for"),
-        ([0, 0, 0, -1], 2, "class 1 has no labelled image"),
-        ([0, 0, 0, -1], "all", "class 1 has no labelled image"),
+        ([0, 0, 0, 1], 4, "class 1 has 1 labeled images and 2 are asked for"),
+        ([0, 0, 0, -1], 2, "class 1 has no labeled image"),
+        ([0, 0, 0, -1], "all", "class 1 has no labeled image"),
         ([0, 1, 2, 1], 2, "class 2 among 2 classes"),
         ([0, 1, -2, 1], 2, "class -2 among 2 classes"),
         ([0, 1, 0, 1], "many", "'many' is no number"),

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from datasets.images import CIFAR10_STATS, ImageSet
 from datasets.transforms import Augmentation, finetune_ops, instance_ops
 from lib import engine, options, throughput
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import Batches
 from lib.memory_bank import MemoryBank, build_loss
-from lib.meters import Clock, Mean, speed
+from lib.meters import AverageMeter, Throughput, speed
 from models import build_model
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 SMALL = ("--dataset", "patches", "--image-size", 16, "--arch", "wrn-10-1", "-b", 64)
 
 
@@ -78,11 +78,11 @@ def test_the_share_of_the_rate_goes_into_the_line(monkeypatch):
     times = iter([0.0, 2.0, 2.0])
     monkeypatch.setattr("lib.meters.time.perf_counter", lambda: next(times))
     work = throughput.Arithmetic(per_image=5e6, rate=1e9)
-    clock = Clock(lambda: 0.0, work.share)
+    clock = Throughput(lambda: 0.0, work.mfu)
     clock.count(100)
     lap = clock.lap()
-    assert lap == {"images_per_s": 50.0, "data_wait": 0.0, "matrix_share": 0.25}
-    assert speed(lap) == "50 img/s (0% of the time waiting for images, 25% of the matrix rate)"
+    assert lap == {"images_per_s": 50.0, "data_wait": 0.0, "mfu": 0.25}
+    assert speed(lap) == "50 img/s (0% of the time waiting for images, 25% MFU)"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def loop(phase: int, data: ImageSet):
 def test_no_step_waits_for_the_device(phase, monkeypatch):
     # as on a GPU, where losses are looked at now and then
     monkeypatch.setattr(engine._LossWatch, "see", lambda *_: None)
-    loss = Mean()
+    loss = AverageMeter()
     with _Waits() as waits:
         for _, step in zip(range(3), loop(phase, small_set()), strict=False):
             loss.update(step.loss, step.batch_size)
@@ -194,7 +194,7 @@ def test_both_phases_write_a_trace_beside_their_log(tmp_path, capsys):
         script.main(script.build_parser().parse_args([str(word) for word in words]))
         steps = [name for name in traced_steps(folder) if name.startswith("ProfilerStep")]
         assert len(set(steps)) == 2
-        assert "% of the matrix rate)" in capsys.readouterr().out
+        assert "% MFU)" in capsys.readouterr().out
 
 
 def test_without_a_compiler_compile_is_refused_before_anything_else(tmp_path):
@@ -223,9 +223,9 @@ def test_the_c_library_keeps_what_a_step_frees():
     code = """
 import resource, sys, torch
 from lib import throughput
-from lib.devices import Compute
+from lib.devices import Device
 if sys.argv[1] == "keep":
-    throughput.keep_freed_memory(Compute(torch.device("cpu"), bf16=False))
+    throughput.keep_freed_memory(Device(torch.device("cpu"), bf16=False))
 def touched(mib):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):

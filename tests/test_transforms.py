@@ -29,7 +29,7 @@ STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def pictures(n=8, size=32, seed=0):
-    """Smooth noise, plus the colours that a hue formula gets wrong: grays and equal channels."""
+    """Smooth noise, plus the colors that a hue formula gets wrong: grays and equal channels."""
     generator = torch.Generator().manual_seed(seed)
     images = F.interpolate(torch.rand(n, 3, 8, 8, generator=generator), size, mode="bilinear")
     corners = [[r, g, b] for r in (0.0, 0.5, 1.0) for g in (0.0, 0.5, 1.0) for b in (0.0, 0.5, 1.0)]
@@ -74,7 +74,7 @@ def crop_row(top, left, height, width):
 @pytest.mark.parametrize("size", [32, 21])
 def test_resized_crop_gives_the_pixels_of_torchvision_for_the_same_box(size):
     images, op = pictures(24, size=32)[:, :, :size, :size], RandomResizedCrop(0.05)
-    rows = op.draw(len(images), generator())
+    rows = op.sample_params(len(images), generator())
     rows[0] = crop_row(0.0, 0.0, 1.0, 1.0)
     rows[1] = crop_row(0.9999, 0.9999, 0.1, 0.1)  # the last place, an edge of the picture
     ours = op(images, rows)
@@ -88,7 +88,7 @@ def test_resized_crop_gives_the_pixels_of_torchvision_for_the_same_box(size):
 def test_resized_crop_is_within_a_gray_level_of_pillows_for_the_same_box(scale):
     images, values = pillow_images()
     op = RandomResizedCrop(scale)
-    rows = op.draw(len(images), generator())
+    rows = op.sample_params(len(images), generator())
     boxes = [op.box(row, (32, 32)) for row in rows.tolist()]
     theirs = [
         functional.resized_crop(image, *box, [32, 32])
@@ -103,7 +103,7 @@ def test_resized_crop_is_within_a_gray_level_of_pillows_for_the_same_box(scale):
 def test_crop_boxes_lie_inside_the_image_and_reach_every_border(size):
     op = RandomResizedCrop(0.2)
     extremes = torch.stack([crop_row(1, 1, 1, 1), crop_row(1, 1, 0.3, 0.3)])
-    rows = torch.cat([op.draw(20000, generator()), extremes])
+    rows = torch.cat([op.sample_params(20000, generator()), extremes])
     top, left, height, width = op.boxes(rows, size).unbind(1)
     for start, length, side in ((top, height, size[0]), (left, width, size[1])):
         assert start.min() == 0
@@ -122,7 +122,7 @@ def test_crop_boxes_are_distributed_as_in_torchvision(size):
             for _ in range(8000)
         ]
     ).float()
-    ours = op.boxes(op.draw(40000, generator()), size)
+    ours = op.boxes(op.sample_params(40000, generator()), size)
 
     def moments(boxes):
         _, _, height, width = boxes.unbind(1)
@@ -142,7 +142,7 @@ def test_crop_boxes_are_distributed_as_in_torchvision(size):
 @pytest.mark.parametrize("size", [(32, 32), (40, 50), (20, 90), (90, 20)])
 def test_where_no_candidate_fits_the_largest_central_crop_of_an_allowed_ratio_is_taken(size):
     op = RandomResizedCrop(1.0)
-    boxes = op.boxes(op.draw(300, generator()), size)
+    boxes = op.boxes(op.sample_params(300, generator()), size)
     torch.manual_seed(0)  # torchvision draws ten that do not fit, either
     drawn = [
         transforms.RandomResizedCrop.get_params(torch.zeros(3, *size), (1, 1), (3 / 4, 4 / 3))
@@ -161,7 +161,7 @@ def test_an_impossible_crop_scale_is_refused(scale):
 @pytest.mark.parametrize(("size", "pad"), [(32, 4), (64, 8), (8, 1)])
 def test_pad_crop_cuts_from_a_reflection_of_an_eighth_of_the_side(size, pad):
     images, op = torch.rand(30, 3, size, size, generator=generator()), PadCrop()
-    rows = op.draw(30, generator())
+    rows = op.sample_params(30, generator())
     rows[0], rows[1] = 0.0, 1 - 2**-24
     ours = op(images, rows)
     offsets = (rows * (2 * pad + 1)).long()
@@ -173,7 +173,7 @@ def test_pad_crop_cuts_from_a_reflection_of_an_eighth_of_the_side(size, pad):
 
 def test_pad_crop_and_flip_move_bytes_as_pillow_does():
     images, values = pillow_images()
-    rows = PadCrop().draw(len(images), generator())
+    rows = PadCrop().sample_params(len(images), generator())
     places = (rows * 9).long().tolist()
     theirs = [
         functional.crop(functional.pad(image, [4], padding_mode="reflect"), *place, 32, 32)
@@ -185,7 +185,7 @@ def test_pad_crop_and_flip_move_bytes_as_pillow_does():
 
 
 def test_pad_crop_takes_each_of_the_81_places_equally_often():
-    offsets = (PadCrop().draw(81 * 200, generator()) * 9).long()
+    offsets = (PadCrop().sample_params(81 * 200, generator()) * 9).long()
     counts = (offsets[:, 0] * 9 + offsets[:, 1]).bincount(minlength=81)
     statistic = ((counts - 200.0) ** 2 / 200).sum()
     assert statistic < 135  # 0.9999 quantile of chi-square with 80 degrees of freedom
@@ -200,7 +200,7 @@ def test_pad_crop_takes_each_of_the_81_places_equally_often():
         (adjust_hue, functional.adjust_hue, (-0.4, -0.1, 0.0, 0.25, 0.4)),
     ],
 )
-def test_colour_adjustments_give_the_pixels_of_torchvision(ours, theirs, factors):
+def test_color_adjustments_give_the_pixels_of_torchvision(ours, theirs, factors):
     images = pictures()
     for factor in factors:
         got = ours(images, torch.full((len(images),), factor))
@@ -209,9 +209,9 @@ def test_colour_adjustments_give_the_pixels_of_torchvision(ours, theirs, factors
 
 
 @pytest.mark.parametrize(("k", "most"), [(0, 1.01), (1, 1.5), (2, 1.5), (3, 20.0)])
-def test_colour_adjustments_are_pillows_up_to_its_whole_bytes_and_256_hues(k, most):
+def test_color_adjustments_are_pillows_up_to_its_whole_bytes_and_256_hues(k, most):
     images, values = pillow_images()
-    factors = ColorJitter(0.4).draw(len(images), generator())[:, k]
+    factors = ColorJitter(0.4).sample_params(len(images), generator())[:, k]
     theirs = [
         ADJUSTMENTS[k](image, factor)
         for image, factor in zip(images, factors.tolist(), strict=True)
@@ -238,7 +238,7 @@ def test_contrast_keeps_the_mean_of_each_image_not_of_the_batch():
     assert torch.allclose(flat, images, atol=1e-6)
 
 
-def test_each_image_of_a_batch_gets_its_own_colour_factor():
+def test_each_image_of_a_batch_gets_its_own_color_factor():
     images, factors = pictures(3), torch.tensor([0.6, 1.0, 1.4])
     for adjust in ColorJitter.adjustments:
         alone = [
@@ -249,9 +249,9 @@ def test_each_image_of_a_batch_gets_its_own_colour_factor():
         assert torch.allclose(together, torch.cat(alone), atol=1e-6)
 
 
-def test_colour_jitter_applies_the_four_in_the_order_of_its_row():
+def test_color_jitter_applies_the_four_in_the_order_of_its_row():
     images, op = pictures(24), ColorJitter(0.4)
-    rows = op.draw(24, generator())
+    rows = op.sample_params(24, generator())
     untouched = images.clone()
     ours = op(images, rows)
     assert torch.equal(images, untouched)
@@ -261,9 +261,9 @@ def test_colour_jitter_applies_the_four_in_the_order_of_its_row():
         assert torch.allclose(got, image, atol=2e-3)
 
 
-def test_colour_jitter_and_gray_are_pillows_up_to_two_gray_levels_in_the_mean():
+def test_color_jitter_and_gray_are_pillows_up_to_two_gray_levels_in_the_mean():
     images, values = pillow_images()
-    rows = ColorJitter(0.4).draw(len(images), generator())
+    rows = ColorJitter(0.4).sample_params(len(images), generator())
     theirs = []
     for image, row in zip(images, rows.tolist(), strict=True):
         for k in map(int, row[4:]):
@@ -271,15 +271,15 @@ def test_colour_jitter_and_gray_are_pillows_up_to_two_gray_levels_in_the_mean():
         theirs.append(image)
     difference = gray_levels(ColorJitter(0.4)(values, rows), theirs).abs()
     assert difference.mean() < 2
-    assert difference.flatten().quantile(0.99) < 12  # a colour that the hue moved
+    assert difference.flatten().quantile(0.99) < 12  # a color that the hue moved
     ours = RandomGrayscale(0.5)(values, torch.zeros(len(images), 1))
     gray = [functional.rgb_to_grayscale(image, 3) for image in images]
     assert gray_levels(ours, gray).abs().max() < 0.51  # half a step of rounding
 
 
-def test_colour_jitter_draws_the_distribution_of_torchvision():
+def test_color_jitter_draws_the_distribution_of_torchvision():
     n = 24 * 500
-    rows = ColorJitter(0.4).draw(n, generator())
+    rows = ColorJitter(0.4).sample_params(n, generator())
     low, high = torch.tensor([0.6] * 3 + [-0.4]), torch.tensor([1.4] * 3 + [0.4])
     theirs = transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)
     assert [*theirs.brightness, *theirs.hue] == pytest.approx([0.6, 1.4, -0.4, 0.4])
@@ -299,23 +299,23 @@ def test_colour_jitter_draws_the_distribution_of_torchvision():
 
 def test_grayscale_is_torchvisions_and_falls_on_its_share():
     images, op = pictures(200, size=32), RandomGrayscale(0.2)
-    rows = op.draw(200, generator())
+    rows = op.sample_params(200, generator())
     ours = op(images, rows)
     gray = functional.rgb_to_grayscale(images, num_output_channels=3)
     chosen = rows[:, 0] < 0.2
     assert torch.allclose(ours[chosen], gray[chosen], atol=5e-4)
     assert torch.equal(ours[~chosen], images[~chosen])
-    share = (op.draw(20000, generator())[:, 0] < 0.2).float().mean()
+    share = (op.sample_params(20000, generator())[:, 0] < 0.2).float().mean()
     assert share.item() == pytest.approx(0.2, abs=0.012)
 
 
 def test_flip_mirrors_left_and_right_for_half_of_the_images():
     images, op = pictures(200), RandomHorizontalFlip()
-    rows = op.draw(200, generator())
+    rows = op.sample_params(200, generator())
     ours, flipped = op(images, rows), rows[:, 0] < 0.5
     assert torch.equal(ours[flipped], functional.hflip(images[flipped]))
     assert torch.equal(ours[~flipped], images[~flipped])
-    share = (op.draw(20000, generator())[:, 0] < 0.5).float().mean()
+    share = (op.sample_params(20000, generator())[:, 0] < 0.5).float().mean()
     assert share.item() == pytest.approx(0.5, abs=0.015)
 
 
@@ -323,7 +323,7 @@ def test_flip_mirrors_left_and_right_for_half_of_the_images():
 def test_what_an_image_becomes_depends_on_its_row_alone(crop):
     images = pictures(6)
     for op in instance_ops(crop):
-        rows = op.draw(6, generator())
+        rows = op.sample_params(6, generator())
         assert torch.allclose(op(images, rows), in_a_batch(op, images, rows), atol=1e-6)
 
 
@@ -388,18 +388,18 @@ GRAY, FLIP = transforms.RandomGrayscale(0.2), transforms.RandomHorizontalFlip()
 )
 def test_the_classic_chain_is_torchvisions_with_the_published_settings(ops, size, published):
     expected = transforms.Compose([*published, *ENDING])
-    assert spelled(Augmentation(ops, STATS).classic(size)) == spelled(expected)
+    assert spelled(Augmentation(ops, STATS).pil_transform(size)) == spelled(expected)
 
 
 def test_the_classic_chain_of_gray_input_is_ours_up_to_a_byte():
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
     augmentation = Augmentation((), STATS, gray=True)
-    theirs = augmentation.classic(32)(functional.to_pil_image(image))
+    theirs = augmentation.pil_transform(32)(functional.to_pil_image(image))
     assert theirs.shape == (1, 32, 32)
     assert torch.allclose(theirs, augmentation(image[None])[0], atol=0.6 / 255 / 0.24)
 
 
-def test_normalisation_is_torchvisions():
+def test_normalization_is_torchvisions():
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     ours = Augmentation((), STATS)(images)
     expected = functional.normalize(images.float() / 255, *STATS)
@@ -412,7 +412,7 @@ def test_normalisation_is_torchvisions():
 def test_many_large_images_become_what_each_becomes_alone(gray):
     augmentation = Augmentation(instance_ops(), STATS, gray=gray)
     images = (pictures(5, size=224) * 255).byte()  # more than are worked on at once
-    rows = augmentation.draw(5, generator())
+    rows = augmentation.sample_params(5, generator())
     together = augmentation(images, rows)
     alone = [augmentation(images[i : i + 1], [r[i : i + 1] for r in rows]) for i in range(5)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
@@ -422,11 +422,16 @@ def test_many_large_images_become_what_each_becomes_alone(gray):
 def test_a_batch_of_no_images_stays_one():
     augmentation = Augmentation(instance_ops(), STATS)
     empty = augmentation(
-        torch.empty(0, 3, 16, 16, dtype=torch.uint8), augmentation.draw(0, generator())
+        torch.empty(0, 3, 16, 16, dtype=torch.uint8), augmentation.sample_params(0, generator())
     )
     assert empty.shape == (0, 3, 16, 16)
     for op in (*instance_ops(), PadCrop()):
-        assert op(torch.empty(0, 3, 16, 16), op.draw(0, generator())).shape == (0, 3, 16, 16)
+        assert op(torch.empty(0, 3, 16, 16), op.sample_params(0, generator())).shape == (
+            0,
+            3,
+            16,
+            16,
+        )
 
 
 def test_readers_of_files_take_over_a_first_crop_and_nothing_else():
@@ -452,9 +457,9 @@ def test_augmentation_draws_on_the_cpu_from_the_given_generator_alone():
     augmentation = Augmentation(instance_ops(), STATS)
     images = (pictures(4) * 255).byte()
     before = torch.get_rng_state()
-    first = augmentation(images, augmentation.draw(4, generator(7)))
-    again = augmentation(images, augmentation.draw(4, generator(7)))
-    other = augmentation(images, augmentation.draw(4, generator(8)))
+    first = augmentation(images, augmentation.sample_params(4, generator(7)))
+    again = augmentation(images, augmentation.sample_params(4, generator(7)))
+    other = augmentation(images, augmentation.sample_params(4, generator(8)))
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -465,4 +470,4 @@ def test_rows_that_do_not_match_the_operations_are_refused():
     augmentation = Augmentation(finetune_ops(), STATS)
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="zip"):
-        augmentation(images, augmentation.draw(2, generator())[:1])
+        augmentation(images, augmentation.sample_params(2, generator())[:1])

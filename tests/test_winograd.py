@@ -13,13 +13,13 @@ from conftest import assert_ok, assert_refused, run_script
 from torch import nn
 
 from lib import devices, engine, options, provenance, throughput, winograd
-from lib.devices import Compute
+from lib.devices import Device
 from models import build_model
 from models.layers import BatchNormReLU
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.xdist_group("winograd")  # one process compiles
-PLAIN, WINOGRAD = Compute(CPU, True), Compute(CPU, True, True)
+PLAIN, WINOGRAD = Device(CPU, True), Device(CPU, True, True)
 needs_avx512 = pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="needs AVX512-BF16"
 )
@@ -242,7 +242,7 @@ def both_norms(channels: int) -> tuple[BatchNormReLU, BatchNormReLU]:
 @needs_avx512
 @pytest.mark.parametrize("shape", [(2, 16, 1, 1), (3, 48, 5, 7), (9, 64, 8, 8)], ids=str)
 @pytest.mark.parametrize("far", [0.0, 50.0], ids=["around zero", "far from zero"])
-def test_normalisation_and_its_gradients(shape, far):
+def test_normalization_and_its_gradients(shape, far):
     usual, ours = both_norms(shape[1])
     images = in_bf16(torch.randn(shape) * 2 + far)
     gradient = in_bf16(torch.randn(shape))
@@ -292,7 +292,7 @@ def test_what_is_no_number_stays_none():
 @pytest.mark.parametrize(
     "case", ["evaluation", "float32", "one value", "cumulative", "no statistics"]
 )
-def test_where_it_does_not_suit_normalisation_is_as_before(case):
+def test_where_it_does_not_suit_normalization_is_as_before(case):
     usual, ours = (norm.float() for norm in both_norms(16))
     images = in_bf16(torch.randn(4, 16, 2, 4))
     if case == "evaluation":
@@ -362,17 +362,17 @@ def test_a_network_learns_what_it_learns_without_them(name):
     """Ten steps on one batch; bfloat16 alone is off from float32 by as much."""
     images, targets = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
     losses = {}
-    for how, compute in {
-        "fp32": Compute(CPU, False),
+    for how, device in {
+        "fp32": Device(CPU, False),
         "bf16": PLAIN,
         "winograd": WINOGRAD,
     }.items():
         torch.manual_seed(0)
-        model = compute.prepare(build_model(name, 10)).train()
+        model = device.prepare(build_model(name, 10)).train()
         optimizer = engine.sgd(model.parameters(), 0.02, 5e-4)
         losses[how] = []
         for _ in range(10):
-            with compute.autocast():
+            with device.autocast():
                 loss = F.cross_entropy(model(images).float(), targets)
             optimizer.zero_grad()
             loss.backward()

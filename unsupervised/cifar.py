@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_datasets
 from datasets.transforms import instance_ops
 from lib import checkpoint, distributed, options, pretraining, provenance
-from lib.distributed import say
+from lib.distributed import print_main
 from lib.pretraining import Files, Images, Settings
 
 LAST, BEST = "ckpt.cifar.pth.tar", "ckpt.cifar.best.pth.tar"
-MATHEMATICS = (*pretraining.MATHEMATICS, "transform_scale", "transform_crop")
+RESUME_INVARIANTS = (*pretraining.RESUME_INVARIANTS, "transform_scale", "transform_crop")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
-    compute = options.select_training_device(args)
+    device = options.select_training_device(args)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
@@ -77,30 +77,30 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     ops = instance_ops(args.transform_crop, args.transform_scale)
     images = Images(train, test, ops, workers, loader=args.loader)
     settings = options.values(args, Settings)
-    say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
+    print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; with --test-only that is all it takes
     folder = Path(args.model_dir)
     names, needed = (LAST, BEST), args.test_only
     source = pretraining.find_checkpoint(args.resume, folder, names, needed=needed)
-    model = pretraining.build_network(settings, compute)
+    model = pretraining.build_network(settings, device)
     if args.test_only:
         pretraining.load_network(model, checkpoint.load_dict(source), source)
-        return pretraining.measure(model, images, compute)
+        return pretraining.measure(model, images, device)
 
     # 3. Memory bank, loss, optimizer; where an interrupted run stopped
-    run = pretraining.start(model, settings, len(train), compute)
+    run = pretraining.start(model, settings, len(train), device)
     meta = provenance.record(vars(args), train.digest)
     files = Files(folder, LAST, BEST, Path(args.log_dir), meta)
     if source:
         per_epoch = settings.steps_per_epoch(len(train))
-        pretraining.resume(run, source, files, per_epoch, MATHEMATICS)
+        pretraining.resume(run, source, files, per_epoch, RESUME_INVARIANTS)
     options.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 
     # 4. Train
     command = options.resume_command
     return pretraining.train(
-        *(run, settings, images, files, compute),
+        *(run, settings, images, files, device),
         stop_after=args.stop_after,
         profile=args.profile,
         compile_mode=args.compile,

@@ -1,6 +1,6 @@
 """Phase 1 for ImageNet-sized folders: a metric without any label, images read from files while training.
 
-The published runs (nearest-neighbour accuracy 41.0% with resnet18, 46.8% with resnet50), on four GPUs:
+The published runs (nearest-neighbor accuracy 41.0% with resnet18, 46.8% with resnet50), on four GPUs:
 
     python unsupervised/imagenet.py --data-dir DIR --arch resnet50 --gpus 0,1,2,3 -j 32
 
@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_datasets
 from datasets.transforms import instance_ops
 from lib import checkpoint, distributed, options, pretraining, provenance
-from lib.distributed import say
-from lib.pretraining import MATHEMATICS, Files, Images, Settings
+from lib.distributed import print_main
+from lib.pretraining import RESUME_INVARIANTS, Files, Images, Settings
 from models import IMAGENET_ARCHITECTURES
 
-__all__ = ["MATHEMATICS", "build_parser", "main"]
+__all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 
 LAST, BEST, NUMBERED = "ckpt.pth.tar", "model_best.pth.tar", "ckpt-{epoch}.pth.tar"
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         *("-e", "--evaluate"),
         action="store_true",
-        help="measure the nearest-neighbour accuracies of --resume on the memory bank stored in it",
+        help="measure the nearest-neighbor accuracies of --resume on the memory bank stored in it",
     )
     group.add_argument(
         "--pretrained",
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. What computes, on what images
     check_options(args)
     options.keep_dummy_apart(args, build_parser(), "model_dir", "log_dir")
-    compute = options.select_training_device(args)
+    device = options.select_training_device(args)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # it may have to download them
         train, test = build_datasets(
@@ -138,27 +138,25 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     ops = instance_ops(gray_first=True)
     images = Images(train, test, ops, workers, args.val_batch_size, args.loader)
     settings, folder = options.values(args, Settings), Path(args.model_dir)
-    say(f"{compute}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
+    print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; to measure one, that is all it takes
     names = (LAST, BEST, *(file.name for file in folder.glob(NUMBERED.format(epoch="*"))))
     wanted, needed = "auto" if args.auto_resume else args.resume, args.evaluate or args.test_only
     source = pretraining.find_checkpoint(wanted, folder, names, needed=needed)
-    model = pretraining.build_network(settings, compute, imagenet=True)
+    model = pretraining.build_network(settings, device, imagenet=True)
     if needed:
-        return pretraining.measure(
-            model, images, compute, load_measured(args, model, train, source)
-        )
+        return pretraining.measure(model, images, device, load_measured(args, model, train, source))
 
     # 3. Memory bank, loss, optimizer; weights of another network, or where this run stopped
-    run = pretraining.start(model, settings, len(train), compute, imagenet=True)
+    run = pretraining.start(model, settings, len(train), device, imagenet=True)
     meta, log = provenance.record(vars(args), train.digest), Path(args.log_dir)
     copies = {"numbered": NUMBERED, "save_freq": args.save_freq}
     files = Files(folder, LAST, BEST, log, meta, imagenet=True, **copies)
     per_epoch = settings.steps_per_epoch(len(train))
     if source:
         options.warn_unused(args, build_parser(), "with --resume", "pretrained", "start_epoch")
-        pretraining.resume(run, source, files, per_epoch, MATHEMATICS)
+        pretraining.resume(run, source, files, per_epoch, RESUME_INVARIANTS)
     else:
         run.epoch, run.step = args.start_epoch, args.start_epoch * per_epoch
         if args.pretrained:
@@ -167,7 +165,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # 4. Train
     return pretraining.train(
-        *(run, settings, images, files, compute),
+        *(run, settings, images, files, device),
         stop_after=args.stop_after,
         print_freq=args.print_freq,
         profile=args.profile,

@@ -2,12 +2,12 @@
 
     scores = algorithm(features or graph or spectrum, labeled, labels, num_classes, ...own parameters)
 
-`labeled` are the indexes of the labelled images and `labels` their classes; scores are N x C, higher
-means more likely. No algorithm sees a true label of an unlabelled image. `propagate` runs any of them
+`labeled` are the indexes of the labeled images and `labels` their classes; scores are N x C, higher
+means more likely. No algorithm sees a true label of an unlabeled image. `propagate` runs any of them
 by its name, `lib.pseudo_labels` turns scores into pseudo-labels.
 
-    knn            lib/propagation/knn.py             nearest labelled images
-    nc             lib/propagation/normalized_cut.py  normalised cut on eigenvectors, as published
+    knn            lib/propagation/knn.py             nearest labeled images
+    nc             lib/propagation/normalized_cut.py  normalized cut on eigenvectors, as published
     filter         lib/propagation/normalized_cut.py  the same seeds through a graph filter
     spreading      lib/propagation/diffusion.py       label spreading (Zhou et al. 2004)
     poisson        lib/propagation/diffusion.py       Poisson learning (Calder et al. 2020)
@@ -18,12 +18,12 @@ by its name, `lib.pseudo_labels` turns scores into pseudo-labels.
 
 from lib.propagation.diffusion import propagate_poisson, propagate_spreading
 from lib.propagation.knn import propagate_knn
-from lib.propagation.methods import METHODS, Metric, Propagation, propagate
+from lib.propagation.methods import METHODS, EmbeddingGraph, Propagation, propagate
 from lib.propagation.normalized_cut import propagate_filter, propagate_normalized_cut
 
 __all__ = [
     "METHODS",
-    "Metric",
+    "EmbeddingGraph",
     "Propagation",
     "propagate",
     "propagate_filter",

@@ -22,9 +22,9 @@ from lib.filters import (
 from lib.graph import GraphPreset, build_graph
 from lib.knn import classify
 from lib.neighbors import nearest_neighbors
+from lib.propagation.cache import GraphCache, load_or_compute_spectrum
 from lib.propagation.checks import Labeling
 from lib.propagation.diffusion import propagate_poissons, propagate_spreadings
-from lib.propagation.kept import Kept, obtain_spectrum
 from lib.propagation.knn import MAX_NEIGHBORS, propagate_knn
 from lib.propagation.normalized_cut import propagate_filters, propagate_normalized_cut
 from lib.propagation.priors import match_prior
@@ -51,7 +51,7 @@ LEAST_PROBABILITY = 1e-6  # of a class whose score is 0, so that its logarithm i
 
 
 @dataclass(frozen=True)
-class Metric:
+class EmbeddingGraph:
     """Features, and what is built from them: each once, however many algorithms and label counts ask.
 
     Attributes:
@@ -60,9 +60,9 @@ class Metric:
         num_neighbors: replaces the preset's.
         self_loops: a key of `lib.spectral.SELF_LOOPS`.
         given: an affinity matrix made before, in place of a new one.
-        search: of the neighbours: `method`, `precision`, `block_bytes` of `lib.neighbors.nearest_neighbors`.
+        search: of the neighbors: `method`, `precision`, `block_bytes` of `lib.neighbors.nearest_neighbors`.
         solver: of the eigenvectors: `solver`, `basis_bytes` of `lib.spectral.laplacian_spectrum`.
-        kept: files that graph and spectrum are kept in.
+        cache: files that graph and spectrum are kept in.
         workers: processes that share the work; None for this one alone.
     """
 
@@ -73,7 +73,7 @@ class Metric:
     given: sp.csr_matrix | None = None
     search: Mapping[str, Any] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)
+    cache: GraphCache = field(default_factory=GraphCache)
     workers: Workers | None = None
     _largest: list[tuple[int, Spectrum]] = field(default_factory=list, repr=False, compare=False)
 
@@ -87,9 +87,9 @@ class Metric:
             self.graph,
             num_neighbors=self.num_neighbors,
             **self.search,
-            path=self.kept.file("graph", self.features),
-            reuse=self.kept.reuse,
-            say=self.kept.say,
+            path=self.cache.file("graph", self.features),
+            reuse=self.cache.reuse,
+            log=self.cache.log,
             search=self.workers.nearest_neighbors if self.workers else nearest_neighbors,
         )
 
@@ -101,7 +101,7 @@ class Metric:
         divide = self.workers.divide if self.workers else csr_operator
         if len(self.features) < SORTED_FROM or self.features.device.type != "cpu":
             return divide(s, self.features.device)
-        order = near_order(self.features)  # neighbours' rows of x are then in the cache already
+        order = near_order(self.features)  # neighbors' rows of x are then in the cache already
         return reordered_operator(divide(reordered(s, order.numpy()), "cpu"), order)
 
     @property
@@ -118,10 +118,12 @@ class Metric:
         """The first `num_vectors` eigenvectors: cut from those computed before, where they suffice."""
         # compared with what was asked for: the solver may have found fewer, and there are no more
         if not self._largest or self._largest[0][0] < num_vectors:
-            path = self.kept.file("spectrum", self.features)
+            path = self.cache.file("spectrum", self.features)
             key = {"self_loops": self.self_loops, **self.solver}
             compute = partial(self._compute_spectrum, num_vectors)
-            found = obtain_spectrum(self.kept, path, compute, self.affinity, num_vectors, **key)
+            found = load_or_compute_spectrum(
+                self.cache, path, compute, self.affinity, num_vectors, **key
+            )
             self._largest[:] = [(num_vectors, found)]
         whole = self._largest[0][1]
         return replace(
@@ -142,7 +144,7 @@ Labelings = Sequence[Labeling]
 def log_shares(scores: Tensor) -> Tensor:
     """Non-negative scores, N x C, become the logarithms of their shares of the row, finite. In place.
 
-    As Iscen et al. 2019 normalise the rows of label spreading. A row of zeros becomes uniform.
+    As Iscen et al. 2019 normalize the rows of label spreading. A row of zeros becomes uniform.
     """
     num_classes = scores.shape[1]
     for rows in scores.split(ROWS):
@@ -153,7 +155,7 @@ def log_shares(scores: Tensor) -> Tensor:
 
 
 def _knn(
-    metric: Metric,
+    metric: EmbeddingGraph,
     labelings: Labelings,
     num_classes: int,
     *,
@@ -168,7 +170,7 @@ def _knn(
 
 
 def _nc(
-    metric: Metric,
+    metric: EmbeddingGraph,
     labelings: Labelings,
     num_classes: int,
     *,
@@ -181,7 +183,7 @@ def _nc(
 
 
 def _filter(
-    metric: Metric,
+    metric: EmbeddingGraph,
     labelings: Labelings,
     num_classes: int,
     *,
@@ -225,7 +227,7 @@ def _check_num_eigenvectors(num_eigenvectors: int) -> None:
 
 
 def _by_eigenvectors(
-    metric: Metric,
+    metric: EmbeddingGraph,
     num_eigenvectors: int,
     tolerance: float,
     operator: GraphOperator,
@@ -238,20 +240,20 @@ def _by_eigenvectors(
     answers, bound = filter_by_eigenvectors(spectrum, seeds, name, **parameters)
     if bound <= tolerance:
         return answers
-    metric.kept.say(
+    metric.cache.log(
         f"{num_eigenvectors} eigenvectors may leave out {bound:.0%} of a column: by products instead"
     )
     return filter_each(operator, seeds, name, **parameters)
 
 
 def _spreading(
-    metric: Metric, labelings: Labelings, num_classes: int, *, alpha: float = 0.99
+    metric: EmbeddingGraph, labelings: Labelings, num_classes: int, *, alpha: float = 0.99
 ) -> list[Tensor]:
     scores = propagate_spreadings(metric.operator, labelings, num_classes, alpha=alpha)
     return [log_shares(one) for one in scores]
 
 
-def _poisson(metric: Metric, labelings: Labelings, num_classes: int) -> list[Tensor]:
+def _poisson(metric: EmbeddingGraph, labelings: Labelings, num_classes: int) -> list[Tensor]:
     return propagate_poissons(metric.operator, labelings, num_classes)
 
 
@@ -264,7 +266,7 @@ class Algorithm:
             their softmax are probabilities, and all are equal where no label reaches.
         confidence: published measure, a key of `lib.pseudo_labels.CONFIDENCES`.
         class_prior: whether predicted class sizes are matched to equal ones where none are given.
-        needs_graph: whether more counts than the distances to the labelled images.
+        needs_graph: whether more counts than the distances to the labeled images.
     """
 
     run: Callable[..., list[Tensor]]
@@ -284,7 +286,7 @@ ALGORITHMS = {
 
 
 def run_algorithm(
-    metric: Metric,
+    metric: EmbeddingGraph,
     method: str,
     labelings: Labelings,
     num_classes: int,
@@ -297,7 +299,7 @@ def run_algorithm(
     Args:
         metric: features and graph.
         method: a key of `ALGORITHMS`.
-        labelings: labelled images and their classes, one pair for each answer.
+        labelings: labeled images and their classes, one pair for each answer.
         num_classes: C.
         class_prior: C shares that the predicted classes of the images without a label take up; None
             for no constraint (equal ones for `poisson-prior`).

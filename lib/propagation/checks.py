@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 class Labeling(NamedTuple):
-    """Labelled images and their classes: L indexes, L class numbers, int64."""
+    """Labeled images and their classes: L indexes, L class numbers, int64."""
 
     labeled: Tensor
     labels: Tensor
 
 
 def check_labels(num_images: int, labeled: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless `labeled` (indexes) and `labels` (classes) describe labelled images."""
+    """Raise ValueError unless `labeled` (indexes) and `labels` (classes) describe labeled images."""
     if len(labeled) != len(labels) or len(labeled) == 0:
-        raise ValueError(f"{len(labeled)} labelled images with {len(labels)} labels")
+        raise ValueError(f"{len(labeled)} labeled images with {len(labels)} labels")
     if int(labeled.min()) < 0 or int(labeled.max()) >= num_images:
-        raise ValueError(f"labelled indexes must lie in 0 ... {num_images - 1}")
+        raise ValueError(f"labeled indexes must lie in 0 ... {num_images - 1}")
     if len(torch.unique(labeled)) != len(labeled):
-        raise ValueError("a labelled image is named twice")
+        raise ValueError("a labeled image is named twice")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels must lie in 0 ... {num_classes - 1}")
 
@@ -31,6 +31,6 @@ def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
     empty = np.setdiff1d(np.arange(num_classes), labels.numpy())
     if len(empty) or num_classes < 2:
         raise ValueError(
-            f"{algorithm} needs two classes, and a labelled image of each; none of class "
+            f"{algorithm} needs two classes, and a labeled image of each; none of class "
             f"{empty.tolist()}. Give a label of it, or take knn"
         )

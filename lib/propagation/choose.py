@@ -1,4 +1,4 @@
-"""Choosing an algorithm and its parameters by cross-validation on the labelled images alone."""
+"""Choosing an algorithm and its parameters by cross-validation on the labeled images alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor
 from lib.propagation.algorithms import (
     ALGORITHMS,
     NUM_EIGENVECTORS,
-    Metric,
+    EmbeddingGraph,
     log_shares,
     others,
     run_algorithm,
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
-    """Positions of the labelled images to hold out, fold by fold; every class keeps one or more.
+    """Positions of the labeled images to hold out, fold by fold; every class keeps one or more.
 
     Stratified: each class is dealt out over the folds by itself. With m labels of the rarest class that
     has two or more there are min(m, MAX_FOLDS) folds: few labels are left out one per class. Fewer than
@@ -120,12 +120,16 @@ def brier(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _held_out_logits(
-    metric: Metric, candidate: Candidate, labeling: Labeling, held: list[Tensor], **common: Any
+    metric: EmbeddingGraph,
+    candidate: Candidate,
+    labeling: Labeling,
+    held: list[Tensor],
+    **common: Any,
 ) -> Tensor:
     """Logits of the held-out images of every fold, in that order."""
     labeled, labels = labeling
     if not ALGORITHMS[candidate.method].needs_graph:  # the other images have no say
-        metric, labeled = Metric(metric.features[labeled]), torch.arange(len(labeled))
+        metric, labeled = EmbeddingGraph(metric.features[labeled]), torch.arange(len(labeled))
     size = max(1, FOLD_BYTES // (4 * len(metric.features) * common["num_classes"]))
     logits = []
     for first in range(0, len(held), size):
@@ -139,7 +143,7 @@ def _held_out_logits(
     return torch.cat(logits)
 
 
-def _prepare(metric: Metric, candidates: Sequence[Candidate]) -> None:
+def _prepare(metric: EmbeddingGraph, candidates: Sequence[Candidate]) -> None:
     """Compute the largest spectrum that any candidate asks for; the others are its beginning."""
     wanted = [
         c.parameters.get("num_eigenvectors", NUM_EIGENVECTORS)
@@ -151,7 +155,7 @@ def _prepare(metric: Metric, candidates: Sequence[Candidate]) -> None:
 
 
 def cross_validate(
-    metric: Metric,
+    metric: EmbeddingGraph,
     labeling: Labeling,
     num_classes: int,
     *,
@@ -160,11 +164,11 @@ def cross_validate(
     least_held_out: int = 0,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Losses of every candidate on labelled images that it was not told of.
+    """Losses of every candidate on labeled images that it was not told of.
 
     Args:
         metric: features and graph.
-        labeling: labelled images and their classes: all that is known of classes.
+        labeling: labeled images and their classes: all that is known of classes.
         num_classes: C.
         candidates: what to try.
         class_prior: as in `run_algorithm`.

@@ -10,18 +10,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib import pseudo_labels
-from lib.propagation.methods import Metric, propagate
+from lib.propagation.methods import EmbeddingGraph, propagate
 from lib.pseudo_labels import PseudoLabels
 from lib.split import Split, cut_into_chunks
 
 
-def subset(metric: Metric, members: Tensor) -> Metric:
+def subset(metric: EmbeddingGraph, members: Tensor) -> EmbeddingGraph:
     """The metric of some images: their features, and the same choices for a graph of their own."""
     return replace(metric, features=metric.features[members], given=None, _largest=[])
 
 
 def pseudo_label(
-    metric: Metric,
+    metric: EmbeddingGraph,
     method: str,
     split: Split,
     labels: Tensor,
@@ -34,7 +34,7 @@ def pseudo_label(
     probabilities: bool = True,
     meta: Mapping[str, Any] | None = None,
 ) -> PseudoLabels:
-    """Pseudo-labels of all unlabelled images on one graph.
+    """Pseudo-labels of all unlabeled images on one graph.
 
     Args:
         metric, method, split, labels, num_classes, class_prior: as in `lib.propagation.propagate`.
@@ -63,7 +63,7 @@ def pseudo_label(
 
 
 def pseudo_label_parts(
-    metric: Metric,
+    metric: EmbeddingGraph,
     method: str,
     split: Split,
     labels: Tensor,
@@ -73,13 +73,13 @@ def pseudo_label_parts(
     seed: int = 0,
     **keywords: Any,
 ) -> Iterator[PseudoLabels]:
-    """Pseudo-labels in parts, each on a graph of its own together with all labelled images.
+    """Pseudo-labels in parts, each on a graph of its own together with all labeled images.
 
     Only one part is held at a time, so that the N x C scores of a large set never are.
 
     Args:
         metric, method, split, labels, num_classes, keywords: as in `pseudo_label`.
-        chunks: parts to cut the unlabelled images into, shuffled first; 1 is one graph of all images.
+        chunks: parts to cut the unlabeled images into, shuffled first; 1 is one graph of all images.
         seed: of the shuffling.
 
     Yields:

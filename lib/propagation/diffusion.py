@@ -39,7 +39,7 @@ def propagate_spreading(
 
     Args:
         operator: of the graph of all images.
-        labeled: L indexes of the labelled images.
+        labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
         alpha: share that goes on along the edges, in (0, 1).
@@ -55,7 +55,7 @@ def propagate_spreading(
 
 
 def _poisson_sources(operator: GraphOperator, labeling: Labeling, num_classes: int) -> Tensor:
-    """Right-hand sides y_j - mean(y), L x C, the mean over the labelled images of the component."""
+    """Right-hand sides y_j - mean(y), L x C, the mean over the labeled images of the component."""
     labeled, labels = labeling
     onehot = one_hot(labels, num_classes).float()
     component = operator.components[labeled]
@@ -103,12 +103,12 @@ def propagate_poisson(
     very low label rates").
 
     Solves (D - W) u = sum_j (y_j - mean y) delta_j, sum_i d_i u_i = 0, by conjugate gradients on the
-    normalised Laplacian (u = D^-1/2 x), and divides u_c by the number of labels of class c. Every
+    normalized Laplacian (u = D^-1/2 x), and divides u_c by the number of labels of class c. Every
     component has a mean of its own, so that its equation has a solution.
 
     Args:
         operator: of the graph of all images.
-        labeled: L indexes of the labelled images.
+        labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
 

@@ -1,4 +1,4 @@
-"""Propagation by weighted nearest neighbours."""
+"""Propagation by weighted nearest neighbors."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ MAX_NEIGHBORS = 200
 def _without_own_vote(
     bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float
 ) -> Tensor:
-    """What the other labelled images say about each one: L x C probabilities."""
+    """What the other labeled images say about each one: L x C probabilities."""
     votes = []
     rows_at_once = max(1, BLOCK_BYTES // (4 * len(bank)))
     for rows in torch.arange(len(bank), device=bank.device).split(rows_at_once):
@@ -35,23 +35,23 @@ def propagate_knn(
     temperature: float = 0.1,
     vote: Callable[..., Tensor] = classify,
 ) -> Tensor:
-    """Class probabilities from the K nearest *labelled* images, votes weighted by exp(cos / T).
+    """Class probabilities from the K nearest *labeled* images, votes weighted by exp(cos / T).
 
-    A labelled image has no vote on itself: its row tells what the other labels say about it.
+    A labeled image has no vote on itself: its row tells what the other labels say about it.
 
     Args:
         features: N x D unit vectors.
-        labeled: L indexes of the labelled images.
+        labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
-        k: neighbours that vote, cut down to the number of labels.
+        k: neighbors that vote, cut down to the number of labels.
         vote: `lib.knn.classify`, or what does the same in several processes.
 
     Returns:
-        N x C probabilities, float32; uniform for a labelled image that is the only one.
+        N x C probabilities, float32; uniform for a labeled image that is the only one.
 
     Raises:
-        ValueError: for labels that do not fit, no neighbour, or a temperature that is not positive.
+        ValueError: for labels that do not fit, no neighbor, or a temperature that is not positive.
     """
     check_labels(len(features), labeled, labels, num_classes)
     bank = features[labeled]

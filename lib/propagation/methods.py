@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lib.propagation.algorithms import ALGORITHMS, Metric, check_parameters, run_algorithm
+from lib.propagation.algorithms import ALGORITHMS, EmbeddingGraph, check_parameters, run_algorithm
 from lib.propagation.checks import Labeling
 from lib.propagation.choose import LEAST_HELD_OUT, average, choose, committee, cross_validate
 from lib.split import Split
@@ -30,7 +30,7 @@ class Propagation:
 
 
 def propagate(
-    metric: Metric,
+    metric: EmbeddingGraph,
     method: str,
     split: Split,
     labels: Tensor,
@@ -39,13 +39,13 @@ def propagate(
     class_prior: Tensor | Sequence[float] | None = None,
     **parameters: Any,
 ) -> Propagation:
-    """Scores of every image from the labelled ones.
+    """Scores of every image from the labeled ones.
 
     Args:
         metric: features and graph; hand the same one in for every method and number of labels.
-        method: one of `METHODS`. `auto` is the candidate that cross-validation on the labelled images
+        method: one of `METHODS`. `auto` is the candidate that cross-validation on the labeled images
             prefers, `ensemble` the mean of the calibrated probabilities of the best three algorithms.
-        split: which images are labelled.
+        split: which images are labeled.
         labels: their L class numbers; no other label is ever read.
         num_classes: C.
         class_prior: C shares that the predicted classes shall take up.
@@ -85,4 +85,4 @@ def propagate(
     return Propagation(scores, "margin", meta)
 
 
-__all__ = ["METHODS", "Labeling", "Metric", "Propagation", "propagate"]
+__all__ = ["METHODS", "EmbeddingGraph", "Labeling", "Propagation", "propagate"]

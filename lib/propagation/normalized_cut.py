@@ -1,4 +1,4 @@
-"""Constrained normalised cut: each class against the rest, in the spectral embedding or by a filter."""
+"""Constrained normalized cut: each class against the rest, in the spectral embedding or by a filter."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,23 +11,23 @@ from lib.propagation.checks import Labeling, check_every_class, check_labels
 from lib.spectral import Spectrum
 
 ROWS = 8192  # finished at a time: a float64 copy of all scores would not fit
-CLAMP_STRENGTH = 1000.0  # of smoothness, in labelled images, where seeds are clamped; measured
+CLAMP_STRENGTH = 1000.0  # of smoothness, in labeled images, where seeds are clamped; measured
 
 
-def seed_vectors(
+def constraint_vectors(
     degree: np.ndarray, labeled: Tensor, labels: Tensor, num_classes: int
 ) -> np.ndarray:
-    """One constraint vector per class, unit columns, float64: its values at the labelled images, L x C.
+    """One constraint vector per class, unit columns, float64: its values at the labeled images, L x C.
 
-    Elsewhere it is zero. Class c against the other labels: with p the degrees at its labelled images, q
-    those at the other labelled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r). It is
+    Elsewhere it is zero. Class c against the other labels: with p the degrees at its labeled images, q
+    those at the other labeled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r). It is
     orthogonal to sqrt(degree), the solution that separates nothing.
 
     Raises:
-        ValueError: if a class has no labelled image, or all labels are of one class.
+        ValueError: if a class has no labeled image, or all labels are of one class.
     """
     indexes, classes = labeled.numpy(), labels.numpy()
-    check_every_class(labels, num_classes, "normalised cut")
+    check_every_class(labels, num_classes, "normalized cut")
     mass = degree[indexes]
     own = classes[:, None] == np.arange(num_classes)
     r = (mass @ own) / (mass @ ~own)
@@ -52,11 +52,11 @@ def between_components(
     of = torch.from_numpy(components[indexes]).long()
     coefficients = inside.new_zeros(graph.num_components, seeds.shape[1])
     coefficients = coefficients.index_add_(0, of, inside).numpy()
-    labelled = np.zeros(graph.num_components)
-    labelled[components[indexes]] = 1
-    everywhere = np.sqrt(np.bincount(components, weights=weights)) * labelled
+    labeled = np.zeros(graph.num_components)
+    labeled[components[indexes]] = 1
+    everywhere = np.sqrt(np.bincount(components, weights=weights)) * labeled
     everywhere /= np.linalg.norm(everywhere)
-    coefficients *= labelled[:, None]
+    coefficients *= labeled[:, None]
     coefficients -= everywhere[:, None] * (everywhere @ coefficients)
     return gain * coefficients
 
@@ -72,7 +72,7 @@ def _finish(
     Args:
         scores: N x C float32.
         graph: whose components and null vectors count.
-        indexes: of the labelled images.
+        indexes: of the labeled images.
         between: of `between_components`, to be added.
     """
     components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
@@ -99,11 +99,11 @@ def _coefficients(
     rows = spectrum.vectors[indexes].astype(np.float64)
     if not clamp:
         return (rows.T @ seeds) / spectrum.values[:, None]
-    # as functions of the images (D^-1/2 v), fitted to the seeds' values at the labelled ones
+    # as functions of the images (D^-1/2 v), fitted to the seeds' values at the labeled ones
     root = np.sqrt(spectrum.degrees[indexes])[:, None]
     design, wanted = rows / root, seeds / root
     typical = np.square(design).sum() / max(design.size, 1)
-    # the floor keeps it solvable where no eigenvector reaches a labelled image
+    # the floor keeps it solvable where no eigenvector reaches a labeled image
     penalty = np.diag(spectrum.values) * max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
     return np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
 
@@ -116,16 +116,16 @@ def propagate_normalized_cut(
     *,
     clamp: bool = False,
 ) -> Tensor:
-    """Scores Z = V diag(1/lambda) V^T s of the constrained normalised cut (section 3.2 of the paper).
+    """Scores Z = V diag(1/lambda) V^T s of the constrained normalized cut (section 3.2 of the paper).
 
     Args:
         spectrum: of the graph of all images; computed once for every number of labels.
-        labeled: L indexes of the labelled images.
+        labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
-        clamp: fit the seeds' values at the labelled images instead of adding the seeds up (ridge
+        clamp: fit the seeds' values at the labeled images instead of adding the seeds up (ridge
             regression on the eigenvectors, penalty sum_k lambda_k a_k^2; after Belkin and Niyogi 2004), and
-            give every labelled image its own label. Better with many labels, worse with few.
+            give every labeled image its own label. Better with many labels, worse with few.
 
     Returns:
         N x C float32, each column scaled to norm sqrt(N), then minus the row's largest: the winner
@@ -135,9 +135,9 @@ def propagate_normalized_cut(
         ValueError: for labels that do not fit, or a class without any.
     """
     check_labels(len(spectrum.vectors), labeled, labels, num_classes)
-    seeds = seed_vectors(spectrum.degrees, labeled, labels, num_classes)
+    seeds = constraint_vectors(spectrum.degrees, labeled, labels, num_classes)
     indexes = labeled.numpy()
-    # V^T s needs the labelled rows only: s is zero elsewhere
+    # V^T s needs the labeled rows only: s is zero elsewhere
     coefficients = _coefficients(spectrum, seeds, indexes, clamp)
     scores = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
     between = None
@@ -164,12 +164,12 @@ def propagate_filters(
 
     Args:
         operator, num_classes, filter, parameters: as there.
-        labelings: labelled images and their classes, for each answer.
+        labelings: labeled images and their classes, for each answer.
         apply: `lib.filters.filter_each`, or what gives the same answers.
     """
     for labeled, labels in labelings:
         check_labels(len(operator.null), labeled, labels, num_classes)
-    seeds = [seed_vectors(operator.seed_degrees, *one, num_classes) for one in labelings]
+    seeds = [constraint_vectors(operator.seed_degrees, *one, num_classes) for one in labelings]
     columns = [
         Seeds(labeled, torch.from_numpy(values))
         for (labeled, _), values in zip(labelings, seeds, strict=True)
@@ -193,11 +193,11 @@ def propagate_filter(
     filter: str = "smoothed-step",
     **parameters: float,
 ) -> Tensor:
-    """Scores g(L) s with the seeds s of the normalised cut, without eigenvectors.
+    """Scores g(L) s with the seeds s of the normalized cut, without eigenvectors.
 
     Args:
         operator: of the graph of all images.
-        labeled: L indexes of the labelled images.
+        labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
         filter: a key of `lib.filters.FILTERS`.

@@ -27,7 +27,7 @@ def check_prior(prior: Tensor | Sequence[float] | None, num_classes: int) -> Ten
 
 
 def _smooth_offsets(scores: Tensor, shares: Tensor) -> Tensor:
-    """Offsets o that maximise sum_c share_c o_c - mean_i T logsumexp_c((z_ic + o_c) / T), T falling.
+    """Offsets o that maximize sum_c share_c o_c - mean_i T logsumexp_c((z_ic + o_c) / T), T falling.
 
     The dual of transporting the rows to classes of the given sizes at least loss of score; Sinkhorn's
     iteration climbs it (Cuturi 2013).

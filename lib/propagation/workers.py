@@ -1,14 +1,14 @@
 """Several processes on one propagation: rank 0 leads, the others search and multiply for it.
 
 Rank 0 runs phase 2 from top to bottom, as a single process does. What takes long and falls apart into rows
-- neighbours, votes of nearest neighbours, products with the normalised affinity S - every process does for
+- neighbors, votes of nearest neighbors, products with the normalized affinity S - every process does for
 its own share of the rows (`lib.distributed.Share`), and rank 0 puts the parts together:
 
     if not distributed.is_main():
         serve(device)
     else:
         with lead(device) as workers:
-            metric = Metric(features, workers=workers)
+            metric = EmbeddingGraph(features, workers=workers)
             ...
 
 So every decision is taken once. Processes that ran the solvers side by side would have to agree in the
@@ -113,7 +113,7 @@ class Worker:
         self.features = _spread(held.contiguous())
 
     def find(self, k: int, options: dict[str, Any]) -> Neighbors:
-        """Neighbours of all rows, on rank 0; the recall is the mean over all rows."""
+        """Neighbors of all rows, on rank 0; the recall is the mean over all rows."""
         n = len(self.features)
         found = nearest_neighbors(self.features, k, rows=_own(n), **options)
         parts = [found.indexes, found.similarities]
@@ -171,7 +171,7 @@ def _announce(name: str = "", arguments: dict[str, Any] | None = None) -> Task |
     name = TASKS[int(header[0])]
     if name == "multiply":
         return name, {"columns": None, "shape": (int(header[1]), int(header[2]))}
-    return (name, distributed.from_main(arguments)) if name else None
+    return (name, distributed.broadcast_object(arguments)) if name else None
 
 
 class Workers:

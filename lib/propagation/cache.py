@@ -29,12 +29,12 @@ ENTRIES = {  # of a spectrum file: name and number of dimensions
 }
 
 
-def _say_nothing(_: str) -> None:
+def _ignore(_: str) -> None:
     pass
 
 
 @dataclass(frozen=True)
-class Kept:
+class GraphCache:
     """Where the graph and the spectrum of a metric are kept.
 
     A file is read in place of computing while it was made from the same, and replaced otherwise. In
@@ -44,13 +44,13 @@ class Kept:
         folder: of files named by the digest of the features; empty keeps nothing.
         graph: another file for the graph.
         reuse: False computes anew whatever is there.
-        say: is told in one line what was read or computed.
+        log: is told in one line what was read or computed.
     """
 
     folder: str | Path = ""
     graph: str | Path = ""
     reuse: bool = True
-    say: Callable[[str], None] = _say_nothing
+    log: Callable[[str], None] = _ignore
 
     def file(self, kind: str, features: Tensor) -> str | Path:
         """Where the `kind` ("graph", "spectrum") of N x D features lies; empty if it is not kept."""
@@ -72,8 +72,8 @@ class Kept:
             Path(self.folder).rmdir()
 
 
-def obtain_spectrum(
-    kept: Kept,
+def load_or_compute_spectrum(
+    cache: GraphCache,
     path: str | Path,
     compute: Callable[[], Spectrum],
     affinity: sp.csr_matrix,
@@ -83,7 +83,7 @@ def obtain_spectrum(
     """What `compute` gives, or what it gave before and is still in the file.
 
     Args:
-        kept: whether to use it.
+        cache: whether to use it.
         path: the file; empty keeps none.
         compute: called only where the file does not do.
         affinity, num_vectors, choices: of `lib.spectral.laplacian_spectrum`, the key of the file: all that
@@ -93,17 +93,17 @@ def obtain_spectrum(
         ValueError: as `compute`, or for a file that holds no spectrum or cannot be written.
     """
     key = _spectrum_key(affinity, num_vectors, choices) if path else {}
-    if path and kept.reuse and Path(path).is_file():
+    if path and cache.reuse and Path(path).is_file():
         found, meta = load_spectrum(path)
         if all(meta.get(name) == value for name, value in key.items()):
-            kept.say(f"{len(found.values)} eigenvectors: read from {path}")
+            cache.log(f"{len(found.values)} eigenvectors: read from {path}")
             return found
     start = time.perf_counter()
     spectrum = compute()
     seconds = time.perf_counter() - start
     if path:
         save_spectrum(spectrum, path, key)
-    kept.say(
+    cache.log(
         f"{len(spectrum.values)} eigenvectors: computed in {seconds:.1f} s, residual "
         f"{spectrum.residual:.1e}" + (f", kept in {path}" if path else "")
     )

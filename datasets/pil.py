@@ -36,7 +36,7 @@ def central_cut(image_size: int, resizing: Resizing | None = None) -> transforms
     return transforms.Compose([resize, transforms.CenterCrop(image_size)])
 
 
-class ClassicReader(Dataset):
+class PilReader(Dataset):
     """Reads and augments the images of a set, many an item: what a DataLoader runs in its workers.
 
     An item is asked for by (indexes, seeds): which images, and a seed for the random numbers of each. It is
@@ -46,7 +46,7 @@ class ClassicReader(Dataset):
     def __init__(self, data: ImageSet | FileSet, augmentation: Augmentation) -> None:
         size = data.image_size
         self.data = Reader(data) if isinstance(data, FileSet) else data  # which packs the paths
-        self.transform = augmentation.classic(size)
+        self.transform = augmentation.pil_transform(size)
         if isinstance(data, FileSet) and not augmentation.starts_with_crop:
             cut = central_cut(size, data.resizing)
             self.transform = transforms.Compose([cut, self.transform])

@@ -12,9 +12,9 @@ from test_pretraining import assert_same, call, load_script, pretraining, withou
 from test_transforms import pictures
 from torchvision import transforms
 
-from datasets.classic import central_cut
 from datasets.files import FileSet, Resizing, random_view
 from datasets.images import ImageSet
+from datasets.pil import central_cut
 from datasets.transforms import (
     Augmentation,
     ColorJitter,
@@ -26,11 +26,11 @@ from datasets.transforms import (
     to_gray,
 )
 from lib import checkpoint, provenance
-from lib.devices import Compute
+from lib.devices import Device
 from lib.loader import LOADERS, Batches, with_loader
 from lib.seeding import generator
 
-CPU = Compute(torch.device("cpu"), bf16=False)
+CPU = Device(torch.device("cpu"), bf16=False)
 STATS = ((0.0,) * 3, (1.0,) * 3)
 DRAWS = 3000  # of each loader, wherever distributions are compared
 ALPHA = 1e-3  # of each two-sample Kolmogorov-Smirnov test
@@ -106,7 +106,7 @@ def test_crops_are_recovered_from_their_pixels():
     op = RandomResizedCrop(0.2)
     y, x, _ = places_of(drawn("device", [op], coordinates()))
     found = torch.stack([*ranges_of(y), *ranges_of(x)], dim=1)[:500]
-    rows = op.draw(500, generator(7, "augmentation", 0))
+    rows = op.sample_params(500, generator(7, "augmentation", 0))
     assert torch.equal(found[:, [0, 2, 1, 3]], op.boxes(rows, (SIDE, SIDE)))
 
 
@@ -123,8 +123,8 @@ def test_both_loaders_draw_the_same_distribution_of_padded_crops_and_flips():
 def moments(images):
     """Of each image: means and standard deviations of its channels, covariances of pairs of them."""
     pixels = images.flatten(2)
-    centred = pixels - pixels.mean(dim=2, keepdim=True)
-    covariance = centred @ centred.mT / pixels.shape[2]
+    centered = pixels - pixels.mean(dim=2, keepdim=True)
+    covariance = centered @ centered.mT / pixels.shape[2]
     pairs = torch.triu_indices(*covariance.shape[1:], offset=1)
     stds = covariance.diagonal(dim1=1, dim2=2).sqrt()
     return torch.cat([pixels.mean(dim=2), stds, covariance[:, pairs[0], pairs[1]]], dim=1)
@@ -142,10 +142,10 @@ def moments(images):
     ],
     ids=["phase 1", "PadCrop", "ImageNet", "phase 3", "gray input", "ImageNet phase 3"],
 )
-def test_both_loaders_draw_the_same_distribution_of_colours(ops, gray):
+def test_both_loaders_draw_the_same_distribution_of_colors(ops, gray):
     image = (pictures(1)[0] * 255).byte()
     ours, theirs = (drawn(loader, ops, image, gray=gray) for loader in LOADERS)
-    # Pillow loses half a gray level in each of three adjustments of the colours
+    # Pillow loses half a gray level in each of three adjustments of the colors
     jitters = any(isinstance(op, ColorJitter) for op in ops)
     assert_same_distribution(moments(ours), moments(theirs), bias=1.5 / 255 if jitters else 0.0)
     if jitters:
@@ -230,7 +230,7 @@ def test_files_are_cut_whole_and_upright_as_torchvision_does_after_each_ones_see
 
 def test_a_crop_of_a_file_is_within_two_gray_levels_of_pillows_for_the_same_box(in_files):
     op = RandomResizedCrop(0.08)
-    for row in op.draw(40, generator(0, "sample")).tolist():
+    for row in op.sample_params(40, generator(0, "sample")).tolist():
         with Image.open(in_files.root / "0.png") as picture:
             size = picture.size[::-1]
             top, left, height, width = op.box(row, size)
