@@ -27,9 +27,12 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import finetune_ops
-from lib import distributed, finetuning, options, provenance
-from lib.distributed import print_main
-from lib.finetuning import RESUME_INVARIANTS, Files, Settings
+from lib.cli import options
+from lib.files import provenance
+from lib.runtime import distributed
+from lib.runtime.distributed import print_main
+from lib.training import finetuning
+from lib.training.finetuning import RESUME_INVARIANTS, Files, Settings
 
 __all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 

@@ -28,10 +28,13 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import RandomHorizontalFlip, RandomResizedCrop
-from lib import distributed, finetuning, options, provenance
-from lib.distributed import print_main
-from lib.finetuning import RESUME_INVARIANTS, Files, Settings
-from lib.schedule import IMAGENET_FINETUNE_DROPS
+from lib.cli import options
+from lib.files import provenance
+from lib.runtime import distributed
+from lib.runtime.distributed import print_main
+from lib.training import finetuning
+from lib.training.finetuning import RESUME_INVARIANTS, Files, Settings
+from lib.training.schedule import IMAGENET_FINETUNE_DROPS
 from models import IMAGENET_ARCHITECTURES
 
 __all__ = ["RESUME_INVARIANTS", "build_parser", "main"]

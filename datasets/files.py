@@ -1,4 +1,4 @@
-"""Images that stay in their files: decoded, cropped and resized to bytes by the workers of lib/loader.py.
+"""Images that stay in their files: decoded, cropped and resized to bytes by the loading workers.
 
 The only geometric operation, the first of the augmentation or the central cut of evaluation, happens here, on
 the decoded bytes; colors, flips and normalization follow in batches on the device. Pixels are those of

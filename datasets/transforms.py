@@ -4,8 +4,8 @@ Every operation is split in two: `sample_params(n, generator)` gives one row of 
 calling the operation applies given rows to given images. What an image becomes is thus a function of
 its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
 B x C x H x W, rows are on the CPU. The parameters are distributed as in torchvision's transforms of the
-same name, and the same parameters give the same pixels (tests/test_transforms.py), up to torchvision's
-rounding to bytes. `pil_transform` gives that transform itself, for one Pillow image at a time.
+same name, and the same parameters give the same pixels (tests/datasets/test_transforms.py), up to
+torchvision's rounding to bytes. `pil_transform` gives that transform itself, for one Pillow image at a time.
 """
 
 import math

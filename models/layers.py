@@ -30,7 +30,7 @@ def init_he(module: nn.Module) -> None:
 
 
 class BatchNormReLU(nn.BatchNorm2d):
-    """Batch normalization, then ReLU: one layer, because one pass can compute both (`lib.winograd`)."""
+    """Batch normalization, then ReLU: one layer, because one pass can compute both (Winograd)."""
 
     def forward(self, maps: Tensor) -> Tensor:
         return F.relu(super().forward(maps))

@@ -25,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from lib import devices, features, options, provenance
+from lib.cli import options
+from lib.features import extraction
+from lib.files import provenance
+from lib.graph.spectral import SELF_LOOPS
+from lib.labels.split import Split, labeled_split
 from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.checks import Labeling
-from lib.seeding import generator
-from lib.spectral import SELF_LOOPS
-from lib.split import Split, labeled_split
+from lib.runtime import devices
+from lib.runtime.seeding import generator
 
 COUNTS = [10, 20, 50, 100, 250, 1000, 4000]
 METHODS = {  # row: (method, parameters)
@@ -135,7 +138,7 @@ def table_row(name: str, found: dict) -> str:
 
 def prepare(args: argparse.Namespace) -> tuple[EmbeddingGraph, Tensor, int, dict[str, float]]:
     """Features with their graph and spectrum, targets, classes, and the seconds these took."""
-    rows, targets, meta = features.read(args.features)
+    rows, targets, meta = extraction.read(args.features)
     if targets is None:
         raise ValueError(f"{args.features} holds no labels to measure precision with")
     if args.images:

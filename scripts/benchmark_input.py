@@ -33,10 +33,12 @@ from tqdm import tqdm
 from datasets import FileSet, build_datasets
 from datasets.images import IMAGENET_STATS
 from datasets.transforms import Augmentation, RandomResizedCrop, instance_ops
-from lib import devices, options, provenance
-from lib.devices import Device
-from lib.loader import Batches, in_order
-from lib.seeding import generator
+from lib.cli import options
+from lib.files import provenance
+from lib.loading.batches import Batches, in_order
+from lib.runtime import devices
+from lib.runtime.devices import Device
+from lib.runtime.seeding import generator
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 SHAPES = ((500, 375), (375, 500))  # width and height of a typical ImageNet photograph

@@ -36,15 +36,19 @@ from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lib import devices, features, options, plots, provenance, throughput
-from lib.graph import affinity, chosen_preset
-from lib.neighbors import METHODS as SEARCHES
-from lib.neighbors import PRECISIONS, nearest_neighbors
+from lib.cli import options
+from lib.features import extraction
+from lib.files import provenance
+from lib.graph.affinity import affinity, chosen_preset
+from lib.graph.neighbors import METHODS as SEARCHES
+from lib.graph.neighbors import PRECISIONS, nearest_neighbors
+from lib.labels.split import Split, labeled_split
 from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS, NUM_EIGENVECTORS, others, run_algorithm
 from lib.propagation.checks import Labeling
-from lib.seeding import generator
-from lib.split import Split, labeled_split
+from lib.report import plots
+from lib.runtime import devices, profiling
+from lib.runtime.seeding import generator
 from models.layers import l2_normalize
 
 COUNTS = [50, 100, 250, 500, 1000, 2000, 4000, 8000]  # published
@@ -267,7 +271,7 @@ def problems(args: argparse.Namespace) -> tuple[list[tuple[Tensor, Tensor]], int
     if not args.features:
         sizes = args.images or [50000]
         return [mixture(n, args.classes) for n in sizes], args.classes
-    rows, targets, meta = features.read(args.features)
+    rows, targets, meta = extraction.read(args.features)
     if targets is None:
         raise ValueError(f"{args.features} holds no labels to measure precision with")
     order = torch.randperm(len(rows), generator=generator(0, "sample"))
@@ -331,7 +335,7 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
 
 def compare(found: dict, rows: Tensor, gpus: str) -> dict[str, float]:
     """Ratios to the literal steps, and the floor of an exact graph in float32 on this machine."""
-    rate = throughput.matrix_rate(devices.select(gpus, "fp32"))
+    rate = profiling.matrix_rate(devices.select(gpus, "fp32"))
     floor = 2 * len(rows) ** 2 * rows.shape[1] / rate
     print(f"floor of an exact graph: 2 N^2 D at {rate / 1e9:.0f} GFLOP/s = {floor:.1f} s")
     literal_run = found.get("literal")

@@ -56,10 +56,13 @@ from datasets.transforms import (
     finetune_ops,
     instance_ops,
 )
-from lib import devices, engine, options, pretraining, provenance, throughput, winograd
-from lib.devices import Device
-from lib.loader import Batches
-from lib.meters import AverageMeter, Throughput
+from lib.cli import options
+from lib.files import provenance
+from lib.loading.batches import Batches
+from lib.runtime import devices, profiling, winograd
+from lib.runtime.devices import Device
+from lib.training import engine, pretraining
+from lib.training.meters import AverageMeter, Throughput
 from models import build_model
 
 benchmark_input = options.load_script("scripts/benchmark_input.py")
@@ -392,7 +395,7 @@ def ours(
         criterion = nn.CrossEntropyLoss(reduction="none")
         steps = engine.finetune(model, criterion, optimizer, endless, *about, first_step=0)
     if compiled:
-        throughput.compile_network(model, throughput.COMPILE_MODES[0])
+        profiling.compile_network(model, profiling.COMPILE_MODES[0])
     return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
 
 
@@ -465,8 +468,8 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     torch.manual_seed(0)
     device = devices.select(args.gpus, args.precision)
     if variant != BASELINE:
-        throughput.use_large_pages(device)
-        throughput.keep_freed_memory(device)
+        profiling.use_large_pages(device)
+        profiling.keep_freed_memory(device)
     advance = VARIANTS[variant](task, folder, args, device)
     while steps := _order(pipe):
         start = time.perf_counter()
@@ -560,7 +563,7 @@ def with_share(task: Task, found: dict, rate: float, device: Device) -> dict:
         model, more = run.model, run.criterion.flops(task.num_images, 128)
     else:
         model, more = _classifier(task, device), 0.0
-    per_image = more + throughput.training_flops(model, (3, task.image_size, task.image_size))
+    per_image = more + profiling.training_flops(model, (3, task.image_size, task.image_size))
     shares = {
         variant: statistics.median(speeds) * per_image / rate
         for variant, speeds in found["images_per_s"].items()
@@ -593,7 +596,7 @@ def main(args: argparse.Namespace) -> None:
     options.require_positive(args, "rounds")
     options.require_not_negative(args, "steps", "batch_size", "num_workers")
     device = devices.select(args.gpus, args.precision)
-    rate = throughput.matrix_rate(device)
+    rate = profiling.matrix_rate(device)
     print(f"{device}; matrix rate {rate / 1e9:.0f} GFLOP/s")
     tasks = {name: TASKS[name] for name in args.tasks}
     if args.arch:

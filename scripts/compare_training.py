@@ -28,7 +28,9 @@ from scipy.stats import ttest_ind
 from torch import Tensor
 from tqdm import tqdm
 
-from lib import options, plots, provenance
+from lib.cli import options
+from lib.files import provenance
+from lib.report import plots
 
 VARIANTS = {
     "fp32": ("--precision", "fp32"),

@@ -64,7 +64,7 @@ step() {
         "$(grep -v '^$' "$out/$name.log" | tail -n 1 | tr '|\r' '/ ' | cut -c 1-150)" >> "$out/summary.md"
 }
 
-[ "${PYTEST:-1}" = 0 ] || step agreement 50 "$python" -m pytest -q tests/test_devices_agree.py tests/test_throughput.py
+[ "${PYTEST:-1}" = 0 ] || step agreement 50 "$python" -m pytest -q tests/training/test_devices_agree.py tests/runtime/test_profiling.py
 cifar_tasks=(--tasks pretrain-cifar finetune-cifar)
 step training 70 "$python" scripts/benchmark_training.py "${training[@]}" "${cifar_tasks[@]}" --output "$out/training.json"
 step imagenet 60 "$python" scripts/benchmark_training.py "${imagenet[@]}" --tasks pretrain-imagenet finetune-imagenet \

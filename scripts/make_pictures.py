@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from datasets.images import ImageSet
 from datasets.patches import TEST_PER_CLASS, TRAIN_PER_CLASS, load_patches
-from lib import options
-from lib.split import labeled_split
+from lib.cli import options
+from lib.labels.split import labeled_split
 
 ALBUM = 100  # pictures in a folder without labels
 JPEG_QUALITY = 95

@@ -17,10 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import FileSet
-from lib import devices, options, prediction, report
-from lib.distributed import is_main, own_workers
-from lib.files import write_whole
-from lib.prediction import Predictions
+from lib.cli import options
+from lib.files.atomic import write_whole
+from lib.runtime import devices
+from lib.runtime.distributed import is_main, own_workers
+from lib.training import prediction
+from lib.training.prediction import Predictions
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,8 +71,8 @@ def write_report(args: argparse.Namespace, predictions: Predictions, data: FileS
     """`<name>_sheets/` and `<name>.html` beside the table; returns the page."""
     page = Path(args.output).with_suffix(".html")
     folder = page.with_name(f"{page.stem}_sheets")
-    written = report.write_sheets(predictions.as_pseudo_labels(), data, folder)
-    report.write_page(
+    written = page.write_sheets(predictions.as_pseudo_labels(), data, folder)
+    page.write_page(
         page,
         title="Predictions",
         facts={"checkpoint": args.checkpoint, "pictures": args.images},

@@ -46,24 +46,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from datasets import DataSet, build_datasets
-from lib import devices, distributed, features, options, plots, provenance, pseudo_labels, report
-from lib.backbones import is_external
-from lib.curves import Curve, accuracy_coverage
-from lib.features import FeatureSet
-from lib.files import write_whole
-from lib.filters import FILTERS
-from lib.graph import PRESETS
-from lib.neighbors import METHODS as SEARCHES
-from lib.neighbors import PRECISIONS
+from lib.cli import options
+from lib.features import extraction
+from lib.features.backbones import is_external
+from lib.features.extraction import FeatureSet
+from lib.files import provenance
+from lib.files.atomic import write_whole
+from lib.graph.affinity import PRESETS
+from lib.graph.filters import FILTERS
+from lib.graph.neighbors import METHODS as SEARCHES
+from lib.graph.neighbors import PRECISIONS
+from lib.graph.spectral import SELF_LOOPS, SOLVERS
+from lib.labels import pseudo_labels
+from lib.labels.pseudo_labels import CONFIDENCES, PseudoLabels
+from lib.labels.split import labeled_split
 from lib.propagation import METHODS, EmbeddingGraph
 from lib.propagation.algorithms import ALGORITHMS, FILTER_BY, check_parameters
 from lib.propagation.cache import GraphCache
 from lib.propagation.choose import cross_validate
 from lib.propagation.chunks import pseudo_label_parts, save_part
 from lib.propagation.workers import lead, serve
-from lib.pseudo_labels import CONFIDENCES, PseudoLabels
-from lib.spectral import SELF_LOOPS, SOLVERS
-from lib.split import labeled_split
+from lib.report import page, plots
+from lib.report.curves import Curve, accuracy_coverage
+from lib.runtime import devices, distributed
 from models import SMALL_ARCHITECTURES
 
 # Parameters of single algorithms: given to the method only where the user sets them.
@@ -377,7 +382,7 @@ def label(
 
 def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
     """The images that the features are of; None, and a warning, where they are not at hand."""
-    side = report.MOST_SIDE if args.dataset == "folder" else features.SMALL_SIZE
+    side = page.MOST_SIDE if args.dataset == "folder" else extraction.SMALL_SIZE
     try:
         data, _ = build_datasets(
             args.dataset,
@@ -409,11 +414,11 @@ def write_report(
         pictures["curve.png"] = "Precision of the most confident share"
     for name, pseudo in tqdm(done.items(), desc="contact sheets", leave=False, disable=None):
         if data is not None:
-            written = report.write_sheets(pseudo, data, folder / f"sheets_{name}")
+            written = page.write_sheets(pseudo, data, folder / f"sheets_{name}")
             sheets[name] = [(c, f"sheets_{name}/{file}", n) for c, file, n in written]
     facts = {"method": args.method, "graph": args.graph, "git commit": meta["git_commit"]}
     facts |= {"data digest": meta["data_digest"], "seed of the split": args.rng_seed}
-    report.write_page(
+    page.write_page(
         folder / "report.html",
         title="Pseudo-labels",
         facts=facts,
@@ -457,7 +462,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     work, folder = work_folder(args), Path(args.save_path)
     with ending_at_once(work):
         device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
-        found = features.load_or_extract(
+        found = extraction.load_or_extract(
             features=args.features,
             checkpoint_file=args.checkpoint,
             architecture=args.architecture,

@@ -41,12 +41,15 @@ import torch
 from tqdm import tqdm
 
 from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
-from lib import options, plots, provenance, pseudo_labels
-from lib.curves import accuracy_coverage
-from lib.features import FeatureSet, load_or_extract
+from lib.cli import options
+from lib.features.extraction import FeatureSet, load_or_extract
+from lib.files import provenance
+from lib.labels import pseudo_labels
+from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph
 from lib.propagation.chunks import pseudo_label, save_part
-from lib.split import labeled_split
+from lib.report import plots
+from lib.report.curves import accuracy_coverage
 
 ARCHITECTURE = "wrn-10-1"
 METRIC_BATCH_SIZE = 64  # half the published one: 3,000 images give few steps per epoch

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lib import options
+from lib.cli import options
 
 NAMES = (
     *("unsupervised/cifar.py", "unsupervised/imagenet.py", "cifar-semi.py", "imagenet-semi.py"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_ok, run_script
 
-from lib.options import load_script
+from lib.cli.options import load_script
 
 mutations = load_script("tests/mutations/run.py")
 PATCHES = [mutations.read(path) for path in sorted(mutations.HERE.glob("*.patch"))]
@@ -86,7 +86,9 @@ def test_patches_are_chosen_by_number_pattern_or_file(tmp_path):
         names("25", "99")
 
 
-@pytest.mark.parametrize("header", ["", "A defect.\n", "caught by: tests/test_knn.py::test_x\n"])
+@pytest.mark.parametrize(
+    "header", ["", "A defect.\n", "caught by: tests/graph/test_knn.py::test_x\n"]
+)
 def test_a_patch_without_defect_or_tests_is_refused(tmp_path, header):
     path = tmp_path / "p.patch"
     path.write_text(header + "diff --git a/x b/x\ncaught by: the body, which is no header\n")
@@ -113,14 +115,16 @@ def write_patch(path: Path, name: str, old: str, new: str) -> Path:
     lines = (text.splitlines(keepends=True) for text in (before, before.replace(old, new)))
     diff = "".join(difflib.unified_diff(*lines, f"a/{name}", f"b/{name}"))
     assert diff
-    path.write_text(f"Nothing.\ncaught by: tests/test_knn.py::test_top_5_is_not_top_2\n\n{diff}")
+    path.write_text(
+        f"Nothing.\ncaught by: tests/graph/test_knn.py::test_top_5_is_not_top_2\n\n{diff}"
+    )
     return path
 
 
 @pytest.mark.slow
 def test_a_patch_that_no_test_notices_or_that_does_not_apply_is_reported(tmp_path):
     old, new = '"""Weighted nearest-neighbor', '"""Weighted near-neighbor'
-    harmless = write_patch(tmp_path / "harmless.patch", "lib/knn.py", old, new)
+    harmless = write_patch(tmp_path / "harmless.patch", "lib/graph/knn.py", old, new)
     stale = tmp_path / "stale.patch"
     stale.write_text(harmless.read_text().replace("nearest", "farthest"))
     result = run_script("tests/mutations/run.py", harmless, stale, "25")
@@ -128,13 +132,13 @@ def test_a_patch_that_no_test_notices_or_that_does_not_apply_is_reported(tmp_pat
     lines = {line.split(" | ")[0]: line for line in result.stdout.splitlines()}
     assert " | SURVIVED | " in lines["harmless"]
     assert " | DOES NOT APPLY: " in lines["stale"]
-    assert " | tests/test_knn.py::test_top_5_is_not_top_2 | " in lines["25-top5-is-top2"]
+    assert " | tests/graph/test_knn.py::test_top_5_is_not_top_2 | " in lines["25-top5-is-top2"]
     assert "1 of 3 caught (33%)" in result.stdout
 
 
 @pytest.mark.slow
 def test_tests_that_fail_without_a_patch_are_said_and_nothing_is_measured(tmp_path):
-    path = write_patch(tmp_path / "p.patch", "lib/knn.py", "Weighted", "Light")
+    path = write_patch(tmp_path / "p.patch", "lib/graph/knn.py", "Weighted", "Light")
     path.write_text(path.read_text().replace("test_top_5_is_not_top_2", "test_that_is_missing"))
     result = run_script("tests/mutations/run.py", path)
     assert result.returncode == 2

@@ -20,22 +20,24 @@ import pytest
 import torch
 from conftest import ROOT, assert_ok, blobs, run_script
 from forked import NAMES, SCRIPTS, Running
-from test_distributed_pretraining import alive, ranks_of
-from test_pretraining import (
+from runs import (
+    alive,
     assert_same,
     call,
     contents,
     deterministic,
     log_lines,
     make_folder,
+    ranks_of,
     without_meta,
 )
 
 from datasets import build_datasets
-from lib import checkpoint, pseudo_labels
-from lib.features import FeatureSet
+from lib.features.extraction import FeatureSet
+from lib.files import checkpoint
+from lib.labels import pseudo_labels
+from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
-from lib.split import Split, cut_into_chunks, labeled_split
 
 TRAINING, PROPAGATE, PREDICT = NAMES[:4], NAMES[4], NAMES[5]
 LABELS = 8

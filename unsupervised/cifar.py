@@ -30,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import build_datasets
 from datasets.transforms import instance_ops
-from lib import checkpoint, distributed, options, pretraining, provenance
-from lib.distributed import print_main
-from lib.pretraining import Files, Images, Settings
+from lib.cli import options
+from lib.files import checkpoint, provenance
+from lib.runtime import distributed
+from lib.runtime.distributed import print_main
+from lib.training import pretraining
+from lib.training.pretraining import Files, Images, Settings
 
 LAST, BEST = "ckpt.cifar.pth.tar", "ckpt.cifar.best.pth.tar"
 RESUME_INVARIANTS = (*pretraining.RESUME_INVARIANTS, "transform_scale", "transform_crop")

@@ -4,7 +4,7 @@
 
 `labeled` are the indexes of the labeled images and `labels` their classes; scores are N x C, higher
 means more likely. No algorithm sees a true label of an unlabeled image. `propagate` runs any of them
-by its name, `lib.pseudo_labels` turns scores into pseudo-labels.
+by its name, `lib.labels.pseudo_labels` turns scores into pseudo-labels.
 
     knn            lib/propagation/knn.py             nearest labeled images
     nc             lib/propagation/normalized_cut.py  normalized cut on eigenvectors, as published

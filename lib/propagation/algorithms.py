@@ -10,8 +10,9 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lib.cells import near_order
-from lib.filters import (
+from lib.graph.affinity import GraphPreset, build_graph
+from lib.graph.cells import near_order
+from lib.graph.filters import (
     GraphOperator,
     Seeds,
     check_filter,
@@ -19,17 +20,9 @@ from lib.filters import (
     filter_each,
     graph_operator,
 )
-from lib.graph import GraphPreset, build_graph
-from lib.knn import classify
-from lib.neighbors import nearest_neighbors
-from lib.propagation.cache import GraphCache, load_or_compute_spectrum
-from lib.propagation.checks import Labeling
-from lib.propagation.diffusion import propagate_poissons, propagate_spreadings
-from lib.propagation.knn import MAX_NEIGHBORS, propagate_knn
-from lib.propagation.normalized_cut import propagate_filters, propagate_normalized_cut
-from lib.propagation.priors import match_prior
-from lib.propagation.workers import Workers
-from lib.spectral import (
+from lib.graph.knn import classify
+from lib.graph.neighbors import nearest_neighbors
+from lib.graph.spectral import (
     Operator,
     Spectrum,
     csr_operator,
@@ -39,6 +32,13 @@ from lib.spectral import (
     reordered_operator,
     self_loop_choice,
 )
+from lib.propagation.cache import GraphCache, load_or_compute_spectrum
+from lib.propagation.checks import Labeling
+from lib.propagation.diffusion import propagate_poissons, propagate_spreadings
+from lib.propagation.knn import MAX_NEIGHBORS, propagate_knn
+from lib.propagation.normalized_cut import propagate_filters, propagate_normalized_cut
+from lib.propagation.priors import match_prior
+from lib.propagation.workers import Workers
 
 NUM_EIGENVECTORS = 200  # published, the constant one included
 FILTER_BY = ("auto", "products", "eigenvectors")
@@ -56,12 +56,12 @@ class EmbeddingGraph:
 
     Attributes:
         features: N x D unit vectors, on the device of the work.
-        graph: preset of the affinity matrix, see `lib.graph.build_graph`.
+        graph: preset of the affinity matrix, see `lib.graph.affinity.build_graph`.
         num_neighbors: replaces the preset's.
-        self_loops: a key of `lib.spectral.SELF_LOOPS`.
+        self_loops: a key of `lib.graph.spectral.SELF_LOOPS`.
         given: an affinity matrix made before, in place of a new one.
-        search: of the neighbors: `method`, `precision`, `block_bytes` of `lib.neighbors.nearest_neighbors`.
-        solver: of the eigenvectors: `solver`, `basis_bytes` of `lib.spectral.laplacian_spectrum`.
+        search: options of `lib.graph.neighbors.nearest_neighbors`: `method`, `precision`, `block_bytes`.
+        solver: of the eigenvectors: `solver`, `basis_bytes` of `lib.graph.spectral.laplacian_spectrum`.
         cache: files that graph and spectrum are kept in.
         workers: processes that share the work; None for this one alone.
     """
@@ -134,7 +134,7 @@ class EmbeddingGraph:
         return laplacian_spectrum(self.affinity, num_vectors, **self._shared, **self.solver)
 
     def votes(self, *labeled: Any, **options: Any) -> Tensor:
-        """`lib.knn.classify` of every image, or what does the same in several processes."""
+        """`lib.graph.knn.classify` of every image, or what does the same in several processes."""
         return (self.workers.classify if self.workers else classify)(*labeled, **options)
 
 
@@ -264,7 +264,7 @@ class Algorithm:
     Attributes:
         run: (metric, labelings, num_classes, its own parameters) -> for each labelling N x C logits:
             their softmax are probabilities, and all are equal where no label reaches.
-        confidence: published measure, a key of `lib.pseudo_labels.CONFIDENCES`.
+        confidence: published measure, a key of `lib.labels.pseudo_labels.CONFIDENCES`.
         class_prior: whether predicted class sizes are matched to equal ones where none are given.
         needs_graph: whether more counts than the distances to the labeled images.
     """

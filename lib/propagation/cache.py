@@ -13,10 +13,10 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from lib import checkpoint
-from lib.graph import features_digest
-from lib.provenance import made_by
-from lib.spectral import Spectrum
+from lib.files import checkpoint
+from lib.files.provenance import made_by
+from lib.graph.affinity import features_digest
+from lib.graph.spectral import Spectrum
 
 KINDS = ("graph", "spectrum")
 SUFFIX = ".pth.tar"
@@ -86,8 +86,8 @@ def load_or_compute_spectrum(
         cache: whether to use it.
         path: the file; empty keeps none.
         compute: called only where the file does not do.
-        affinity, num_vectors, choices: of `lib.spectral.laplacian_spectrum`, the key of the file: all that
-            change the result.
+        affinity, num_vectors, choices: arguments of `laplacian_spectrum` that change its result; the key of
+            the file.
 
     Raises:
         ValueError: as `compute`, or for a file that holds no spectrum or cannot be written.

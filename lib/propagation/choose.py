@@ -16,7 +16,7 @@ from lib.propagation.algorithms import (
     run_algorithm,
 )
 from lib.propagation.checks import Labeling
-from lib.seeding import generator
+from lib.runtime.seeding import generator
 
 MAX_FOLDS = 5
 FEW_LABELS = 200  # below, folds are drawn anew until there are about FOLDS_OF_FEW

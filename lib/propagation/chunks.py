@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib import pseudo_labels
+from lib.labels import pseudo_labels
+from lib.labels.pseudo_labels import PseudoLabels
+from lib.labels.split import Split, cut_into_chunks
 from lib.propagation.methods import EmbeddingGraph, propagate
-from lib.pseudo_labels import PseudoLabels
-from lib.split import Split, cut_into_chunks
 
 
 def subset(metric: EmbeddingGraph, members: Tensor) -> EmbeddingGraph:
@@ -39,8 +39,8 @@ def pseudo_label(
     Args:
         metric, method, split, labels, num_classes, class_prior: as in `lib.propagation.propagate`.
         parameters: of the method.
-        temperature: of the probabilities, as in `lib.pseudo_labels.from_scores`.
-        confidence: a key of `lib.pseudo_labels.CONFIDENCES`; None for the method's own.
+        temperature: of the probabilities, as in `lib.labels.pseudo_labels.from_scores`.
+        confidence: a key of `lib.labels.pseudo_labels.CONFIDENCES`; None for the method's own.
         probabilities: False leaves them out, as the published ImageNet files do.
         meta: what made them; the method's choices are added as `propagation` and `confidence`.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lib.filters import GraphOperator, Seeds, filter_each
+from lib.graph.filters import GraphOperator, Seeds, filter_each
 from lib.propagation.checks import Labeling, check_every_class, check_labels
 
 ROWS = 8192  # worked on at a time where a copy of all scores would not fit

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lib.knn import BLOCK_BYTES, classify, weighted_votes
+from lib.graph.knn import BLOCK_BYTES, classify, weighted_votes
 from lib.propagation.checks import check_labels
 
 MAX_NEIGHBORS = 200
@@ -45,7 +45,7 @@ def propagate_knn(
         labels: their L class numbers.
         num_classes: C.
         k: neighbors that vote, cut down to the number of labels.
-        vote: `lib.knn.classify`, or what does the same in several processes.
+        vote: `lib.graph.knn.classify`, or what does the same in several processes.
 
     Returns:
         N x C probabilities, float32; uniform for a labeled image that is the only one.

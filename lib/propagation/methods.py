@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lib.labels.split import Split
 from lib.propagation.algorithms import ALGORITHMS, EmbeddingGraph, check_parameters, run_algorithm
 from lib.propagation.checks import Labeling
 from lib.propagation.choose import LEAST_HELD_OUT, average, choose, committee, cross_validate
-from lib.split import Split
 
 METHODS = (*ALGORITHMS, "auto", "ensemble")
 
@@ -19,8 +19,8 @@ class Propagation:
     """What a method says of every image.
 
     Attributes:
-        scores: N x C logits, for `lib.pseudo_labels.from_scores`: softmax makes probabilities of them.
-        confidence: the measure published for the method, a key of `lib.pseudo_labels.CONFIDENCES`.
+        scores: N x C logits, for `lib.labels.pseudo_labels.from_scores`: softmax makes probabilities of them.
+        confidence: the measure published for the method, a key of `lib.labels.pseudo_labels.CONFIDENCES`.
         meta: the method and what it chose, plain types.
     """
 

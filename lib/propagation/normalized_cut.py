@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.filters import WITHOUT_NULL, GraphOperator, Seeds, filter_each
+from lib.graph.filters import WITHOUT_NULL, GraphOperator, Seeds, filter_each
+from lib.graph.spectral import Spectrum
 from lib.propagation.checks import Labeling, check_every_class, check_labels
-from lib.spectral import Spectrum
 
 ROWS = 8192  # finished at a time: a float64 copy of all scores would not fit
 CLAMP_STRENGTH = 1000.0  # of smoothness, in labeled images, where seeds are clamped; measured
@@ -165,7 +165,7 @@ def propagate_filters(
     Args:
         operator, num_classes, filter, parameters: as there.
         labelings: labeled images and their classes, for each answer.
-        apply: `lib.filters.filter_each`, or what gives the same answers.
+        apply: `lib.graph.filters.filter_each`, or what gives the same answers.
     """
     for labeled, labels in labelings:
         check_labels(len(operator.null), labeled, labels, num_classes)
@@ -200,7 +200,7 @@ def propagate_filter(
         labeled: L indexes of the labeled images.
         labels: their L class numbers.
         num_classes: C.
-        filter: a key of `lib.filters.FILTERS`.
+        filter: a key of `lib.graph.filters.FILTERS`.
         parameters: of that filter.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Rank 0 runs phase 2 from top to bottom, as a single process does. What takes long and falls apart into rows
 - neighbors, votes of nearest neighbors, products with the normalized affinity S - every process does for
-its own share of the rows (`lib.distributed.Share`), and rank 0 puts the parts together:
+its own share of the rows (`lib.runtime.distributed.Share`), and rank 0 puts the parts together:
 
     if not distributed.is_main():
         serve(device)
@@ -33,12 +33,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib import distributed
-from lib.distributed import Share
-from lib.knn import classify
-from lib.neighbors import Neighbors, nearest_neighbors
-from lib.search import ROWS
-from lib.spectral import Operator, csr_operator
+from lib.graph.knn import classify
+from lib.graph.neighbors import Neighbors, nearest_neighbors
+from lib.graph.search import ROWS
+from lib.graph.spectral import Operator, csr_operator
+from lib.runtime import distributed
+from lib.runtime.distributed import Share
 
 TASKS = ("", "take_features", "find", "vote", "take_rows", "multiply")  # "" ends the work
 Task = tuple[str, dict[str, Any]]
@@ -197,7 +197,7 @@ class Workers:
             self._worker.features = features  # the same object again needs no second copy
 
     def nearest_neighbors(self, features: Tensor, k: int, **options: Any) -> Neighbors:
-        """`lib.neighbors.nearest_neighbors`, the rows divided among the processes."""
+        """`lib.graph.neighbors.nearest_neighbors`, the rows divided among the processes."""
         if len(features) < distributed.share().size:
             return nearest_neighbors(features, k, **options)
         self._hand_out(features)
@@ -206,7 +206,7 @@ class Workers:
     def classify(
         self, queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, **options: Any
     ) -> Tensor:
-        """`lib.knn.classify`, the queries divided among the processes."""
+        """`lib.graph.knn.classify`, the queries divided among the processes."""
         options |= {"num_classes": num_classes}
         if len(queries) < distributed.share().size:
             return classify(queries, bank, bank_labels, **options)

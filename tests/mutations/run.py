@@ -8,7 +8,7 @@ Every patch is applied to a copy of the repository in a temporary folder; the re
 touched. The tests that a patch names pass there without it (all are run once, first) and must fail with it.
 README.md in this folder lists the defects. A patch begins with its defect in words, then names its tests:
 
-    caught by: tests/test_knn.py::test_top_5_is_not_top_2
+    caught by: tests/graph/test_knn.py::test_top_5_is_not_top_2
     caught at import                                   where the tests cannot even be collected
 
 About two minutes on one core. Exit code 1 if a patch survives or does not apply, 2 if nothing could be

@@ -1,0 +1,293 @@
+"""Networks from elsewhere, as metrics: images in, pooled features out, the head removed.
+
+`torchvision:resnet50`, `torchvision:resnet50@IMAGENET1K_V1` (one of several published weights) and, where
+timm is installed, `timm:vit_small_patch14_dinov2.lvd142m`. Weights come from a local file, or by the
+library's own address into its own cache. How images are resized, cut and normalized is what the model's
+own configuration says.
+"""
+
+import difflib
+import hashlib
+import importlib
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from datasets.images import Stats
+from datasets.transforms import Augmentation
+from lib.files import checkpoint, transfer
+from lib.files.atomic import put_in_place
+from lib.runtime.distributed import main_first, progress_bar
+from models.layers import EmbeddingNet
+
+LIBRARIES = ("torchvision", "timm")
+# Their last layer is no linear one, or they refuse weights that come without torch's version record.
+UNSUITABLE = ("squeezenet", "mnasnet")
+# What torchvision sets beside the weights, which here are read by lib/files/checkpoint.py and not by it.
+BESIDE_WEIGHTS = {
+    name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")
+}
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # names before PyTorch 0.4
+
+
+class Preprocessing(Augmentation):
+    """Stored images of any size as a network wants them: resized, the center cut out, normalized.
+
+    Args:
+        image_size: side of the input in pixels.
+        resize: length of the shorter side before the cut; with `squash` of both sides.
+        interpolation: of the resizing, always with antialiasing.
+        stats: mean and standard deviation per channel.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        resize: int,
+        interpolation: InterpolationMode,
+        stats: Stats,
+        *,
+        squash: bool = False,
+    ) -> None:
+        super().__init__((), stats)
+        self.image_size, self.resize = image_size, resize
+        self.interpolation, self.squash, self.stats = interpolation, squash, stats
+
+    def __call__(self, images: Tensor, rows: Collection[Tensor] = ()) -> Tensor:
+        """B x 3 x H x W bytes -> B x 3 x S x S float32."""
+        assert not rows, "evaluation must not augment"
+        size = [self.resize] * (1 + self.squash)
+        resized = functional.resize(images, size, interpolation=self.interpolation, antialias=True)
+        return super().__call__(functional.center_crop(resized, [self.image_size]))
+
+    def __str__(self) -> str:
+        cut = f"{self.resize} -> {self.image_size} pixels, {self.interpolation.value}"
+        return f"{cut}{', squashed' if self.squash else ''}, mean and std {self.stats}"
+
+
+class _NoHead(nn.Identity):
+    """In place of the last layer; as wide as what comes in."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+
+class PooledFeatures(EmbeddingNet):
+    """A network without its head, under the interface of our own ones.
+
+    Put a layer in place of `head` to finetune it.
+    """
+
+    head_name = "head"
+    normalize = False
+
+    def __init__(self, trunk: nn.Module, out_features: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, _NoHead(out_features)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        return self.trunk(images)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network from elsewhere, ready to extract features with.
+
+    Attributes:
+        model: B x 3 x S x S images -> B x D pooled features; in evaluation mode.
+        preprocessing: stored images -> what `model` takes.
+    """
+
+    model: PooledFeatures
+    preprocessing: Preprocessing
+
+    @property
+    def num_features(self) -> int:
+        return self.model.head.out_features
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with the weights or the preprocessing."""
+        running = hashlib.sha256(str(self.preprocessing).encode())
+        for name, value in self.model.state_dict().items():
+            running.update(name.encode())
+            running.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return running.hexdigest()[:16]
+
+
+def is_external(architecture: str) -> bool:
+    """Whether a name is one that `build` knows rather than `models.build_model`."""
+    return architecture.partition(":")[0] in LIBRARIES and ":" in architecture
+
+
+def build(architecture: str, path: str | Path = "", *, weighted: bool = True) -> Backbone:
+    """Build a network by its name.
+
+    Args:
+        architecture: `torchvision:NAME`, `torchvision:NAME@WEIGHTS` or `timm:NAME`.
+        path: weights of a local file, a state dict with or without the head; without a file the library's
+            own, downloaded the first time.
+        weighted: False leaves it at random weights, for those of a checkpoint of ours.
+
+    Raises:
+        ValueError: for an unknown name, a library that is not installed, weights that cannot be had or do
+            not fit.
+    """
+    library, _, name = architecture.partition(":")
+    if library not in LIBRARIES or not name:
+        raise ValueError(f"{architecture!r}: write torchvision:NAME or timm:NAME")
+    make = _from_torchvision if library == "torchvision" else _from_timm
+    found = make(name, path, weighted)
+    found.model.eval()
+    return found
+
+
+def classifier(
+    architecture: str, num_classes: int, path: str | Path = "", *, weighted: bool = True
+) -> PooledFeatures:
+    """A network from elsewhere with a new last layer of `num_classes` outputs; arguments as in `build`."""
+    found = build(architecture, path, weighted=weighted)
+    found.model.head = nn.Linear(found.num_features, num_classes)
+    return found.model
+
+
+def _require_known(library: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"{library} has no image classifier {name!r}{hint}")
+
+
+def _from_torchvision(name: str, path: str | Path, weighted: bool) -> Backbone:
+    name, _, wanted = name.partition("@")
+    _require_known("torchvision", name, zoo.list_models(module=zoo))
+    if name.startswith(UNSUITABLE):
+        raise ValueError(
+            f"torchvision:{name} cannot be used as a metric here; take another network"
+        )
+    published = zoo.get_model_weights(name)
+    if wanted and wanted not in published.__members__:
+        raise ValueError(
+            f"{name} has no weights {wanted!r}; take {', '.join(published.__members__)}"
+        )
+    weights = published[wanted] if wanted else published.DEFAULT
+    trunk = zoo.get_model(name, weights=None, **_construction(name, weights))
+    head = [n for n, module in trunk.named_modules() if isinstance(module, nn.Linear)][-1]
+    num_features = trunk.get_submodule(head).in_features
+    trunk.set_submodule(head, nn.Identity())
+    if weighted:
+        _load(trunk, path or _cached(weights.url), (head,))
+    view = weights.transforms()
+    stats = tuple(view.mean), tuple(view.std)
+    preprocessing = Preprocessing(view.crop_size[0], view.resize_size[0], view.interpolation, stats)
+    return Backbone(PooledFeatures(trunk, num_features), preprocessing)
+
+
+def _construction(name: str, weights: Any) -> dict[str, Any]:
+    """Arguments of the network that these weights were trained in."""
+    if name.startswith("vit_"):  # the number of position embeddings follows from the size
+        return {"image_size": weights.meta["min_size"][0]}
+    return BESIDE_WEIGHTS.get(name, {})
+
+
+def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
+    """Every weight of the trunk from a file, which may hold the heads besides, and nothing else."""
+    state = checkpoint.load_dict(path)
+    named = checkpoint.model_weights(state, path)
+    weights = {OLD_DENSENET.sub(r"\1\2", name): value for name, value in named.items()}
+    ends = tuple(f"{head}." for head in heads)
+    kept = {name: value for name, value in weights.items() if not name.startswith(ends)}
+    trunk.head_name = next(iter(heads), "")
+    checkpoint.load_weights(trunk, kept, source=path)
+
+
+def _cached(url: str) -> Path:
+    """The file of an address in torch's cache, where torchvision keeps it too."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    with main_first():
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _download(url, path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch weights whose name ends in the first digits of their sha256."""
+    part = path.with_name(path.name + ".part")
+    with progress_bar(desc=path.name, unit="B", unit_scale=True) as bar:
+
+        def progress(size: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(size - bar.n)
+
+        try:
+            digest = transfer.fetch(url, part, transfer.Rules(retries=1), progress=progress)
+        except (transfer.RefusedError, transfer.PassingError) as error:
+            raise ValueError(
+                f"the weights {url} cannot be downloaded: {error}; fetch that file elsewhere and name it as "
+                "the local weight file"
+            ) from error
+    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if named and not digest.startswith(named[1]):
+        transfer.discard(part)
+        raise ValueError(f"{url} is another file than its name says: its sha256 is {digest}")
+    put_in_place(part, path)
+
+
+def _import_timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "timm:NAME needs the package timm, which is not installed: pip install timm"
+        ) from error
+
+
+def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
+    timm = _import_timm()
+    _require_known("timm", name.split(".")[0], timm.list_models())
+    try:
+        with main_first():
+            trunk = timm.create_model(name, pretrained=weighted and not path, num_classes=0)
+    except (
+        Exception
+    ) as error:  # a dozen kinds, from several packages, mean that there is no such file
+        raise ValueError(
+            f"timm:{name} cannot be had: {error}; without a network, fetch its weights elsewhere and name "
+            "them as the local weight file"
+        ) from error
+    config = timm.data.resolve_model_data_config(trunk)
+    if weighted and path:
+        heads = trunk.pretrained_cfg.get("classifier") or ()
+        _load(trunk, path, (heads,) if isinstance(heads, str) else tuple(heads))
+    num_features = getattr(trunk, "head_hidden_size", trunk.num_features)
+    return Backbone(PooledFeatures(trunk, num_features), timm_preprocessing(name, config))
+
+
+def timm_preprocessing(name: str, config: Mapping[str, Any]) -> Preprocessing:
+    """What timm's evaluation transform does with this data configuration.
+
+    Raises:
+        ValueError: for inputs that are not square RGB images, or cut out in another way.
+    """
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width or config["crop_mode"] not in ("center", "squash"):
+        raise ValueError(f"timm:{name} takes images in a way that is not known here ({config})")
+    return Preprocessing(
+        height,
+        math.floor(height / config["crop_pct"]),
+        InterpolationMode(config["interpolation"]),
+        (tuple(config["mean"]), tuple(config["std"])),
+        squash=config["crop_mode"] == "squash",
+    )

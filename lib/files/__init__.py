@@ -1,0 +1,1 @@
+"""Files that are written whole, opened safely and say what made them."""

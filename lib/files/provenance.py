@@ -1,0 +1,88 @@
+"""What made a file: options, versions, commit, seed, digest of the data."""
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+import torch
+import torchvision
+
+from lib.runtime.distributed import print_main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def git_commit() -> str:
+    """Commit of this checkout, with `+changes` where files differ from it; `unknown` without git."""
+    try:
+        answers = [
+            subprocess.run(
+                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answers[0] + ("+changes" if answers[1] else "")
+
+
+def record(options: Mapping[str, Any], data_digest: str = "") -> dict[str, Any]:
+    """A dict of plain values to store under `meta` in every file that we write."""
+    plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in options.items()}
+    return {"options": plain, "data_digest": data_digest, **made_by()}
+
+
+def made_by() -> dict[str, Any]:
+    """Commit and versions, for files whose own keys say of what data and by what options they are."""
+    return {
+        "git_commit": git_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),  # a str subclass that a safe loader refuses
+            "torchvision": str(torchvision.__version__),
+            "numpy": numpy.__version__,
+            "scipy": scipy.__version__,
+        },
+    }
+
+
+def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse to continue a run with options that would make it another run.
+
+    Args:
+        saved: the `meta` record of the checkpoint.
+        now: the `meta` record of this run.
+        names: options that change the mathematics.
+
+    Raises:
+        ValueError: listing each option that differs, and a data set that is not the same.
+    """
+    before, after = saved.get("options", {}), now["options"]
+    different = [
+        f"--{name.replace('_', '-')} was {before[name]}, is {after[name]}"
+        for name in names
+        if name in before and before[name] != after[name]
+    ]
+    if saved.get("data_digest", now["data_digest"]) != now["data_digest"]:
+        different.append("the images or labels of the data set are not the same")
+    if different:
+        raise ValueError("this checkpoint belongs to another run: " + "; ".join(different))
+
+
+def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A line where a run goes on with other rounding: allowed, but not to the same bits."""
+    before, after = saved.get("options", {}), now["options"]
+    missing = {"precision": after.get("precision", ""), "compile": "", "winograd": False}
+    for name, default in missing.items():  # in files of before there was such an option
+        was, is_now = before.get(name, default), after.get(name, default)
+        if was != is_now:
+            words = [
+                {True: "on", False: "off", "": "off"}.get(value, value) for value in (was, is_now)
+            ]
+            print_main(
+                f"--{name} was {words[0]}, is {words[1]}: goes on with that, not to the same bits"
+            )

@@ -1,0 +1,41 @@
+"""Which checkpoint of a run to go on from."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from lib.files import checkpoint
+from lib.runtime import distributed
+
+
+def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
+    """`--resume auto`: the newest file among folder/names that can be read; says what it takes and why.
+
+    Returns:
+        Its path on every process, empty where the folder has none of them.
+
+    Raises:
+        ValueError: if there are such files and none of them can be read.
+    """
+    return distributed.broadcast_object(
+        _newest(Path(folder), names) if distributed.is_main() else ""
+    )
+
+
+def _newest(folder: Path, names: Iterable[str]) -> str:
+    files = [folder / name for name in names if (folder / name).is_file()]
+    for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+        try:
+            checkpoint.load_dict(file)
+        except ValueError as error:
+            print(f"--resume auto passes over a file: {error}", file=sys.stderr)
+            continue
+        print(f"--resume auto takes {file}")
+        return str(file)
+    if files:
+        raise ValueError(
+            f"--resume auto: none of the checkpoints in {folder} can be read; move them away to start "
+            "afresh"
+        )
+    print(f"--resume auto: no checkpoint in {folder} yet, starting afresh")
+    return ""

@@ -1,0 +1,1 @@
+"""From embeddings to neighbors, an affinity matrix, its Laplacian and spectrum."""

@@ -1,0 +1,328 @@
+"""Approximate nearest neighbors by k-means cells, in two rounds.
+
+First every row searches the few cells that its own cell's rows like best, all of them together. Then each
+row searches those other cells whose centroid is not much farther than its K-th neighbor so far. How much
+is measured: on a sample of rows whose exact neighbors are known, it is the margin that loses the allowed
+share of them. Most cells are left out for most rows, which pays from about a million rows on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lib.graph.search import FIRST, exact_search, in_parallel, product, top_k
+from lib.runtime.distributed import progress_bar
+from lib.runtime.seeding import generator
+
+CELLS_PER_ROOT = 8  # cells per square root of N
+COARSE_PER_ROOT = 2  # the same, where only neighborhoods count
+VOTES = 8  # nearest centroids that a row asks to be searched
+PROBES = 32  # cells of the first round
+SPEAKERS = 128  # rows that vote for their cell, at most about this many
+SAMPLED_ROWS = 512  # whose exact neighbors the margin is measured with
+ROWS_PER_CELL = 16  # of the k-means sample
+KMEANS_ROUNDS = 5
+TARGETS = 256  # cells compared with a block of rows at a time
+MERGE_BYTES = 64 * 2**20  # of neighbors and candidates at a time
+WORTHWHILE = 0.5  # of all pairs of rows: where the cells save less, exact search is faster
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The features sorted by their nearest centroid.
+
+    Attributes:
+        sorted: N x D features, cell after cell.
+        order: N, the row of the features that each of them is.
+        starts: C + 1, where each cell starts.
+        centroids: C x D.
+    """
+
+    sorted: Tensor
+    order: Tensor
+    starts: list[int]
+    centroids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    def members(self, cell: int) -> slice:
+        return slice(self.starts[cell], self.starts[cell + 1])
+
+    def of(self, places: Tensor) -> Tensor:
+        """The cell of each place in the sorted order."""
+        return torch.searchsorted(torch.tensor(self.starts), places, right=True) - 1
+
+
+@dataclass
+class Found:
+    """Neighbors so far of the rows `start` ... `start + R` of the features.
+
+    Attributes:
+        values: R x K cosines, falling.
+        places: R x K rows of the features.
+        start: the first row.
+    """
+
+    values: Tensor
+    places: Tensor
+    start: int
+
+
+def _k_means(features: Tensor, num_cells: int, seed: int) -> Tensor:
+    """Unit centroids of a random sample of the features (spherical k-means), num_cells x D."""
+    rng = generator(seed, "sample")
+    rows = torch.randperm(len(features), generator=rng)[: ROWS_PER_CELL * num_cells]
+    sample = features[rows.to(features.device)]
+    centroids = sample[:num_cells].clone()
+    for _ in range(KMEANS_ROUNDS):
+        nearest = (
+            exact_search(sample, centroids, 1, progress="k-means")[1][:, 0]
+            .long()
+            .to(features.device)
+        )
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
+        full = sums.norm(dim=1) > 0  # a cell that lost all its members stays where it was
+        centroids[full] = normalize(sums[full])
+    return centroids
+
+
+def _assign(features: Tensor, cells_per_root: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Centroids, and the number of each row's nearest one on the CPU."""
+    num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
+    centroids = _k_means(features, num_cells, seed)
+    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0]
+
+
+def make_cells(features: Tensor, seed: int) -> Cells:
+    """Cells of N x D unit vectors; the same for the same features and seed."""
+    centroids, nearest = _assign(features, CELLS_PER_ROOT, seed)
+    order = torch.argsort(nearest, stable=True)
+    sizes = torch.bincount(nearest, minlength=len(centroids))
+    starts = [0, *sizes.cumsum(0).tolist()]
+    return Cells(features[order.to(features.device)], order, starts, centroids)
+
+
+def near_order(features: Tensor, seed: int = 0) -> Tensor:
+    """The rows of N x D unit vectors cell after cell, N: near ones side by side, for memory's sake."""
+    return torch.argsort(_assign(features, COARSE_PER_ROOT, seed)[1], stable=True)
+
+
+def _probed(cells: Cells, cell: int, least: int) -> list[int]:
+    """The cells that all rows of one cell search in the first round, their own first.
+
+    Each row votes for its `VOTES` nearest centroids, by how much nearer they are than the next one. More
+    than `PROBES` cells are taken where these hold fewer than `least` rows.
+    """
+    own = cells.sorted[cells.members(cell)]
+    speakers = own[:: 1 + len(own) // SPEAKERS]  # a sample of a crowded cell speaks for it
+    similarities = speakers @ cells.centroids.T
+    threshold = similarities.topk(min(VOTES + 1, len(cells)), dim=1).values[:, -1:]
+    # the second term ranks the cells that nobody votes for
+    votes = (similarities - threshold).relu().mean(dim=0) + 1e-3 * similarities.mean(dim=0)
+    votes[cell] = torch.inf
+    chosen, held = [], 0
+    for rank, other in enumerate(votes.argsort(descending=True).tolist()):
+        if rank >= PROBES and held >= least:
+            break
+        chosen.append(other)
+        held += cells.starts[other + 1] - cells.starts[other]
+    return chosen
+
+
+def _search_cell(
+    cells: Cells, cell: int, members: Tensor, k: int, own_value: float, budget: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The k nearest of some `members` (places within the cell) among the probed cells; and these cells."""
+    own = cells.sorted[cells.members(cell)]
+    chosen = _probed(cells, cell, k + 1)
+    candidates = torch.cat([cells.sorted[cells.members(c)] for c in chosen])
+    ids = torch.cat([cells.order[cells.members(c)] for c in chosen])
+    at_once = max(1, budget // (4 * len(candidates)))
+    values, places = [], []
+    for part in members.split(at_once):
+        part_on_device = part.to(own.device)
+        block = product(own[part_on_device], candidates)
+        block.scatter_(1, part_on_device[:, None], own_value)  # the cell's own rows come first
+        found, where = top_k(block, k)
+        values.append(found.cpu())
+        places.append(ids[where.cpu()].int())
+    return torch.cat(values), torch.cat(places), chosen
+
+
+def _first_round(
+    cells: Cells, k: int, rows: slice, own_value: float, block_bytes: int
+) -> tuple[Found, Tensor]:
+    """Neighbors of `rows` among the cells that their cell likes best; C x C, bool: which ones."""
+    count = rows.stop - rows.start
+    found = Found(torch.empty(count, k), torch.empty(count, k, dtype=torch.int32), rows.start)
+    searched = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+    threads = torch.get_num_threads()
+    bar = progress_bar(total=count, desc="neighbors, first round", unit="img")
+
+    def work(numbers: Iterator[int]) -> None:
+        for cell in numbers:
+            ids = cells.order[cells.members(cell)]
+            members = ((ids >= rows.start) & (ids < rows.stop)).nonzero()[:, 0]
+            if len(members):
+                to = ids[members] - rows.start
+                budget = block_bytes // threads
+                found.values[to], found.places[to], chosen = _search_cell(
+                    cells, cell, members, k, own_value, budget
+                )
+                searched[cell, chosen] = True
+            bar.update(len(members))
+
+    with bar:
+        in_parallel(work, range(len(cells)), cells.sorted.device)
+    return found, searched
+
+
+def _sample(cells: Cells, k: int, own_value: float, budget: int, seed: int) -> tuple[Tensor, ...]:
+    """The first round of a few rows: their places, K-th cosines so far and searched cells (S x C)."""
+    rng = generator(seed, "sample", 1)
+    places = torch.randperm(len(cells.order), generator=rng)[:SAMPLED_ROWS].sort().values
+    of = cells.of(places)
+    worst, searched = torch.empty(len(places)), torch.zeros(len(places), len(cells)).bool()
+    for row, (place, cell) in enumerate(zip(places.tolist(), of.tolist(), strict=True)):
+        member = torch.tensor([place - cells.starts[cell]])
+        values, _, chosen = _search_cell(cells, cell, member, k, own_value, budget)
+        worst[row], searched[row, chosen] = values[0, -1], True
+    return places, worst, searched
+
+
+def _choose_margin(
+    cells: Cells, k: int, recall: float, own_value: float, budget: int, seed: int
+) -> tuple[float, float]:
+    """How far below its K-th cosine a row's cosine with a centroid may lie, for that cell to be searched.
+
+    Returns:
+        The margin that finds `recall` of the exact neighbors of a sample of all rows (+inf: no second
+        round is needed), and the share of all pairs of rows that are then compared.
+    """
+    places, worst, searched = _sample(cells, k, own_value, budget, seed)
+    rows = cells.sorted[places.to(cells.sorted.device)]
+    _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
+    nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
+    of = cells.of(exact.long())
+    reached = nearer.gather(1, of).masked_fill(searched.gather(1, of), torch.inf)
+    lowest = reached.flatten().sort(descending=True).values
+    margin = float(lowest[min(len(lowest) - 1, int(recall * len(lowest)))])
+    sizes = torch.tensor(cells.starts).diff().float()
+    compared = ((nearer >= margin) | searched).float() @ sizes
+    return margin, float(compared.mean()) / len(cells.order)
+
+
+def _merge(found: Found, rows: Tensor, values: Tensor, places: Tensor) -> None:
+    """Put new candidates among the neighbors of their rows; rows: n, rising, of `found`."""
+    k = found.values.shape[1]
+    touched, counts = torch.unique_consecutive(rows, return_counts=True)
+    width = k + int(counts.max())
+    if 8 * width * len(touched) > MERGE_BYTES and len(touched) > 1:
+        # in halves, until a row with far more candidates than the others widens few of them
+        middle = int(counts[: len(touched) // 2].sum())
+        for half in (slice(middle), slice(middle, None)):
+            _merge(found, rows[half], values[half], places[half])
+        return
+    first = counts.cumsum(0) - counts
+    column = torch.arange(len(rows)) - first.repeat_interleave(counts)
+    row = torch.arange(len(touched)).repeat_interleave(counts)
+    wide = torch.full((len(touched), width), -torch.inf)
+    ids = torch.zeros_like(wide, dtype=torch.int32)
+    wide[:, :k], ids[:, :k] = found.values[touched], found.places[touched]
+    wide[row, k + column], ids[row, k + column] = values, places
+    best, where = wide.topk(k, dim=1)
+    found.values[touched], found.places[touched] = best, ids.gather(1, where)
+
+
+def _search_targets(
+    cells: Cells, queries: Tensor, worst: Tensor, wanted: Tensor, targets: range
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Products above each query's `worst` with the members of the wanted cells: queries, values, rows.
+
+    Args:
+        wanted: len(targets) x Q, bool.
+    """
+    hits: list[tuple[Tensor, Tensor, Tensor]] = []
+    for asked, cell in zip(wanted, targets, strict=True):
+        rows, members = asked.nonzero()[:, 0], cells.members(cell)
+        if not len(rows) or members.start == members.stop:
+            continue
+        block = product(queries[rows], cells.sorted[members])
+        row, column = (block > worst[rows, None]).nonzero(as_tuple=True)
+        hits.append((rows[row], block[row, column], cells.order[members][column.cpu()].int()))
+    if not hits:
+        return torch.empty(0).long(), torch.empty(0), torch.empty(0).int()
+    rows, values, places = (torch.cat(parts) for parts in zip(*hits, strict=True))
+    rows, order = rows.sort(stable=True)
+    return rows, values[order], places[order.cpu()]
+
+
+def _second_round(
+    cells: Cells, found: Found, searched: Tensor, margin: float, block_bytes: int
+) -> None:
+    """Let each row search the other cells that are within the margin; `found` is improved in place."""
+    count, device = len(found.values), cells.sorted.device
+    inside = (cells.order >= found.start) & (cells.order < found.start + count)
+    positions = inside.nonzero()[:, 0]  # rows of one cell side by side: they want the same cells
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    at_once = max(1, block_bytes // (8 * TARGETS * threads))
+    bar = progress_bar(total=count, desc="neighbors, second round", unit="img")
+
+    def work(blocks: Iterator[Tensor]) -> None:
+        for block in blocks:
+            queries, of = cells.sorted[block.to(device)], cells.of(block)
+            rows = cells.order[block] - found.start
+            part = Found(found.values[rows], found.places[rows], 0)
+            # of the first round, as the margin was measured with
+            least = part.values[:, -1].to(device) + margin
+            for first in range(0, len(cells), TARGETS):
+                targets = range(first, min(first + TARGETS, len(cells)))
+                worst = part.values[:, -1].to(device)
+                near = product(cells.centroids[targets.start : targets.stop], queries)
+                near = (near >= least) & ~searched[of, targets.start : targets.stop].T.to(device)
+                new = _search_targets(cells, queries, worst, near, targets)
+                if len(new[0]):
+                    _merge(part, *(x.cpu() for x in new))
+            found.values[rows], found.places[rows] = part.values, part.places
+            bar.update(len(block))
+
+    with bar:
+        in_parallel(work, positions.split(at_once), device)
+
+
+def search_cells(
+    features: Tensor,
+    k: int,
+    *,
+    rows: slice,
+    own_value: float = FIRST,
+    recall: float,
+    block_bytes: int,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor] | None:
+    """Approximate neighbors of `rows` among all rows; None where exact search would be faster.
+
+    The answer for a row depends on the features, k, recall and seed, not on what other rows are asked for.
+
+    Args:
+        features: N x D unit vectors, on any device.
+        rows: a slice of step 1.
+        own_value: takes the place of a row's cosine with itself.
+        recall: share of the exact neighbors to find.
+        block_bytes: bound of the similarities held by all threads together.
+
+    Returns:
+        Cosines, falling, and rows, R x k each, on the CPU.
+    """
+    cells = make_cells(features, seed)
+    margin, share = _choose_margin(cells, k, recall, own_value, block_bytes, seed)
+    if share > WORTHWHILE:
+        return None
+    found, searched = _first_round(cells, k, rows, own_value, block_bytes)
+    if margin < torch.inf:
+        _second_round(cells, found, searched, margin, block_bytes)
+    return found.values, found.places

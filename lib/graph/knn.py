@@ -1,0 +1,140 @@
+"""Weighted nearest-neighbor classification on unit vectors, by blocks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from datasets import UNKNOWN
+from lib.runtime.distributed import all_reduce_sum, share
+
+BLOCK_BYTES = 128 * 2**20  # of similarities at a time
+
+
+def weighted_votes(
+    similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.1
+) -> Tensor:
+    """Votes exp(cos / T) of each row's neighbors, per class, normalized to sum 1.
+
+    Args:
+        similarities: B x K cosines.
+        neighbor_labels: B x K class numbers.
+
+    Returns:
+        B x C probabilities.
+    """
+    # minus the row's largest: the same ratios, and no overflow at small temperatures
+    weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp()
+    votes = torch.zeros(len(weights), num_classes, device=weights.device, dtype=weights.dtype)
+    votes.scatter_add_(1, neighbor_labels, weights)
+    return votes / votes.sum(dim=1, keepdim=True)
+
+
+def nearest(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The k nearest labeled rows of `bank` for blocks of `queries`, in order.
+
+    Yields:
+        Cosines, falling, and class numbers, both B x k; all labeled rows where the bank has fewer.
+
+    Raises:
+        ValueError: if no row of the bank has a label.
+    """
+    known = bank_labels != UNKNOWN
+    if not known.any():
+        raise ValueError("nearest neighbors need at least one labeled image")
+    if not known.all():
+        bank, bank_labels = bank[known.to(bank.device)], bank_labels[known]
+    bank, labels = bank.to(queries.device), bank_labels.to(queries.device)
+    for block in queries.split(max(1, BLOCK_BYTES // (4 * len(bank)))):
+        top, places = (block @ bank.T).topk(min(k, len(bank)), dim=1)
+        yield top, labels[places]
+
+
+def classify(
+    queries: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> Tensor:
+    """Class probabilities of `queries` from their nearest rows of `bank` (Wu et al. 2018, eq. 9).
+
+    Args:
+        queries: Q x D unit vectors.
+        bank: M x D unit vectors.
+        bank_labels: M class numbers; rows labeled `UNKNOWN` have no vote.
+        k: neighbors that vote; all of them where the bank has fewer.
+
+    Returns:
+        Q x C float32 probabilities on the device of `queries`.
+
+    Raises:
+        ValueError: if no row of the bank has a label, for no neighbor or a temperature that is not
+            positive.
+    """
+    if k < 1 or not temperature > 0:
+        raise ValueError(
+            f"k {k} and temperature {temperature} of nearest neighbors must be positive"
+        )
+    blocks = nearest(queries, bank, bank_labels, k)
+    return torch.cat([weighted_votes(*block, num_classes, temperature) for block in blocks])
+
+
+def topk_correct(scores: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> Tensor:
+    """How many rows have their target among the k highest scores, for each k; int64.
+
+    With fewer classes than k, k is the number of classes.
+    """
+    highest = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
+    found = highest.eq(targets.to(scores.device)[:, None])
+    return torch.stack([found[:, :k].any(dim=1).sum() for k in ks])
+
+
+def top_k_accuracy(scores: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[float]:
+    """Percentage of rows whose target is among the k highest scores, for each k."""
+    return [100 * count / len(targets) for count in topk_correct(scores, targets, ks).tolist()]
+
+
+def accuracy(
+    queries: Tensor,
+    targets: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> dict[str, float]:
+    """Accuracy in percent of the votes of k nearest neighbors, and of the single nearest one.
+
+    Every process has all the arguments, as in `classify`, and works on its part of the queries; those
+    whose target is `UNKNOWN` count nowhere.
+
+    Returns:
+        `top1` and `top5` of the votes, `nearest` of the nearest neighbor's label.
+
+    Raises:
+        ValueError: as `classify`, or if no query has a target.
+    """
+    known = targets != UNKNOWN
+    if not known.any():
+        raise ValueError("there is no labeled image to measure the accuracy on")
+    queries, targets = queries[known.to(queries.device)], targets[known].to(queries.device)
+    mine, counts = share().rows(len(targets)), torch.zeros(3, dtype=torch.int64)
+    start, counts = mine.start, counts.to(queries.device)
+    for cosines, labels in nearest(queries[mine], bank, bank_labels, k):
+        own = targets[start : start + len(labels)]
+        votes = weighted_votes(cosines, labels, num_classes, temperature)
+        counts[:2] += topk_correct(votes, own)
+        counts[2] += (labels[:, 0] == own).sum()
+        start += len(labels)
+    top1, top5, nearest_one = all_reduce_sum(counts).tolist()
+    return {
+        "top1": 100 * top1 / len(targets),
+        "top5": 100 * top5 / len(targets),
+        "nearest": 100 * nearest_one / len(targets),
+    }

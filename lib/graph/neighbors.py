@@ -1,0 +1,262 @@
+"""Nearest neighbors of every image by cosine: exact by blocks, approximate by cells, or by FAISS."""
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.graph.cells import CELLS_PER_ROOT, search_cells
+from lib.graph.search import BLOCK_BYTES, FIRST, exact_search
+from lib.runtime.devices import has_fast_bf16
+from lib.runtime.seeding import generator
+
+METHODS = ("auto", "exact", "ivf", "faiss")
+PRECISIONS = ("auto", "fp32", "bf16")
+EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search takes minutes
+HALF_FROM = 20_000  # rows, from which the faster products are worth the second ranking
+LEAST_OF_HALF = 0.995  # recall below which bfloat16 is not taken by itself
+KEPT_BYTES = 2**30  # of neighbors held, where only the first and the last of them are wanted
+RECALL = 0.97  # aimed at by the approximate search
+SAMPLED_ROWS = 512  # whose exact neighbors the recall is measured against
+FAISS_PROBES = 32
+TIE = 1e-6  # cosines that differ by less are equal in float32
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Nearest neighbors by cosine, falling.
+
+    Attributes:
+        indexes: R x K, int32, one row for each row asked for.
+        similarities: R x K, float32.
+        scale_similarities: R, cosine of the neighbor that sets the local scale; empty if none does.
+        recall: share of the exact neighbors that were found, measured on a random sample of rows
+            (1 where the search is exact by construction).
+    """
+
+    indexes: Tensor
+    similarities: Tensor
+    scale_similarities: Tensor
+    recall: float = 1.0
+
+
+def _recall(found: Tensor, exact: Tensor) -> float:
+    """Share of the exact neighbors found, by their cosines: equally near ones replace each other."""
+    return float((found >= exact[:, -1:] - TIE).float().mean())
+
+
+def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tuple[Tensor, Tensor]:
+    """An inverted file of FAISS where there are many rows, its flat index otherwise."""
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError(
+            "FAISS is not installed: install faiss-cpu, or take the method exact or ivf"
+        ) from None
+    points = np.ascontiguousarray(features.cpu().numpy())
+    n, dim = points.shape
+    if n < EXACT_BELOW["cpu"]:
+        index = faiss.IndexFlatIP(dim)
+    else:
+        num_cells = round(CELLS_PER_ROOT * n**0.5)
+        index = faiss.index_factory(dim, f"IVF{num_cells},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.nprobe = FAISS_PROBES
+        index.train(points)
+    index.add(points)
+    values, indexes = index.search(points[rows], min(k + 1, n))
+    values, indexes = torch.from_numpy(values), torch.from_numpy(indexes)
+    values[indexes < 0] = -torch.inf  # fewer were found
+    own = torch.arange(rows.start, rows.stop)[:, None]
+    values[indexes == own] = own_value
+    if own_value == FIRST:  # among many duplicates it may not be there
+        missing = ~(indexes == own).any(dim=1)
+        values[missing, -1], indexes[missing, -1] = own_value, own[missing, 0]
+    values, order = values.topk(k, dim=1)
+    return values, indexes.gather(1, order).clamp(min=0).int()
+
+
+def _sampled(rows: slice, seed: int) -> Tensor:
+    """A random sample of these rows that recalls are measured on."""
+    rng = generator(seed, "sample", 2)
+    return torch.randperm(rows.stop - rows.start, generator=rng)[:SAMPLED_ROWS] + rows.start
+
+
+def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
+    """Recall of the first k of `values`, found for the rows `ids`, the images themselves left out."""
+    queries = features[ids.to(features.device)]
+    exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
+    others = slice(int(own_value == FIRST), k)
+    if others.start == k:
+        return 1.0
+    return _recall(values[:, others], exact[:, others])
+
+
+def _measured_recall(
+    features: Tensor, values: Tensor, rows: slice, own_value: float, seed: int, k: int
+) -> float:
+    """Recall of the first k of `values` on a random sample of the rows."""
+    ids = _sampled(rows, seed)
+    return _recall_at(features, ids, values[ids - rows.start], own_value, k)
+
+
+def _precision_for(precision: str, features: Tensor, k: int, own_value: float, seed: int) -> str:
+    """The precision asked for; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
+    if precision != "auto":
+        return precision
+    if len(features) < HALF_FROM or not has_fast_bf16(features.device):
+        return "fp32"
+    whole = slice(0, len(features))
+    ids = _sampled(whole, seed)
+    queries = features[ids.to(features.device)]
+    values, _ = exact_search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
+    # crowds of images are there that bfloat16 cannot tell apart
+    least = _recall_at(features, ids, values, own_value, k)
+    return "bf16" if least >= LEAST_OF_HALF else "fp32"
+
+
+def _require_memory(rows: slice, wanted: int) -> None:
+    needed = 8 * (rows.stop - rows.start) * wanted
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if needed > available:
+        raise ValueError(
+            f"{wanted} neighbors of each image take {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} "
+            "are free: take a graph without a scale of so many neighbors (cifar), or chunks"
+        )
+
+
+def _by_blocks(
+    features: Tensor,
+    wanted: int,
+    k: int,
+    rows: slice,
+    own_value: float,
+    block_bytes: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and places of the first k of `wanted` neighbors, and the cosine of the last of them."""
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
+    for first in range(rows.start, rows.stop, size):
+        part = torch.arange(first, min(first + size, rows.stop))
+        values, places = exact_search(
+            features[first : first + len(part)],
+            features,
+            wanted,
+            own=part,
+            own_value=own_value,
+            precision=precision,
+            block_bytes=block_bytes,
+            progress="neighbors",
+        )
+        kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, -1].clone()))
+    if len(kept) == 1:
+        return kept[0]
+    whole = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+    return whole[0], whole[1], whole[2]
+
+
+def _whole(rows: slice | None, n: int) -> slice:
+    start, stop, step = (rows or slice(None)).indices(n)
+    if step != 1 or stop <= start:
+        raise ValueError(f"rows {rows} of {n} images: take a slice of one row at least, step 1")
+    return slice(start, stop)
+
+
+def _method_for(method: str, n: int, device: torch.device) -> str:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: take one of {', '.join(METHODS)}")
+    if method == "auto":
+        return "exact" if n < EXACT_BELOW.get(device.type, EXACT_BELOW["cpu"]) else "ivf"
+    return method
+
+
+def _check(features: Tensor, k: int, precision: str) -> None:
+    if len(features) < 2:
+        raise ValueError(f"a graph needs two images at least, not {len(features)}")
+    if k < 1:
+        raise ValueError(f"a graph needs one neighbor per image at least, not {k}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
+
+
+def nearest_neighbors(
+    features: Tensor,
+    k: int,
+    *,
+    include_self: bool,
+    scale_rank: int = 0,
+    block_bytes: int = BLOCK_BYTES,
+    method: str = "auto",
+    precision: str = "auto",
+    rows: slice | None = None,
+    recall: float = RECALL,
+    seed: int = 0,
+) -> Neighbors:
+    """The k nearest neighbors of every row among all rows, by blocks.
+
+    Args:
+        features: N x D unit vectors (float32), on any device.
+        k: neighbors per row, at most N (N - 1 without the row itself).
+        include_self: put each row first among its own neighbors, whatever duplicates there are;
+            otherwise it is left out.
+        scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
+        block_bytes: bound of the similarities in memory, by all threads together.
+        method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.graph.cells`), or
+            exact where that is faster; "faiss", where it is installed; "auto", exact below `EXACT_BELOW`
+            rows.
+        precision: of the products of the exact search: "fp32"; "bf16" with half as many candidates
+            again ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
+        rows: those to find neighbors for, a slice of step 1; all if None. The cells of "ivf" are the
+            same in every process that is given the same features and seed.
+        recall: aimed at by "ivf".
+        seed: of k-means and of the rows that the recall is measured on.
+
+    Returns:
+        Their neighbors, on the CPU, and the measured recall of a search that is not exact.
+
+    Raises:
+        ValueError: for fewer than two rows, no neighbor, an unknown method or precision, no rows asked
+            for, or FAISS where it is not installed.
+
+    Warns:
+        UserWarning: where the measured recall stays below 0.95.
+    """
+    _check(features, k, precision)
+    method, rows = _method_for(method, len(features), features.device), _whole(rows, len(features))
+    features = features.detach()  # the threads do not inherit no_grad
+    k = min(k, len(features) if include_self else len(features) - 1)
+    rank = min(scale_rank, len(features) - 1)
+    wanted = max(k, rank + include_self)
+    own_value = FIRST if include_self else -torch.inf
+    found = None
+    if method == "ivf":
+        _require_memory(rows, wanted)
+        limits = {"own_value": own_value, "block_bytes": block_bytes}
+        found = search_cells(features, wanted, rows=rows, recall=recall, seed=seed, **limits)
+    elif method == "faiss":
+        _require_memory(rows, wanted)
+        found = _by_faiss(features, wanted, rows, own_value=own_value)
+    if found is not None:
+        values, indexes, scales = *found, found[0][:, -1]
+        reached = _measured_recall(features, values, rows, own_value, seed, wanted)
+    else:  # asked for, or faster
+        method, reached = "exact", 1.0
+        chosen = _precision_for(precision, features, k, own_value, seed)
+        where = (features, wanted, k, rows, own_value, block_bytes)
+        values, indexes, scales = _by_blocks(*where, chosen)
+        if chosen != "fp32":
+            reached = _measured_recall(features, values, rows, own_value, seed, k)
+    if reached < 0.95:
+        warnings.warn(f"{method} search found {reached:.1%} of the nearest neighbors", stacklevel=2)
+    if not rank:
+        scales = torch.empty(0)
+    elif rank + include_self < wanted:
+        scales = values[:, rank - 1 + include_self]
+    scales = scales.clone()
+    values, indexes = values[:, :k].contiguous(), indexes[:, :k].contiguous()
+    if include_self:
+        values[:, 0] = 1.0
+    return Neighbors(indexes, values.clamp_(-1, 1), scales.clamp_(-1, 1), reached)

@@ -1,0 +1,180 @@
+"""Exact search of the rows with the largest products, by blocks.
+
+It costs 2 N Q D operations and is bound by the rate at which the machine multiplies matrices. On a CPU
+every core works on rows of its own with one BLAS thread. Nothing here is larger than Q x K or a copy of
+the features, but for blocks of similarities within a stated number of bytes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.runtime.distributed import progress_bar
+
+try:  # holds numpy's BLAS to one thread per core; without it torch's own BLAS is used
+    from threadpoolctl import threadpool_limits
+except ImportError:
+    threadpool_limits = None
+
+BLOCK_BYTES = 256 * 2**20  # of similarities held at a time, by all threads together
+TILE = 65_536  # columns multiplied at a time, at most
+ROWS = 128  # multiplied at a time on a CPU, at most: their similarities should stay in the cache
+GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
+MORE_CANDIDATES = 8  # of bfloat16, at least
+FIRST = 2.0  # above every cosine: an image put before its duplicates
+
+
+def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, falling, and their columns.
+
+    They lie in the k groups of columns with the largest maxima: taking those maxima reads every
+    column once, and the selection proper sees N / GROUP of them, then k GROUP candidates. A group is
+    every N / GROUP-th column, so that its maximum is taken of whole vectors at once.
+    """
+    n = similarities.shape[1]
+    groups = n // GROUP
+    if k * GROUP * 2 >= n:
+        return similarities.topk(k, dim=1)
+    maxima = similarities[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(dim=1)
+    members = maxima.topk(k, dim=1, sorted=False).indices
+    steps = groups * torch.arange(GROUP, device=members.device)
+    columns = (members[:, None, :] + steps[:, None]).flatten(1)
+    rest = torch.arange(groups * GROUP, n, device=members.device)  # columns outside of any group
+    columns = torch.cat([columns, rest.expand(len(columns), -1)], dim=1)
+    values, places = similarities.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
+
+
+@contextlib.contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """One thread inside each product, as the rows are divided among threads already."""
+    threads = torch.get_num_threads()
+    limits = (
+        threadpool_limits(1, user_api="blas") if threadpool_limits else contextlib.nullcontext()
+    )
+    with limits:
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)  # MKL's number is not one of each thread
+
+
+def in_parallel(work: Callable[[Iterator], None], items: Iterable, device: torch.device) -> None:
+    """Let every core take `items` off one iterator; a GPU is kept busy by a single thread."""
+    threads = torch.get_num_threads()
+    shared = iter(list(items))  # next() of a list's iterator is atomic
+    if device.type != "cpu" or threads == 1:
+        return work(shared)
+    with _single_threaded_blas(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+        for future in [pool.submit(work, shared) for _ in range(threads)]:
+            future.result()
+    return None
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """left @ right.T, float32; written to `buffer` where there is one."""
+    if left.device.type != "cpu" or left.dtype != torch.float32:
+        return (left @ right.T).float()
+    if buffer is None:
+        out = torch.empty(len(left), len(right))
+    else:
+        out = buffer[: len(left) * len(right)].view(len(left), len(right))
+    if threadpool_limits or torch.get_num_threads() == 1:
+        np.matmul(left.numpy(), right.numpy().T, out=out.numpy())  # faster than MKL on some CPUs
+    else:
+        torch.mm(left, right.T, out=out)
+    return out
+
+
+def _rerank(
+    queries: Tensor, columns: Tensor, places: Tensor, own: Tensor | None, own_value: float, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of the candidates `places` by their float32 products."""
+    values = (columns[places] @ queries[:, :, None])[:, :, 0]
+    if own is not None:
+        values = values.masked_fill(places == own[:, None], own_value)
+    values, order = values.topk(k, dim=1)
+    return values, places.gather(1, order)
+
+
+def _best_of_tiles(
+    queries: Tensor,
+    columns: Tensor,
+    k: int,
+    tile: int,
+    own: Tensor | None,
+    own_value: float,
+    buffer: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The k largest products of a block of queries, `tile` columns at a time."""
+    top = None
+    for first in range(0, len(columns), tile):
+        part = product(queries, columns[first : first + tile], buffer)
+        if own is not None:
+            inside = ((own >= first) & (own < first + tile)).nonzero()[:, 0]
+            part[inside, own[inside] - first] = own_value
+        found, where = top_k(part, min(k, part.shape[1]))
+        where = where + first
+        if top is not None:
+            found, where = torch.cat([top[0], found], 1), torch.cat([top[1], where], 1)
+            found, order = found.topk(k, dim=1)
+            where = where.gather(1, order)
+        top = found, where
+    return top
+
+
+def exact_search(
+    queries: Tensor,
+    columns: Tensor,
+    k: int,
+    *,
+    own: Tensor | None = None,
+    own_value: float = FIRST,
+    precision: str = "fp32",
+    block_bytes: int = BLOCK_BYTES,
+    progress: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The k largest products of each query with the rows of `columns`: values and places, on the CPU.
+
+    Args:
+        own: column of each query whose product is replaced by `own_value`.
+        precision: "bf16" multiplies in bfloat16 and ranks half as many candidates again in float32.
+        progress: what the bar says; no bar if empty.
+    """
+    half, device = precision == "bf16", columns.device
+    wanted = min(len(columns), k + max(MORE_CANDIDATES, k // 2)) if half else k
+    factors = columns.bfloat16() if half else columns
+    # wide enough for the group maxima to pay, unless nearly everything is wanted
+    tile = min(len(columns), max(TILE, 4 * GROUP * wanted))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    # of one query: its products, or the candidates that are ranked again
+    width = max(tile, wanted * columns.shape[1]) if half else tile
+    at_once = max(1, min(block_bytes // (4 * width * threads), len(queries)))
+    at_once = min(at_once, ROWS) if device.type == "cpu" else at_once
+    values = torch.empty(len(queries), k)
+    places = torch.empty(len(queries), k, dtype=torch.int32)
+    bar = progress_bar(shown=bool(progress), total=len(queries), desc=progress, unit="img")
+
+    def work(starts: Iterator[int]) -> None:
+        buffer = torch.empty(at_once * tile) if device.type == "cpu" and not half else None
+        for start in starts:
+            rows = slice(start, start + at_once)
+            block, mine = queries[rows], None if own is None else own[rows].to(device)
+            left = block.to(factors.dtype)
+            top = _best_of_tiles(left, factors, wanted, tile, mine, own_value, buffer)
+            if half:
+                top = _rerank(block, columns, top[1], mine, own_value, k)
+            values[rows], places[rows] = top[0].cpu(), top[1].cpu()
+            bar.update(len(block))
+
+    with bar:
+        in_parallel(work, range(0, len(queries), at_once), device)
+    return values, places

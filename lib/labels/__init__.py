@@ -1,0 +1,1 @@
+"""Labels and pseudo-labels: the split, confidence, checks and files."""

@@ -1,0 +1,1 @@
+"""Batches: which images, read by whom, augmented how."""

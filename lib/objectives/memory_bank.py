@@ -1,0 +1,293 @@
+"""The memory bank of instance discrimination and its three losses (Wu et al. 2018, arXiv 1805.01978).
+
+The bank M (N x D) holds one unit vector per training image. A loss compares the embeddings v (B x D,
+unit norm) of a batch with the bank; the gradient flows into v alone. After the optimizer step,
+`MemoryBank.update` moves the rows of the batch toward their new embeddings. Doing that outside of
+backward keeps mixed precision, gradient accumulation and several processes correct.
+
+Every process holds the whole bank and computes the loss of its rows of a batch: with `total` rows in the
+whole batch, its own being number `first` and following, a loss gives their part of the batch's mean. The
+parts add up to the mean, and what is random is drawn for the whole batch.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.runtime.distributed import all_reduce_sum
+from lib.runtime.seeding import generator
+from models.layers import NORM_EPS, l2_normalize
+
+LOSSES = ("nce", "infonce")
+GATHER_COST = 32  # copying one row costs about as much as multiplying by this many
+EPS = 1e-7  # keeps the logarithms of the NCE loss finite, as published
+
+
+class MemoryBank(nn.Module):
+    """One unit vector per training image.
+
+    Args:
+        num_images: N.
+        dim: D.
+        momentum: share of the old row that an update keeps (0.5 as published).
+        seed: of the start values, uniform in +-1/sqrt(D/3) and then scaled to unit norm (the
+            published bank starts without that scaling, and so off the sphere).
+    """
+
+    def __init__(self, num_images: int, dim: int, momentum: float = 0.5, seed: int = 0) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"bank momentum {momentum}: must lie in [0, 1)")
+        self.momentum = momentum
+        bound = 1 / math.sqrt(dim / 3)
+        rows = torch.rand(num_images, dim, generator=generator(seed, "bank"))
+        self.register_buffer("memory", l2_normalize(rows * 2 * bound - bound))
+
+    @torch.no_grad()
+    def update(self, indexes: Tensor, embeddings: Tensor) -> None:
+        """m <- normalize(momentum m + (1 - momentum) v) for the rows `indexes` (B), v: B x D."""
+        mixed = self.memory[indexes].lerp(embeddings.to(self.memory.dtype), 1 - self.momentum)
+        self.memory[indexes] = F.normalize(mixed, dim=1, eps=NORM_EPS)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+
+class _BankSoftmax(torch.autograd.Function):
+    """Cross-entropy of softmax(v M^T / T), summed and divided by `num_rows`: one pass, never B x N in memory.
+
+    The bank takes no gradient, so that loss and d loss / d v come out of the same pass: a running
+    maximum and sum (online softmax) and the running sum of p m. Products run in the given format,
+    sums in that of the bank.
+    """
+
+    block = 8192  # rows of the bank at a time: B x 8192 logits stay inside the cache
+    block_on_gpu = 2**18  # there few large steps are faster; 134 MB at 128 images
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        targets: Tensor,
+        memory: Tensor,
+        temperature: float,
+        bf16: bool,
+        num_rows: int,
+    ) -> Tensor:
+        dtype = torch.bfloat16 if bf16 else memory.dtype
+        v = v.to(memory.dtype)
+        query = (v / temperature).to(dtype)
+        top = v.new_full((len(v), 1), -torch.inf)
+        total = torch.zeros_like(top)
+        weighted = torch.zeros_like(v)
+        block = _BankSoftmax.block_on_gpu if memory.is_cuda else _BankSoftmax.block
+        for rows in memory.split(block):
+            rows = rows.to(dtype)
+            logits = (query @ rows.T).to(v.dtype)
+            new_top = torch.maximum(top, logits.amax(dim=1, keepdim=True))
+            shrink = (top - new_top).exp()
+            logits.sub_(new_top).exp_()
+            total = total * shrink + logits.sum(dim=1, keepdim=True)
+            weighted = weighted * shrink + (logits.to(dtype) @ rows).to(v.dtype)
+            top = new_top
+        positive = memory[targets]
+        own = (v * positive).sum(dim=1) / temperature
+        ctx.save_for_backward((weighted / total - positive) / (temperature * num_rows))
+        return (top[:, 0] + total[:, 0].log() - own).sum() / num_rows
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_output, None, None, None, None, None
+
+
+class FullSoftmax(nn.Module):
+    """Cross-entropy over all N images ("LinearAverage", `--nce-k 0`): logits v M^T / T.
+
+    Its value for embeddings that know nothing is log(N).
+    """
+
+    def __init__(self, temperature: float = 0.1, bf16: bool = False) -> None:
+        super().__init__()
+        self.temperature, self.bf16 = temperature, bf16
+
+    def chance(self, num_images: int) -> float:
+        return math.log(num_images)
+
+    def flops(self, num_images: int, dim: int) -> float:
+        """Floating point operations per image: the logits, and the sum of rows that is the gradient."""
+        return 4.0 * num_images * dim
+
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        return _BankSoftmax.apply(
+            v, indexes, memory, self.temperature, self.bf16, total or len(indexes)
+        )
+
+
+def draw_negatives(
+    indexes: Tensor,
+    k: int,
+    num_images: int,
+    seed: int,
+    step: int,
+    *,
+    first: int = 0,
+    total: int = 0,
+) -> Tensor:
+    """B x K image indexes, uniform over all images except each row's own.
+
+    Drawn for the `total` rows of the whole batch, of which these are number `first` and following.
+    Uniform sampling needs no alias table: a draw from N - 1 numbers, moved up by one from the own
+    index on, is uniform over the others exactly, and never the positive.
+
+    Raises:
+        ValueError: if there is no other image.
+    """
+    if num_images < 2:
+        raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
+    drawn = torch.randint(
+        num_images - 1, (total or len(indexes), k), generator=generator(seed, "negatives", step)
+    )
+    drawn = drawn[first : first + len(indexes)]
+    if indexes.is_cuda:  # copied while the network is at work
+        drawn = drawn.pin_memory().to(indexes.device, non_blocking=True)
+    return drawn + (drawn >= indexes[:, None])
+
+
+class _Sampled(nn.Module):
+    """What the two losses over K drawn negatives share."""
+
+    def __init__(self, k: int, temperature: float, seed: int) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"{k} negatives: at least 1 is needed")
+        self.k, self.temperature, self.seed = k, temperature, seed
+
+    def _by_products(self, num_images: int) -> bool:
+        return num_images < GATHER_COST * self.k  # B x N products are cheaper than B x K x D copies
+
+    def flops(self, num_images: int, dim: int) -> float:
+        """Floating point operations per image: similarities and their gradient."""
+        return 4.0 * dim * (num_images if self._by_products(num_images) else 1 + self.k)
+
+    def similarities(
+        self, v: Tensor, indexes: Tensor, memory: Tensor, step: int, first: int, total: int
+    ) -> Tensor:
+        """B x (1 + K) values v.m / T, the positive first."""
+        where = {"first": first, "total": total}
+        negatives = draw_negatives(indexes, self.k, len(memory), self.seed, step, **where)
+        v = v.to(memory.dtype)
+        rows = torch.cat([indexes[:, None], negatives], dim=1)
+        if self._by_products(len(memory)):
+            products = (v @ memory.T).gather(1, rows)
+        else:
+            products = torch.einsum("bd,bkd->bk", v, memory[rows])
+        return products / self.temperature
+
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        """The sum of the losses of some rows, of `total` in the whole batch."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        v: Tensor,
+        indexes: Tensor,
+        memory: Tensor,
+        step: int,
+        *,
+        first: int = 0,
+        total: int = 0,
+    ) -> Tensor:
+        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        total = total or len(indexes)
+        similarities = self.similarities(v, indexes, memory, step, first, total)
+        return self.summed(similarities, len(memory), total) / total
+
+
+class NCE(_Sampled):
+    """Noise-contrastive estimation with K uniform negatives (`--nce-k K`).
+
+    P = exp(v.m / T) / Z; h = P / (P + K/N); the loss is -[log h(positive) + sum over the negatives of
+    log((K/N) / (P + K/N))], averaged over the batch.
+
+    Args:
+        z_momentum: None estimates Z once, as N mean(exp) of the first batch, as published. A number
+            such as 0.99 keeps that estimate as an exponential moving average, the known repair:
+            the embeddings of the first batch are random, and Z moves a lot as they learn.
+    """
+
+    def __init__(self, k: int, temperature: float, seed: int, z_momentum: float | None) -> None:
+        super().__init__(k, temperature, seed)
+        self.z_momentum = z_momentum
+        self.register_buffer("z", torch.tensor(-1.0))  # -1: not yet estimated
+
+    def chance(self, num_images: int) -> float:
+        """Loss where every image is equally probable: P = 1/N for all."""
+        share = 1 / (1 + self.k)
+        return -math.log(share) - self.k * math.log(1 - share)
+
+    @torch.no_grad()
+    def _estimate_z(self, exponentials: Tensor, num_images: int, num_rows: int) -> None:
+        mean = all_reduce_sum(exponentials.sum()) / (num_rows * exponentials.shape[1])
+        estimate = mean.float() * num_images
+        moving = self.z_momentum is not None and self.training
+        later = self.z.lerp(estimate, 1 - self.z_momentum) if moving else self.z
+        # chosen on the device: to ask whether it is the first batch would wait for it at every step
+        self.z.copy_(torch.where(self.z < 0, estimate, later))
+
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        exponentials = similarities.exp()
+        self._estimate_z(exponentials, num_images, total)
+        p = exponentials / self.z
+        noise = self.k / num_images
+        positive = torch.log(p[:, 0] / (p[:, 0] + noise + EPS) + EPS)
+        negative = torch.log(noise / (p[:, 1:] + noise + EPS) + EPS)
+        return -(positive + negative.sum(dim=1)).sum()
+
+
+class InfoNCE(_Sampled):
+    """Softmax cross-entropy of the positive against K bank negatives (`--nce-loss infonce`).
+
+    What later releases of instance discrimination use (K = 65,536): no Z to estimate.
+    """
+
+    def chance(self, num_images: int) -> float:
+        return math.log(1 + self.k)
+
+    def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
+        own = torch.zeros(len(similarities), dtype=torch.int64, device=similarities.device)
+        return F.cross_entropy(similarities, own, reduction="sum")
+
+
+def build_loss(
+    k: int,
+    temperature: float,
+    *,
+    kind: str = "nce",
+    z_momentum: float | None = None,
+    seed: int = 0,
+    bf16: bool = False,
+) -> FullSoftmax | NCE | InfoNCE:
+    """The loss that `--nce-k` and `--nce-loss` describe: K = 0 is the full softmax."""
+    if temperature <= 0:
+        raise ValueError(f"temperature {temperature}: must be positive")
+    if k == 0:
+        return FullSoftmax(temperature, bf16)
+    if kind == "nce":
+        return NCE(k, temperature, seed, z_momentum)
+    if kind == "infonce":
+        return InfoNCE(k, temperature, seed)
+    raise ValueError(f"unknown loss {kind!r}: take one of {', '.join(LOSSES)}")

@@ -1,0 +1,1 @@
+"""Curves, pictures and pages that show what pseudo-labels are worth."""

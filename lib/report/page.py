@@ -1,0 +1,141 @@
+"""What pseudo-labels look like: contact sheets of images, and one page that shows everything."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from torchvision.utils import make_grid
+
+from datasets import UNKNOWN, DataSet, FileSet
+from datasets.files import read_image
+from lib.labels.pseudo_labels import PseudoLabels
+from lib.report.curves import Curve
+
+SHOWN = 20  # images of each end of a class's ranking
+LEAST_SIDE, MOST_SIDE = 48, 96  # pixels; smaller images are enlarged without smoothing
+RIGHT, WRONG, UNCLEAR = (60, 170, 80), (210, 60, 60), (150, 150, 150)  # frames, RGB
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}"
+    "img{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:right;"
+    "border-bottom:1px solid #ccc}h3{margin-bottom:.2rem}p{margin:.2rem 0}"
+)
+
+
+def _picture(data: DataSet, index: int) -> Tensor:
+    """An image of the set, 3 x S x S bytes."""
+    if isinstance(data, FileSet):
+        return read_image((data.root / data.paths[index]).read_bytes(), data.image_size)
+    return data[index][0]
+
+
+def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
+    """An image with a frame of 3 pixels that tells whether its label is right."""
+    if image.shape[-1] > MOST_SIDE:
+        image = functional.resize(image, [MOST_SIDE, MOST_SIDE], antialias=True)
+    scale = max(1, -(-LEAST_SIDE // image.shape[-1]))
+    image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    framed = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(
+        3, image.shape[1] + 6, image.shape[2] + 6
+    )
+    framed = framed.clone()
+    framed[:, 3:-3, 3:-3] = image
+    return framed
+
+
+def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = SHOWN) -> Image:
+    """The most confident images of a pseudo-class in the upper rows, the least confident below.
+
+    Frames are green where the true label is the same, red where it is another, gray where unknown.
+
+    Args:
+        pseudo: labels to show.
+        data: the images that their indexes count.
+        label: the class.
+        shown: images of each end.
+
+    Returns:
+        A picture; None where the class got no image.
+    """
+    members = (pseudo.labels == label).nonzero()[:, 0]
+    if not len(members):
+        return None
+    top, bottom = members[:shown], members[max(shown, len(members) - shown) :]
+    rows = []
+    for part in (top, bottom):
+        cells = []
+        for index in pseudo.indexes[part].tolist():
+            true = int(data.targets[index])
+            color = UNCLEAR if true == UNKNOWN else RIGHT if true == label else WRONG
+            cells.append(_framed(_picture(data, index), color))
+        if cells:
+            cells += [torch.full_like(cells[0], 255)] * (-len(cells) % 10)
+            rows.append(make_grid(cells, nrow=10, padding=2, pad_value=255))
+    gap = torch.full((3, 12, rows[0].shape[2]), 255, dtype=torch.uint8)
+    picture = torch.cat([rows[0], *(t for row in rows[1:] for t in (gap, row))], dim=1)
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def write_sheets(pseudo: PseudoLabels, data: DataSet, folder: Path) -> list[tuple[str, str, int]]:
+    """One contact sheet per class into `folder`.
+
+    Returns:
+        Class name, file name and number of images of every class that got one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for label, name in enumerate(data.classes):
+        sheet = contact_sheet(pseudo, data, label)
+        if sheet is not None:
+            file = f"class_{label:04d}.png"
+            sheet.save(folder / file)
+            written.append((name, file, int((pseudo.labels == label).sum())))
+    return written
+
+
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; everything in it is escaped."""
+    lines = ["<table><tr>" + "".join(f"<th>{escape(str(h))}</th>" for h in heads) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in r) + "</tr>" for r in rows]
+    return "\n".join([*lines, "</table>"])
+
+
+def write_page(
+    path: Path,
+    *,
+    title: str,
+    facts: Mapping[str, object],
+    curves: Mapping[int, Curve],
+    pictures: Mapping[str, str],
+    sheets: Mapping[str, Sequence[tuple[str, str, int]]],
+    heading: str = "{} labels: most confident images above, least confident below",
+) -> None:
+    """One HTML page beside the pictures that it shows.
+
+    Args:
+        path: of the page.
+        facts: what made the pseudo-labels, name and value.
+        curves: by number of labels, empty where no true label is known.
+        pictures: file (relative to the page) and caption.
+        sheets: by number of labels: class, file (relative to the page) and number of images.
+        heading: of each entry of `sheets`, its key in place of {}.
+    """
+    parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>"]
+    parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]
+    parts.append(html_table(("", ""), list(facts.items())))
+    if curves:
+        rows = [(n, f"{c.overall:.2f}", f"{c.auc:.2f}") for n, c in sorted(curves.items())]
+        parts.append("<h2>Precision of the pseudo-labels</h2>")
+        parts.append(html_table(("labels", "precision %", "AUC %"), rows))
+    for file, caption in pictures.items():
+        parts.append(f'<p><img src="{escape(file)}" alt="{escape(caption)}"></p>')
+    for n, classes in sheets.items():
+        parts.append(f"<h2>{escape(heading.format(n))}</h2>")
+        parts.append("<p>Frame: green right, red wrong, gray unknown.</p>")
+        for name, file, count in classes:
+            parts.append(f"<h3>{escape(name)} ({count} images)</h3>")
+            parts.append(f'<img loading=lazy src="{escape(file)}" alt="{escape(name)}">')
+    path.write_text("\n".join(parts), encoding="utf-8")

@@ -1,0 +1,155 @@
+"""Pictures of a metric and of what was propagated through it. Every function returns a Figure."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from datasets.images import UNKNOWN
+from lib.graph.spectral import Spectrum
+from lib.report.curves import Curve
+from lib.runtime.seeding import generator
+
+SAMPLE = 1000  # images in a matrix picture: more are not seen on a screen
+SAMPLE_CLASSES = 20  # with a thousand classes, no two of those images would be of the same one
+
+
+def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Indexes of at most SAMPLE images sorted by class, and the rows where a class begins.
+
+    Of more than SAMPLE_CLASSES classes some are drawn. Images without a known target are left out,
+    unless no image has one.
+    """
+    known = targets != UNKNOWN
+    present = targets[known].unique()
+    if len(present) > SAMPLE_CLASSES:
+        order = torch.randperm(len(present), generator=generator(0, "sample", 1))
+        known = torch.isin(targets, present[order[:SAMPLE_CLASSES]])
+    candidates = known.nonzero()[:, 0] if known.any() else torch.arange(len(targets))
+    drawn = torch.randperm(len(candidates), generator=generator(0, "sample"))[:SAMPLE]
+    chosen = candidates[drawn]
+    chosen = chosen[targets[chosen].argsort(stable=True)]
+    return chosen, targets[chosen].diff().nonzero()[:, 0] + 1
+
+
+def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
+    """exp((cos - 1) / T) between sampled images sorted by class: good metrics show bright squares."""
+    chosen, borders = _sample_by_class(targets)
+    matrix = ((features[chosen] @ features[chosen].T - 1) / temperature).exp()
+    figure = Figure(figsize=(6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    # the diagonal is 1 by definition and would hide the rest
+    picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
+    for place in borders.tolist():
+        axes.axhline(place - 0.5, color="white", linewidth=0.4)
+        axes.axvline(place - 0.5, color="white", linewidth=0.4)
+    axes.set(title="Similarity of the metric", xlabel="images, by class", ylabel="images, by class")
+    figure.colorbar(picture, label=f"exp((cos - 1) / {temperature})")
+    return figure
+
+
+def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) -> Figure:
+    """The first eigenvectors at sampled images sorted by class, and the eigenvalues."""
+    chosen, borders = _sample_by_class(targets)
+    shown = torch.from_numpy(spectrum.vectors[:, :num_vectors])[chosen]
+    shown = shown / shown.std(dim=0, correction=0, keepdim=True).clamp(min=1e-12)
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    picture = left.imshow(shown, cmap="RdBu", vmin=-2, vmax=2, aspect="auto", interpolation="none")
+    for place in borders.tolist():
+        left.axhline(place - 0.5, color="black", linewidth=0.5)
+    left.set(title="Spectral embedding", xlabel="eigenvector", ylabel="images, by class")
+    figure.colorbar(picture, ax=left, label="entry / standard deviation")
+    right.plot(range(1, len(spectrum.values) + 1), spectrum.values, ".", markersize=3)
+    right.set(
+        title="Eigenvalues of the Laplacian", xlabel="number", ylabel="eigenvalue", ylim=(0, None)
+    )
+    right.grid(alpha=0.3)
+    return figure
+
+
+def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
+    """Precision of the most confident share, one line per number of labels."""
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for n, curve in sorted(curves.items()):
+        label = f"{n} labels: {curve.overall:.1f}% of all, AUC {curve.auc:.1f}%"
+        # the first few images are all or nothing; they say more about luck than about confidence
+        start = min(len(curve.precision) // 100, len(curve.precision) - 1)
+        axes.plot(100 * curve.coverage[start:], 100 * curve.precision[start:], label=label)
+    axes.set(
+        title=title,
+        xlabel="most confident share of the pseudo-labels (%)",
+        ylabel="precision (%)",
+        xlim=(0, 100),
+        ylim=(0, 101),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize="small")
+    return figure
+
+
+def accuracy_by_labels(
+    results: Mapping[str, Mapping[int, Sequence[float]]], names: Mapping[str, str]
+) -> Figure:
+    """Mean and range of several methods over the number of labels.
+
+    Args:
+        results: percentages by method, number of labels and repetition.
+        names: what to call each method.
+    """
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, label) in enumerate(names.items()):
+        counts = sorted(results[name])
+        values = [torch.tensor(results[name][n], dtype=torch.float64) for n in counts]
+        color = f"C{place}"
+        axes.plot(counts, [float(v.mean()) for v in values], "o-", color=color, label=label)
+        low, high = [float(v.min()) for v in values], [float(v.max()) for v in values]
+        axes.fill_between(counts, low, high, color=color, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="labeled images", ylabel="correct (%)", title="Mean, and range over the splits")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
+    """Seconds and memory of every variant over the number of images, on logarithmic scales.
+
+    Args:
+        runs: number of images -> variant -> `total_s` and `added_mib`.
+    """
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    names = list(dict.fromkeys(name for found in runs.values() for name in found))
+    keys = ("total_s", "added_mib"), ("seconds", "memory beyond the features' (MiB)")
+    for axes, key, label in zip(figure.subplots(1, 2), *keys, strict=True):
+        for name in names:
+            sizes = [n for n in runs if name in runs[n]]
+            axes.loglog(sizes, [runs[n][name][key] for n in sizes], marker="o", label=name)
+        axes.set(xlabel="images", ylabel=label)
+        axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def training_curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Tensor]]]) -> Figure:
+    """Mean and range over the seeds of what training logs, one line per variant.
+
+    Args:
+        panels: title -> variant -> steps (T) and values, seeds x T.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, variants) in zip(row, panels.items(), strict=True):
+        for place, (name, (steps, values)) in enumerate(variants.items()):
+            axes.plot(steps, values.mean(dim=0), color=f"C{place}", linewidth=1, label=name)
+            low, high = values.min(dim=0).values, values.max(dim=0).values
+            axes.fill_between(steps, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+        axes.set(title=title, xlabel="optimizer steps")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure

@@ -1,0 +1,1 @@
+"""Processes, devices, random numbers by address, signals and profiling: nothing of this project."""

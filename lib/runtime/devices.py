@@ -1,0 +1,115 @@
+"""Where a run computes, and in what precision."""
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib.runtime import distributed, winograd
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and the number format of the forward pass.
+
+    Attributes:
+        torch_device: where tensors live.
+        bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
+        winograd: whether networks get the kernels of `lib.runtime.winograd`.
+    """
+
+    torch_device: torch.device
+    bf16: bool
+    winograd: bool = False
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a model there, its weights in channels-last order (the fast one everywhere)."""
+        if self.winograd:
+            winograd.install(model)
+        return model.to(self.torch_device, memory_format=torch.channels_last)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """`x` on the device. A GPU copies it while it works on what it was given before."""
+        if self.torch_device.type != "cuda":
+            return x.to(self.torch_device)
+        return x.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Until the device has done what it was given: before a clock is read."""
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize(self.torch_device)
+
+    def __str__(self) -> str:
+        precision = "bf16 autocast" if self.bf16 else "fp32"
+        precision += ", Winograd" if self.winograd else ""
+        size = distributed.share().size
+        precision += f", {size} processes" if size > 1 else ""
+        if self.torch_device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads, {precision}"
+        return f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device}), {precision}"
+
+
+def _be_deterministic() -> None:
+    """Let CUDA compute the same bits again, at some loss of speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read as CUDA starts
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def select(
+    gpus: str = "0",
+    precision: str = "auto",
+    *,
+    deterministic: bool = False,
+    with_winograd: bool = False,
+) -> Device:
+    """The device of this process among those that `--gpus` names, as indexes of the visible ones.
+
+    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
+
+    Args:
+        gpus: as in `device_names`; with several, the one at this process's local rank.
+        precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
+        deterministic: let GPUs too give the same bits every time (`--deterministic`).
+        with_winograd: let networks compute with the kernels of `lib.runtime.winograd` (`--winograd`).
+
+    Raises:
+        ValueError: for devices that do not exist or are no numbers, several of them in a single process,
+            an unknown precision, or Winograd's kernels where they cannot work.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
+    if deterministic:
+        _be_deterministic()
+    names = distributed.device_names(gpus)
+    if len(names) > 1 and distributed.share().size == 1:
+        raise ValueError(f"--gpus {gpus}: name one device here")
+    if names[0] == "cpu":
+        device = torch.device("cpu")
+    elif distributed.under_torchrun():
+        device = torch.device("cuda", distributed.local_rank())
+    else:
+        device = torch.device("cuda", int(names[distributed.local_rank()]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # or pinned memory and the like would go to device 0
+        torch.backends.cudnn.benchmark = (
+            not deterministic
+        )  # batches of one size: try every algorithm once
+    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    if with_winograd:
+        winograd.check_hardware(device, bf16=bf16)
+    return Device(device, bf16, with_winograd)

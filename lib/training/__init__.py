@@ -1,0 +1,1 @@
+"""One step, its schedule and log, and the two phases that train."""

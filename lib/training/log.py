@@ -1,0 +1,74 @@
+"""Where results go: the terminal, TensorBoard, and one JSON object per line in `log.jsonl`."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from lib.runtime.distributed import is_main
+
+Writer = Callable[..., None]  # of an event: its name, the step, values
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for every number that is not finite, inside dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """The record of one run in the folder `folder`: TensorBoard events and `log.jsonl`.
+
+    A resumed run appends to both; what a line was written by is told by its `event`. Numbers that are
+    not finite become null, so that every line is valid JSON.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lines = open(self.folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"cannot write the log to {folder}: {error.strerror}") from error
+        self._board = SummaryWriter(str(self.folder))
+
+    def write(self, event: str, step: int | None = None, **values: Any) -> None:
+        """Append one line; numbers of an event that has a step go to TensorBoard too."""
+        plain = _plain(values)
+        head = {"event": event, "time": round(time.time(), 3)}
+        head |= {} if step is None else {"step": step}
+        self._lines.write(json.dumps(head | plain, allow_nan=False) + "\n")
+        self._lines.flush()
+        if step is None:
+            return
+        for name, value in plain.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def main_log(folder: Path) -> Iterator[Writer]:
+    """`RunLog.write` of the run's log; on other ranks than 0 one that does nothing."""
+    if not is_main():
+        yield lambda *_, **__: None
+        return
+    with RunLog(folder) as log:
+        yield log.write

@@ -1,0 +1,99 @@
+"""Precision over confidence against loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.labels.pseudo_labels import PseudoLabels, from_probabilities
+from lib.labels.split import Split
+from lib.report.curves import Curve, accuracy_coverage, summary, top_k_hits
+
+
+def pseudo_of(labels, num_labeled=2):
+    """Pseudo-labels of images 2, 3, 4 ... in this order."""
+    n = len(labels)
+    indexes = torch.arange(num_labeled, num_labeled + n)
+    confidence = torch.linspace(1, 0, n) if n > 1 else torch.ones(n)
+    return PseudoLabels(
+        indexes,
+        torch.tensor(labels, dtype=torch.int64),
+        confidence,
+        torch.arange(num_labeled),
+        indexes,
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 2)), min_size=1, max_size=30))
+def test_curve_equals_the_naive_loop(pairs):
+    labels, true = zip(*pairs, strict=True)
+    curve = accuracy_coverage(pseudo_of(list(labels)), torch.tensor([0, 1, *true]))
+    known = [(a, b) for a, b in pairs if b != -1]
+    if not known:
+        assert curve is None
+        return
+    precision, right = [], 0
+    for k, (label, target) in enumerate(known, start=1):
+        right += label == target
+        precision.append(right / k)
+    assert curve.precision.tolist() == pytest.approx(precision)
+    assert curve.coverage.tolist() == pytest.approx(
+        [k / len(known) for k in range(1, len(known) + 1)]
+    )
+    assert curve.overall == pytest.approx(100 * right / len(known))
+    assert curve.auc == pytest.approx(100 * sum(precision) / len(precision))
+
+
+def test_targets_are_looked_up_by_index_and_not_by_position():
+    pseudo = PseudoLabels(
+        torch.tensor([4, 1]),
+        torch.tensor([1, 0]),
+        torch.tensor([0.9, 0.5]),
+        torch.tensor([0]),
+        torch.tensor([1, 4]),
+    )
+    curve = accuracy_coverage(pseudo, torch.tensor([1, 0, 0, 0, 1]))
+    assert curve.precision.tolist() == [1, 1]
+    assert curve.auc == 100
+
+
+def test_images_with_unknown_targets_count_neither_way():
+    curve = accuracy_coverage(pseudo_of([0, 1, 1]), torch.tensor([0, 1, 0, -1, 0]))
+    assert curve.precision.tolist() == [1, 0.5]
+
+
+def test_no_known_target_gives_no_curve():
+    assert accuracy_coverage(pseudo_of([0, 1]), torch.tensor([0, 1, -1, -1])) is None
+    assert accuracy_coverage(pseudo_of([]), torch.tensor([0, 1])) is None
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_top_k_hits_equal_the_naive_ranking(k):
+    probabilities = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    true = torch.randint(-1, 6, (40,), generator=torch.Generator().manual_seed(1))
+    order = probabilities.amax(dim=1).argsort(descending=True)
+    split = Split(torch.empty(0).long(), torch.arange(40))
+    pseudo = from_probabilities(probabilities, split)
+    expected = []
+    for i in order.tolist():
+        ranking = sorted(range(6), key=lambda c: -probabilities[i, c])
+        if true[i] != -1:
+            expected.append(int(true[i]) in ranking[:k])
+    assert top_k_hits(pseudo, true, k).tolist() == expected
+
+
+def test_summary_shows_top_5_where_it_is_known():
+    half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]))
+    heads, row = summary({50: half}, {50: torch.tensor([True, True, False])}).splitlines()
+    assert heads.endswith("top-5 precision")
+    assert row.split() == ["50", "50.00%", "75.00%", "66.67%"]
+
+
+def test_summary_has_one_line_per_number_of_labels_in_rising_order():
+    half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]))
+    lines = summary({250: half, 50: half}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["50", "50.00%", "75.00%"],
+        ["250", "50.00%", "75.00%"],
+    ]

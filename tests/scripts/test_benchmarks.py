@@ -1,0 +1,114 @@
+"""The benchmark scripts run through their command lines; what they print is compared, never the time."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import assert_ok, assert_refused, run_script
+from PIL import Image
+
+from lib.cli.options import load_script
+from lib.objectives.memory_bank import build_loss
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
+    words = ("--images", 450, 900, "--classes", 3, "--num-labeled", 30, 90)
+    output, picture = tmp_path / "numbers.json", tmp_path / "growth.png"
+    words += ("--output", output, "--picture", picture)
+    printed = assert_ok(run_script("scripts/benchmark_propagation.py", *words))
+    record = json.loads(output.read_text())
+    variants = record["variants"]
+    assert list(variants) == ["literal", "nc", "filter", "knn"]
+    for n in ("30", "90"):
+        literal, ours = (variants[name]["precision"][n] for name in ("literal", "nc"))
+        assert abs(literal - ours) < 2  # of 810 images, at the published tolerance of 1e-2
+        assert literal > 50
+    assert variants["nc"]["agreement"]["90"] > 90
+    assert set(record["growth"]) == set(variants)
+    assert picture.stat().st_size > 10_000
+    assert all(floor["floor_s"] > 0 for floor in record["floors"].values())
+    assert "nc: " in printed
+    assert "times as fast as literal" in printed
+    assert printed.index("nc: ") < printed.index("filter: ")
+
+
+def test_features_without_labels_cannot_be_measured(tmp_path):
+    result = run_script("scripts/benchmark_propagation.py", "--features", tmp_path / "missing")
+    assert_refused(result, "missing", "does not exist")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
+    output = tmp_path / "numbers.json"
+    words = ("--arch", "wrn-10-1", "--tasks", "pretrain-cifar", "finetune-cifar", "-b", 8)
+    words += ("--variants", "literal", "ours", "bare", "--rounds", 2, "--steps", 1)
+    printed = assert_ok(run_script("scripts/benchmark_training.py", *words, "--output", output))
+    record = json.loads(output.read_text())
+    assert record["matrix_rate"] > 0
+    for name in ("pretrain-cifar", "finetune-cifar"):
+        found = record["tasks"][name]
+        assert {len(found["images_per_s"][v]) for v in ("literal", "ours", "bare")} == {2}
+        assert printed.count(f"| {name} |") == 3
+        for variant, speeds in found["images_per_s"].items():
+            rate = statistics.median(speeds) * found["flops_per_image"] / record["matrix_rate"]
+            assert found["mfu"][variant] == pytest.approx(rate)
+            assert found["peak_mib"][variant]["resident"] > 100
+
+
+@pytest.mark.slow
+def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
+    output = tmp_path / "numbers.json"
+    words = ("--tasks", "pretrain-imagenet", "finetune-imagenet", "--arch", "resnet18", "-b", 2)
+    words += ("--rounds", 1, "--steps", 1, "--output", output)
+    assert_ok(run_script("scripts/benchmark_training.py", *words))
+    tasks = json.loads(output.read_text())["tasks"]
+    assert all(
+        min(speeds) > 0 for found in tasks.values() for speeds in found["images_per_s"].values()
+    )
+
+
+def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
+    benchmark = load_script("scripts/benchmark_training.py")
+    task = replace(benchmark.TASKS["pretrain-imagenet"], num_images=50, nce_k=6)
+    drawn = {}
+
+    def draw(prob, alias, count):
+        drawn["all"] = torch.randint(50, (count,))
+        return drawn["all"]
+
+    monkeypatch.setattr(benchmark, "_draw", draw)
+    monkeypatch.setattr(benchmark, "_update", lambda memory, *_: drawn.setdefault("memory", memory))
+    v = torch.nn.functional.normalize(torch.randn(4, 128), dim=1)
+    own, other = v.clone().requires_grad_(), v.clone().requires_grad_()
+    indexes = torch.tensor([3, 1, 40, 7])
+    value = benchmark._published_loss(task, torch.device("cpu"))(own, indexes)
+    value.backward()
+    rows = drawn["all"].view(4, -1)
+    monkeypatch.setattr("lib.objectives.memory_bank.draw_negatives", lambda *_, **__: rows[:, 1:])
+    criterion = build_loss(6, task.nce_t)
+    again = criterion(other, indexes, drawn["memory"], 0)
+    again.backward()
+    assert value.item() == pytest.approx(again.item(), rel=1e-4)
+    torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_curves_of_all_variants_are_compared_over_the_seeds(tmp_path):
+    words = ("--image-size", 8, "--seeds", 2, "--epochs", 2, "--max-iters", 12, "-b", 256)
+    words += ("--output-dir", tmp_path)
+    printed = assert_ok(run_script("scripts/compare_training.py", *words))
+    results = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    assert len(results) == 4
+    for title, rows in results.items():
+        assert printed.count(f"| {title} |") == 2
+        for row in rows:
+            assert row["difference"] == pytest.approx(row["means"][0] - row["means"][1])
+            assert 0 <= row["p"] <= 1
+    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    before = (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns
+    assert_ok(run_script("scripts/compare_training.py", *words))
+    assert (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns == before
+    assert_refused(run_script("scripts/compare_training.py", *words, "--seeds", 1), "--seeds")
