@@ -5,9 +5,9 @@
 #   bash scripts/download_model.sh --list             what there is and what for
 #   bash scripts/download_model.sh --only 'pseudos/*' a part of it; --help shows all options
 #
-# Goes on where it was interrupted. Where the host is gone, a line for each file says so and names the
-# command of our own that makes a file of its kind; --base-url URL takes a mirror. Exit code 1 if anything
-# is missing. Relative paths start at the repository. VENV=DIR uses the environment there
+# Files that are there already are checked and not fetched again. Where the host is gone, --base-url URL takes
+# a mirror, and --list names the command of our own that makes a file of the same kind. The exit code is 1 if
+# anything is missing. Relative paths start at the repository. VENV=DIR uses the environment there
 # (scripts/setup.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -79,7 +79,7 @@ def test_every_option_that_is_named_is_one_of_a_script():
     known |= {
         "--published-format",
         "--csv",
-    }  # of lib/files/checkpoint.py convert, scripts/own_images.sh
+    }  # of lib/files/convert.py convert, scripts/own_images.sh
     for script in scripts:
         known |= set(load_script(script).build_parser()._option_string_actions)
     assert sorted(named - known) == []

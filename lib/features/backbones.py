@@ -11,8 +11,10 @@ import hashlib
 import importlib
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,15 +27,15 @@ from torchvision.transforms.v2 import functional
 
 from datasets.images import Stats
 from datasets.transforms import Augmentation
-from lib.files import checkpoint, transfer
-from lib.files.atomic import put_in_place
-from lib.runtime.distributed import main_first, progress_bar
+from lib.files import checkpoint
+from lib.files.weights import load_weights, model_weights
+from lib.runtime.distributed import main_first
 from models.layers import EmbeddingNet
 
 LIBRARIES = ("torchvision", "timm")
 # Their last layer is no linear one, or they refuse weights that come without torch's version record.
 UNSUITABLE = ("squeezenet", "mnasnet")
-# What torchvision sets beside the weights, which here are read by lib/files/checkpoint.py and not by it.
+# What torchvision sets beside the weights, which here are read by lib/files/weights.py and not by it.
 BESIDE_WEIGHTS = {
     name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")
 }
@@ -204,12 +206,12 @@ def _construction(name: str, weights: Any) -> dict[str, Any]:
 def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
     """Every weight of the trunk from a file, which may hold the heads besides, and nothing else."""
     state = checkpoint.load_dict(path)
-    named = checkpoint.model_weights(state, path)
+    named = model_weights(state, path)
     weights = {OLD_DENSENET.sub(r"\1\2", name): value for name, value in named.items()}
     ends = tuple(f"{head}." for head in heads)
     kept = {name: value for name, value in weights.items() if not name.startswith(ends)}
     trunk.head_name = next(iter(heads), "")
-    checkpoint.load_weights(trunk, kept, source=path)
+    load_weights(trunk, kept, source=path)
 
 
 def _cached(url: str) -> Path:
@@ -224,25 +226,16 @@ def _cached(url: str) -> Path:
 
 def _download(url: str, path: Path) -> None:
     """Fetch weights whose name ends in the first digits of their sha256."""
-    part = path.with_name(path.name + ".part")
-    with progress_bar(desc=path.name, unit="B", unit_scale=True) as bar:
-
-        def progress(size: int, total: int | None) -> None:
-            bar.total = total
-            bar.update(size - bar.n)
-
-        try:
-            digest = transfer.fetch(url, part, transfer.Rules(retries=1), progress=progress)
-        except (transfer.RefusedError, transfer.PassingError) as error:
-            raise ValueError(
-                f"the weights {url} cannot be downloaded: {error}; fetch that file elsewhere and name it as "
-                "the local weight file"
-            ) from error
-    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    if named and not digest.startswith(named[1]):
-        transfer.discard(part)
-        raise ValueError(f"{url} is another file than its name says: its sha256 is {digest}")
-    put_in_place(part, path)
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    try:
+        torch.hub.download_url_to_file(
+            url, str(path), digest and digest[1], progress=sys.stderr.isatty()
+        )
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise ValueError(
+            f"the weights {url} cannot be downloaded: {error}; fetch that file elsewhere and name it as "
+            "the local weight file"
+        ) from error
 
 
 def _import_timm() -> ModuleType:

@@ -15,6 +15,7 @@ from datasets.transforms import Augmentation
 from lib.features import backbones
 from lib.files import checkpoint, provenance
 from lib.files.atomic import sha256_of
+from lib.files.weights import load_weights, model_weights
 from lib.loading.batches import in_order
 from lib.runtime.devices import Device, select
 from lib.runtime.distributed import (
@@ -187,11 +188,11 @@ def rebuild(
     Raises:
         ValueError: if it holds no network of `models`, does not name it, or does not fit it.
     """
-    weights = checkpoint.model_weights(state, path)
+    weights = model_weights(state, path)
     name = architecture or state.get("architecture") or state.get("arch") or default
     if backbones.is_external(name) and "head.weight" in weights:
         model = backbones.classifier(name, len(weights["head.weight"]), weighted=False)
-        checkpoint.load_weights(model, weights, source=path)
+        load_weights(model, weights, source=path)
         return model
     head = next((weights[k] for k in ("fc.weight", "linear.weight") if k in weights), None)
     stem = weights.get("conv1.weight")
@@ -203,7 +204,7 @@ def rebuild(
         raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
     words = {"in_channels": stem.shape[1], "normalize": normalize}
     model = build_model(name, len(head), imagenet=stem.shape[-1] == STEM, **words)
-    checkpoint.load_weights(model, weights, source=path)
+    load_weights(model, weights, source=path)
     return model
 
 
@@ -265,7 +266,7 @@ def _of_checkpoint(
     imagenet = isinstance(model, ImageNetResNet)
     reading["image_size"] = image_size or recorded_size(state, imagenet=imagenet)
     data, _ = build_datasets(dataset, data_dir, in_memory=not imagenet, **reading)
-    origin = sha256_of(Path(path)).hexdigest()[:16]
+    origin = sha256_of(Path(path))[:16]
     key = {"checkpoint": origin, "image_size": reading["image_size"], "data_digest": data.digest}
     cache = Path(str(path).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
     options = {"gray": model.conv1.in_channels == 1}

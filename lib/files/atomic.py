@@ -63,12 +63,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def sha256_of(path: Path, num_bytes: int = -1) -> "hashlib._Hash":
-    """The running digest of the file's first `num_bytes` bytes (negative: all of them)."""
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal digits."""
     running = hashlib.sha256()
-    left = num_bytes if num_bytes >= 0 else path.stat().st_size
     with open(path, "rb") as file:
-        while left and (piece := file.read(min(left, READ_BYTES))):
+        while piece := file.read(READ_BYTES):
             running.update(piece)
-            left -= len(piece)
-    return running
+    return running.hexdigest()

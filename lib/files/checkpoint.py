@@ -1,41 +1,29 @@
-"""Files of tensors: saved all or nothing, loaded without running code, matched to a model by name.
+"""Save files of tensors all at once or not at all, and load them without running anything in them."""
 
-    python -m lib.files.checkpoint show FILE              what is in a file, of any published kind
-    python -m lib.files.checkpoint convert IN OUT         the same as plain tensors, free of pickled classes
-    python -m lib.files.checkpoint convert IN OUT.safetensors                    its tensors, for other tools
-    python -m lib.files.checkpoint convert IN OUT --published-format     as the scripts of 2019 read and write
-
-Any file may be given, also one from a stranger: nothing in it is ever executed.
-"""
-
-import argparse
 import contextlib
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from lib.files import unpickling
+from lib.files import published_pickle
 from lib.files.atomic import write_whole
+from lib.files.published_pickle import PickledModule, RefusedError, printable
 
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel / DDP, torch.compile
-NETWORKS = ("net", "state_dict")  # where CIFAR and ImageNet checkpoints keep their weights
-# The colorization backbone numbers the parts of a wide residual network, and ends before its last
-# normalization.
-COLORIZATION = {"0": "conv1", "1": "block1", "2": "block2", "3": "block3"}
-COLORIZATION_ENDS_BEFORE = "bn1."
+ZIP_START = b"PK\x03\x04"
+MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
 
 
 def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     """Write `state` so that `path` holds either the old file or the new one, never a part.
 
-    Serialized to memory first, written beside the target, flushed to the disk, then renamed.
+    The state is serialized to memory, written beside the target, flushed to the disk and renamed.
 
     Args:
         state: a dict, or one bare tensor (features as colorization published them).
@@ -48,53 +36,32 @@ def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     buffer = io.BytesIO()
     state = dict(state) if isinstance(state, Mapping) else state
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
-    _replace(Path(path), buffer)
+    replace(Path(path), buffer)
 
 
-def _replace(path: Path, buffer: io.BytesIO) -> None:
+def replace(path: Path, buffer: io.BytesIO) -> None:
+    """Put what `buffer` holds in the place of `path`; errors as in `save`."""
     try:
         write_whole(buffer.getbuffer(), path)
     except OSError as error:
         raise ValueError(error.strerror) from error
 
 
-class _Stream(io.FileIO):
-    """A file without a descriptor: torch.load tries those that have one as tar archives first."""
-
-    def fileno(self) -> int:
-        raise io.UnsupportedOperation("fileno")
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    """The file for reading; whatever goes wrong with it ends in one ValueError with its name."""
+    """Open a file for reading; whatever goes wrong with it ends in one ValueError with its name."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is no file; check the path")
     try:
-        with _Stream(path) as raw, io.BufferedReader(raw) as file:
+        with open(path, "rb") as file:
             yield file
-    except unpickling.Refused as error:
+    except RefusedError as error:
         raise ValueError(f"{path} was refused: {error}") from error
-    except Exception as error:  # torch's readers meet damage with a dozen different exceptions
+    except Exception as error:  # the readers meet damage with a dozen different exceptions
+        reason = printable(error) or type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as a checkpoint; it is damaged or of another kind "
-            f"({str(error) or type(error).__name__})"
+            f"{path} cannot be read as a checkpoint; it is damaged or of another kind ({reason})"
         ) from error
-
-
-def inspect(path: str | Path) -> unpickling.Contents:
-    """What a file holds, with shapes and types in place of its tensors, which are not read.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        tensors = load(path).items()
-        tree = {k: unpickling.TensorRecord(tuple(v.shape), v.dtype) for k, v in tensors}
-        return unpickling.Contents("safetensors", tree, ())
-    with _opened(path) as file:
-        return unpickling.scan(file)
 
 
 def load(path: str | Path) -> Any:
@@ -102,6 +69,7 @@ def load(path: str | Path) -> Any:
 
     Both formats of torch are read, and the published files with their pickled modules: the memory bank
     `lemniscate` and its sampler arrive as dicts of their tensors. A `.safetensors` file is a dict too.
+    What remains possible, as in torch itself, is a file made to keep the process busy or to end it.
 
     Raises:
         ValueError: if it is missing, damaged, claims sizes that it does not have, or asks for more than
@@ -109,22 +77,100 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _load_safetensors(path)
+        reader = import_safetensors()
+        with _opened(path):
+            return reader.load_file(path)
     with _opened(path) as file:
-        unpickling.scan(file)
-        return unpickling.plain(_torch_load(file))
+        return _Plain(path.stat().st_size).convert(_unpickled(file))
 
 
-def _torch_load(file: io.BufferedReader) -> Any:
+def container(path: Path) -> str:
+    """Name the format of a file that `load` reads."""
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    with open(path, "rb") as file:
+        return "zip archive" if _is_zip(file) else "legacy stream"
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    return file.read(len(ZIP_START)) == ZIP_START
+
+
+def _unpickled(file: BinaryIO) -> Any:
+    if not _is_zip(file):
+        return published_pickle.read(file)
+    _check_members(file)
+    file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, UnicodeDecodeError):  # pickled modules, text of Python 2
-        file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=unpickling)
+    except pickle.UnpicklingError as error:
+        raise RefusedError(_refusal(error)) from error
+
+
+def _check_members(file: BinaryIO) -> None:
+    """Refuse a zip archive that would take more memory than its own size."""
+    num_bytes = file.seek(0, io.SEEK_END)
+    members = zipfile.ZipFile(file).infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise RefusedError(
+                f"its member {printable(member.filename)} is compressed; torch stores them as they are"
+            )
+    if sum(member.file_size for member in members) > num_bytes:
+        raise RefusedError("its members together are larger than the file")
+
+
+def _refusal(error: Exception) -> str:
+    """Say in one line why `torch.load` refused a file."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it holds more than tensors and plain values, which could run code when opened ({found[1]})"
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return f"it holds more than tensors and plain values ({printable(reason)})"
+
+
+class _Plain:
+    """Copies what an unpickler gives into dicts, lists, numbers, text and tensors without history."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes, self.num_parts = num_bytes, 0
+
+    def convert(self, value: Any) -> Any:
+        self.num_parts += 1
+        if self.num_parts > MAX_PARTS:  # a list of the same list of the same list ... is endless
+            raise RefusedError(f"it has more than {MAX_PARTS} parts")
+        if value is None or type(value) in (bool, int, float, str, bytes):
+            return value
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, PickledModule):
+            value = value.entries()
+        if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
+            return {self._key(k): self.convert(v) for k, v in dict.items(value)}
+        kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
+        if kind is None:
+            raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
+        return kind([self.convert(member) for member in value])
+
+    def _key(self, key: Any) -> Any:
+        if type(key) not in (str, int, bool):
+            raise RefusedError(f"it has a {type(key).__name__} as a key")
+        return key
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        """Refuse tensors that are not dense, or that take more memory than the file can fill."""
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            raise RefusedError("it holds a tensor that is sparse or of another special kind")
+        if tensor.is_quantized or tensor.device.type != "cpu":
+            raise RefusedError("it holds a quantized tensor, or one without contents")
+        if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > self.num_bytes:
+            shape = printable(list(tensor.shape))
+            raise RefusedError(f"a tensor of size {shape} does not fit into the file")
+        return tensor.detach()
 
 
 def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
-    """`load`, for a file that must be a dict holding `keys`.
+    """Load a file that must hold a dict with `keys`.
 
     Raises:
         ValueError: as `load`, or naming the keys that are missing.
@@ -139,55 +185,19 @@ def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
 
 
 def require_keys(state: Mapping[str, Any], path: str | Path, *keys: str) -> None:
-    """Raise ValueError naming those of `keys` that what was read from `path` does not hold."""
+    """Raise ValueError naming those of `keys` that are missing from what was read from `path`."""
     missing = [key for key in keys if key not in state]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {_listed(state, 20)}")
+        raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {listed(state, 20)}")
 
 
 def is_metric(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of phase 1, its last layer an embedding and no classifier."""
+    """Tell whether a checkpoint is of phase 1, so that its last layer is an embedding."""
     return "lemniscate" in state  # phase 1 keeps its memory bank under this name
 
 
-def _listed(names: Iterable[Any], most: int) -> str:
-    """Names out of a file for a message: the first few, without control characters."""
-    names = list(names)
-    first = ", ".join(unpickling.shown(name) for name in names[:most])
-    return first + (" ..." if len(names) > most else "")
-
-
-def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameter names without the prefixes that wrappers of a model put before them."""
-    plain = {}
-    for name, value in weights.items():
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
-        plain[name] = value
-    return plain
-
-
-def model_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """The weights inside a checkpoint: `net` (CIFAR), `state_dict` (ImageNet), or a bare state dict.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    weights = next((state[key] for key in NETWORKS if key in state), state)
-    if isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights):
-        plain = strip_wrappers(weights)
-        if any(isinstance(value, Tensor) for value in plain.values()):
-            return plain
-    raise ValueError(f"{path} holds no network weights; its entries are: {_listed(state, 20)}")
-
-
-def is_colorization(weights: Mapping[str, Any]) -> bool:
-    """Whether these are the weights of a colorization backbone, by their names."""
-    return bool(weights) and all(re.match(r"[0-3]\.", name) for name in weights)
-
-
 def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
-    """The memory bank of a checkpoint of phase 1, N x D float32: ours, or a pickled module's.
+    """Find the memory bank in a checkpoint of phase 1, ours or published: N x D float32.
 
     Raises:
         ValueError: if there is none.
@@ -201,93 +211,15 @@ def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
     return rows.float()
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_weights` did with each name."""
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded"]
-        for kind in ("missing", "unexpected", "mismatched"):
-            names = getattr(self, kind)
-            if names:
-                parts.append(f"{len(names)} {kind} ({_listed(names, 6)})")
-        return "; ".join(parts)
+def listed(names: Iterable[Any], most: int) -> str:
+    """Return the first few names out of a file for a message, without control characters."""
+    names = list(names)
+    first = ", ".join(printable(name) for name in names[:most])
+    return first + (" ..." if len(names) > most else "")
 
 
-def load_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path, keep_head: bool = True
-) -> LoadReport:
-    """Copy weights into a model by name and prove that the right ones arrived.
-
-    A colorization backbone (`0.weight` ...) gets the names of a wide residual network; it has neither
-    a head nor the normalization before it, which then keeps its start values.
-
-    Args:
-        model: a network of `models`, with `head_name`.
-        weights: names without wrappers' prefixes.
-        source: the file, for messages.
-        keep_head: False leaves the last layer as it is (phase 1 -> phase 3).
-
-    Returns:
-        What was loaded; with `keep_head=False` exactly the head is missing.
-
-    Raises:
-        ValueError: if anything else is missing, left over or of another shape. The model is unchanged.
-    """
-    head = tuple(f"{model.head_name}.{kind}" for kind in ("weight", "bias"))
-    own = model.state_dict()
-    absent = head
-    if is_colorization(weights):
-        weights = {COLORIZATION[name[0]] + name[1:]: value for name, value in weights.items()}
-        absent += tuple(name for name in own if name.startswith(COLORIZATION_ENDS_BEFORE))
-    given = dict(weights) if keep_head else {k: v for k, v in weights.items() if k not in head}
-    # absent in files from before PyTorch 0.4.1, and only a counter
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
-    same = [name for name in given if name in own and own[name].shape == shapes[name]]
-    report = LoadReport(
-        loaded=tuple(same),
-        missing=tuple(n for n in own if n not in given and n not in optional),
-        unexpected=tuple(n for n in given if n not in own),
-        mismatched=tuple(n for n in given if n in own and n not in same),
-    )
-    allowed = () if keep_head else absent
-    if set(report.missing) - set(allowed) or report.unexpected or report.mismatched:
-        raise ValueError(
-            f"{source} does not fit this network: {report}. Was it trained with another "
-            "--architecture, for another number of classes or --low-dim, or on gray images "
-            "(--input-gray)?"
-        )
-    model.load_state_dict({name: given[name] for name in same}, strict=False)
-    return report
-
-
-def published_format(state: Any) -> Any:
-    """A state as the published scripts expect it: names of weights begin with `module.`."""
-    return _renamed(state, "module.")
-
-
-def plain_format(state: Any) -> Any:
-    """A state as we write it: names of weights without wrappers' prefixes."""
-    return _renamed(state, "")
-
-
-def _renamed(state: Any, prefix: str) -> Any:
-    if not isinstance(state, dict):
-        return state
-    networks = [key for key in NETWORKS if isinstance(state.get(key), dict)]
-    return state | {
-        key: {prefix + name: value for name, value in strip_wrappers(state[key]).items()}
-        for key in networks
-    }
-
-
-def _safetensors() -> Any:
+def import_safetensors() -> Any:
+    """Return the module `safetensors.torch`, or raise a ValueError that says how to install it."""
     try:
         import safetensors.torch
     except ImportError as error:
@@ -295,123 +227,3 @@ def _safetensors() -> Any:
             "safetensors files need the package of that name: pip install safetensors"
         ) from error
     return safetensors.torch
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    reader = _safetensors()
-    with _opened(path):
-        return reader.load_file(path)
-
-
-def _save_safetensors(state: Any, path: Path) -> list[str]:
-    """Write a network's weights, or else the tensors of a dict; returns the entries left out."""
-    writer = _safetensors()
-    state = {"features": state} if isinstance(state, Tensor) else state
-    state = state if isinstance(state, dict) else {}
-    network = next((key for key in NETWORKS if isinstance(state.get(key), dict)), None)
-    source = state if network is None else state[network]
-    tensors = {
-        str(name): value.clone(
-            memory_format=torch.contiguous_format
-        )  # they may not share memory there
-        for name, value in source.items()
-        if isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise ValueError(f"there are no tensors to write to {path}")
-    notes = {str(k): str(v) for k, v in state.items() if isinstance(v, str | int | float)}
-    _replace(path, io.BytesIO(writer.save(tensors, metadata=notes)))
-    return [str(name) for name in state if str(name) not in (network, *tensors, *notes)]
-
-
-def _described(value: Any, name: str, depth: int) -> Iterator[str]:
-    """A line for each entry of a scanned tree."""
-    start = "  " * depth + (name if name.isprintable() else ascii(name))
-    if isinstance(value, unpickling.TensorRecord):
-        kind = str(value.dtype).removeprefix("torch.")
-        yield f"{start}  {kind} {' x '.join(map(str, value.shape)) or 'one number'}"
-    elif isinstance(value, dict):
-        yield f"{start}  dict of {len(value)}"
-        for key, entry in value.items():
-            yield from _described(entry, str(key), depth + 1)
-    elif isinstance(value, list | tuple | set) and len(value) > 8:
-        yield f"{start}  {type(value).__name__} of {len(value)}"
-    else:
-        text = ascii(value)
-        yield f"{start}  {text if len(text) <= 100 else text[:97] + '...'}"
-
-
-def show(path: str | Path) -> str:
-    """What is in a file, as text: its format, stand-ins, and a tree of keys, types and shapes.
-
-    Raises:
-        ValueError: as `load`.
-    """
-    found = inspect(path)
-    lines = [f"{path}: {found.kind}, {Path(path).stat().st_size / 1e6:.1f} MB"]
-    lines += [f"a pickled {name} was replaced by its plain entries" for name in found.stand_ins]
-    if isinstance(found.tree, dict):
-        for key, value in found.tree.items():
-            lines += _described(value, str(key), 0)
-    else:
-        lines += _described(found.tree, "(the whole file)", 0)
-    return "\n".join(lines)
-
-
-def convert(source: str | Path, target: str | Path, *, published: bool = False) -> list[str]:
-    """Write a file again as plain tensors, or, where `target` ends in .safetensors, in that format.
-
-    Args:
-        source: a file of any kind that `load` reads.
-        target: the new file.
-        published: prefix the names of weights by `module.` and write the stream that torch before
-            1.6 reads.
-
-    Returns:
-        Entries left out, which only a safetensors file has.
-
-    Raises:
-        ValueError: as `load` and `save`.
-    """
-    state, target = load(source), Path(target)
-    if target.suffix == ".safetensors":
-        if published:
-            raise ValueError(
-                "the published format is one of torch; name a file that ends in .pth.tar"
-            )
-        return _save_safetensors(plain_format(state), target)
-    save(published_format(state) if published else plain_format(state), target, legacy=published)
-    return []
-
-
-def build_parser() -> argparse.ArgumentParser:
-    from lib.cli import options
-
-    parser = options.parser(__doc__)
-    parser.prog = "lib.files.checkpoint"
-    commands = parser.add_subparsers(dest="command", required=True)
-    shows = commands.add_parser("show", help="print what is in a file")
-    shows.add_argument("file", metavar="FILE")
-    converts = commands.add_parser("convert", help="write a file again as plain tensors")
-    converts.add_argument("source", metavar="IN", help="file of any published kind")
-    converts.add_argument("target", metavar="OUT", help="new file: .pth.tar or .safetensors")
-    converts.add_argument(
-        "--published-format",
-        action="store_true",
-        help="prefix the names of weights by module. and write the stream that torch before 1.6 reads",
-    )
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    if args.command == "show":
-        print(show(args.file))
-        return
-    left_out = convert(args.source, args.target, published=args.published_format)
-    print(args.target + (f", without {', '.join(left_out)}" if left_out else ""))
-
-
-if __name__ == "__main__":
-    from lib.cli import options
-
-    options.run(main, build_parser())

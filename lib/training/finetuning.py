@@ -20,6 +20,7 @@ from datasets.transforms import Augmentation, Op
 from lib.features import backbones
 from lib.files import checkpoint, provenance
 from lib.files.resume import newest_readable
+from lib.files.weights import load_weights, model_weights
 from lib.labels import pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import expected_count, labeled_split
@@ -262,7 +263,7 @@ def require_classes(path: str, state: Mapping[str, Any], classes: Sequence[str])
         raise ValueError(f"{path} was trained for other classes than these: {different}")
 
 
-def load_weights(
+def load_pretrained(
     path: str, state: Mapping[str, Any], model: nn.Module, classes: Sequence[str]
 ) -> None:
     """Take the weights of another network, and its last layer where that classifies the same classes.
@@ -273,12 +274,12 @@ def load_weights(
     Raises:
         ValueError: if anything but the last layer does not fit.
     """
-    weights = checkpoint.model_weights(state, path)
+    weights = model_weights(state, path)
     head = f"{model.head_name}.weight"
     fits = head in weights and weights[head].shape == model.state_dict()[head].shape
     same = pseudo_labels.class_names(state) in ([], list(classes))
     keep = fits and same and not checkpoint.is_metric(state)
-    report = checkpoint.load_weights(model, weights, source=path, keep_head=keep)
+    report = load_weights(model, weights, source=path, keep_head=keep)
     print_main(f"{path}: {report}; the last layer is {'its own' if keep else 'a new one'}")
 
 
@@ -305,8 +306,8 @@ def evaluate_file(
             "measures it, this script without --eval trains a classifier from it"
         )
     require_classes(path, state, test.classes)
-    weights = checkpoint.model_weights(state, path)
-    print_main(f"{path}: {checkpoint.load_weights(model, weights, source=path)}")
+    weights = model_weights(state, path)
+    print_main(f"{path}: {load_weights(model, weights, source=path)}")
     scores = _evaluate(model, test, device, settings)
     print_main(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
     return scores
@@ -412,7 +413,7 @@ def begin(run: Run, resume: str, pretrained: str = "", *, own_only: bool = False
         )
     elif resume or pretrained:
         state = state if resume else checkpoint.load_dict(pretrained)
-        load_weights(resume or pretrained, state, run.model, run.train.classes)
+        load_pretrained(resume or pretrained, state, run.model, run.train.classes)
 
 
 def continue_run(run: Run, path: str, state: Mapping[str, Any]) -> None:
@@ -432,8 +433,8 @@ def continue_run(run: Run, path: str, state: Mapping[str, Any]) -> None:
     provenance.say_precision(state["meta"], run.meta)
     if state["examples"] != run.examples.digest:
         raise ValueError(f"{path} was trained on other images or labels than these")
-    weights = checkpoint.model_weights(state, path)
-    print_main(f"{path}: {checkpoint.load_weights(run.model, weights, source=path)}")
+    weights = model_weights(state, path)
+    print_main(f"{path}: {load_weights(run.model, weights, source=path)}")
     engine.restore(path, [(run.optimizer, state["optimizer"])])
     print_main(
         f"continuing at step {state['step']} (best accuracy so far {state['best_acc']:.2f}%)"

@@ -15,6 +15,7 @@ from datasets.transforms import Augmentation, Op
 from lib.features import extraction
 from lib.files import checkpoint, provenance
 from lib.files.resume import newest_readable
+from lib.files.weights import load_weights, model_weights
 from lib.loading.batches import LOADERS, Batches, with_loader
 from lib.loading.sampler import num_batches
 from lib.objectives import memory_bank
@@ -220,8 +221,8 @@ def load_network(
     model: nn.Module, state: dict[str, Any], source: str, *, keep_head: bool = True
 ) -> None:
     """Weights into the network; one line says what was loaded."""
-    weights = checkpoint.model_weights(state, source)
-    report = checkpoint.load_weights(model, weights, source=source, keep_head=keep_head)
+    weights = model_weights(state, source)
+    report = load_weights(model, weights, source=source, keep_head=keep_head)
     print_main(f"{source}: {report}")
 
 
@@ -229,7 +230,7 @@ def load_backbone(model: nn.Module, source: str) -> None:
     """`--pretrained`: weights of another network; of phase 1 the last layer too, where it has our shape."""
     state = checkpoint.load_dict(source)
     name = f"{model.head_name}.weight"
-    head = checkpoint.model_weights(state, source).get(name)
+    head = model_weights(state, source).get(name)
     same = head is not None and head.shape == model.state_dict()[name].shape
     load_network(model, state, source, keep_head=same and checkpoint.is_metric(state))
 
@@ -297,7 +298,7 @@ def _take_over(run: Run, state: dict[str, Any], source: str) -> None:
     groups = [
         {k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups
     ]
-    names = checkpoint.model_weights(state, source)
+    names = model_weights(state, source)
     momenta = _in_own_order(run.model, state["optimizer"], names)
     engine.restore(source, [(run.optimizer, momenta), (run.bank, {"memory": rows})])
     for group, own in zip(run.optimizer.param_groups, groups, strict=True):

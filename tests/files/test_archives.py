@@ -1,17 +1,15 @@
-"""An archive is unpacked whole into its own folder, or not at all."""
+"""An archive holds exactly the files that it should, or nothing of it arrives; nothing lands elsewhere."""
 
 import gzip
-import io
-import os
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.files import archives
+from lib.files import download
+from lib.files.download import Published, unpack
 
 MEMBERS = ("50.pth.tar", "100.pth.tar", "250.pth.tar")
 DATA = {name: name.encode() * 100 for name in MEMBERS}
@@ -29,19 +27,18 @@ def good(prefix: str = "") -> list[tuple[tarfile.TarInfo, bytes]]:
     return [entry(prefix + name, data) for name, data in DATA.items()]
 
 
-def tar(entries, kind: int = tarfile.GNU_FORMAT, end: bytes = b"\0" * 1024) -> bytes:
+def tar(entries, kind: int = tarfile.GNU_FORMAT) -> bytes:
     """Headers and data one after the other, whatever the headers claim."""
     packed = b""
     for info, data in entries:
         packed += info.tobuf(kind, "utf-8", "surrogateescape") + data + b"\0" * (-len(data) % 512)
-    return packed + end
+    return packed + b"\0" * 1024
 
 
-def unpack(folder: Path, packed: bytes) -> dict[str, bytes]:
-    (folder / "in").mkdir()
-    (folder / "in" / "nc.tar").write_bytes(packed)
-    archives.unpack(folder / "in" / "nc.tar", folder / "in" / "nc", MEMBERS)
-    return {f.name: f.read_bytes() for f in (folder / "in" / "nc").iterdir()}
+def unpacked(folder: Path, packed: bytes) -> dict[str, bytes]:
+    (folder / "nc.tar").write_bytes(packed)
+    unpack(folder / "nc.tar", folder / "new", MEMBERS)
+    return {f.name: f.read_bytes() for f in (folder / "new").iterdir()}
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "nc/", "./nc/"])
@@ -50,25 +47,10 @@ def test_plain_files_arrive_directly_or_in_the_one_folder(tmp_path, prefix, kind
     folders = [entry("nc", type=tarfile.DIRTYPE)] if "nc" in prefix else []
     folders += [entry(".", type=tarfile.DIRTYPE)] if "." in prefix else []
     files = [entry(prefix + name, data, mtime=1.5) for name, data in DATA.items()]
-    assert unpack(tmp_path, tar(folders + files, kind)) == DATA
-
-
-def test_what_tar_programs_write_is_read(tmp_path):
-    source = tmp_path / "nc"
-    source.mkdir()
-    for name, data in DATA.items():
-        (source / name).write_bytes(data)
-    buffer = io.BytesIO()
-    with tarfile.open(
-        fileobj=buffer, mode="w"
-    ) as archive:  # times with fractions: extended headers
-        archive.add(source, "nc")
-    assert unpack(tmp_path, buffer.getvalue()) == DATA
+    assert unpacked(tmp_path, tar(folders + files, kind)) == DATA
 
 
 EVIL = b"evil" * 10
-LONG = entry("50.pth.tar", size=1 << 40)
-CLAIM = [(LONG[0], b"x" * 512)]
 
 
 def pax(**keywords: str) -> list[tuple[tarfile.TarInfo, bytes]]:
@@ -81,45 +63,36 @@ def pax(**keywords: str) -> list[tuple[tarfile.TarInfo, bytes]]:
     return [entry("header", records, type=tarfile.XHDTYPE), *good()]
 
 
+def instead(**fields: object) -> bytes:
+    """An archive whose first member is something else than a plain file."""
+    return tar([entry(MEMBERS[0], **fields), *good()[1:]])
+
+
 HOSTILE = {
     "a path upwards": tar([*good(), entry("../evil", EVIL)]),
     "a path upwards through the folder": tar([*good(), entry("nc/../../evil", EVIL)]),
     "an absolute path": tar([*good(), entry("/nowhere/evil", EVIL)]),
-    "a symbolic link": tar(
-        [entry("50.pth.tar", type=tarfile.SYMTYPE, linkname="../../target"), *good()]
-    ),
+    "a symbolic link": instead(type=tarfile.SYMTYPE, linkname="../../target"),
     "a link in place of the folder": tar(
         [entry("nc", type=tarfile.SYMTYPE, linkname="../.."), *good("nc/")]
     ),
-    "a hard link": tar(
-        [entry("50.pth.tar", type=tarfile.LNKTYPE, linkname="../../target"), *good()[1:]]
-    ),
-    "a device": tar([entry("50.pth.tar", type=tarfile.CHRTYPE, devmajor=1, devminor=3), *good()]),
-    "a pipe": tar([entry("50.pth.tar", type=tarfile.FIFOTYPE), *good()]),
+    "a hard link": instead(type=tarfile.LNKTYPE, linkname="../../target"),
+    "a device": instead(type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+    "a pipe": instead(type=tarfile.FIFOTYPE),
     "the same name twice": tar([*good(), entry("50.pth.tar", EVIL)]),
-    "the same name in two forms": tar([*good(), entry("./nc/50.pth.tar", EVIL)]),
     "a stranger": tar([*good(), entry("run.sh", EVIL)]),
-    "another folder": tar([entry("other", type=tarfile.DIRTYPE), *good()]),
-    "a folder where a file belongs": tar([entry("50.pth.tar", type=tarfile.DIRTYPE), *good()[1:]]),
+    "a folder where a file belongs": instead(type=tarfile.DIRTYPE),
     "a member missing": tar(good()[:2]),
-    "nothing in it": tar([]),
-    "a claim of a terabyte": tar(CLAIM),
+    "a claim of a terabyte": tar([(entry("50.pth.tar", size=1 << 40)[0], b"x" * 512)]),
     "a negative length": tar([entry("50.pth.tar", size=-512), *good()]),
-    "a sparse file": tar([entry("50.pth.tar", type=tarfile.GNUTYPE_SPARSE), *good()[1:]]),
+    "a sparse file": instead(type=tarfile.GNUTYPE_SPARSE),
     "a sparse file of a terabyte": tar(pax(GNU__sparse__major="1", GNU__sparse__size="1" * 12)),
     "another path in an extended header": tar(pax(path="../../evil")),
     "another length in an extended header": tar(pax(size="9" * 12)),
-    "an endless extended header": tar([entry("h", b"x" * 70000, type=tarfile.XHDTYPE), *good()]),
     "a long name": tar([entry("@", b"../evil\0", type=tarfile.GNUTYPE_LONGNAME), *good()]),
-    "thousands of headers": tar([entry("nc", type=tarfile.DIRTYPE)] * 1100 + good()),
     "a compressed bomb": gzip.compress(tar(good()) + b"\0" * 10_000_000),
-    "a NUL in the name": tar([entry("50.pth.tar\0../evil", EVIL), *good()[1:]]),
     "a name that is no text": tar([entry("50.pth.tar\udcff", EVIL), *good()]),
-    "a name with a line break": tar([entry("50.pth.tar\n", EVIL), *good()]),
-    "a name with a backslash": tar([entry("..\\50.pth.tar", EVIL), *good()]),
     "cut off in the data": tar(good())[:1000],
-    "cut off before the end": tar(good(), end=b"")[:-512],
-    "no end": tar(good(), end=b""),
     "no archive": b"<html>" * 1000,
     "nothing": b"",
 }
@@ -138,73 +111,31 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_archive_changes_nothing_on_the_disk(tmp_path, name):
     (tmp_path / "target").write_bytes(b"precious")
-    (tmp_path / "in").mkdir()
-    archive = tmp_path / "in" / "nc.tar"
-    archive.write_bytes(HOSTILE[name])
+    (tmp_path / "mirror" / "pseudos").mkdir(parents=True)
+    (tmp_path / "mirror" / "pseudos" / "nc.tar").write_bytes(HOSTILE[name])
+    (tmp_path / "in" / "pseudos").mkdir(parents=True)
     before = everything(tmp_path)
+    file = Published("pseudos/nc.tar", "", "", members=MEMBERS)
     with pytest.raises(ValueError, match="nothing was unpacked"):
-        archives.unpack(archive, tmp_path / "in" / "nc", MEMBERS)
+        download.obtain(file, tmp_path / "in", [(tmp_path / "mirror").as_uri()])
     assert everything(tmp_path) == before
     assert not Path("/nowhere").exists()
 
 
-@pytest.mark.parametrize("name", ["a claim of a terabyte", "a negative length"])
-def test_a_length_that_cannot_be_is_refused_before_anything_is_written(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(archives, "_copy", lambda *_: pytest.fail("it was written"))
-    with pytest.raises(ValueError, match="claims"):
-        unpack(tmp_path, HOSTILE[name])
+def test_modes_of_an_archive_give_nobody_else_a_right_to_write(tmp_path):
+    fields = {"mode": 0o6777, "uid": 0, "gid": 0}
+    unpacked(tmp_path, tar([entry(name, data, **fields) for name, data in DATA.items()]))
+    modes = {f.stat().st_mode & 0o7022 for f in (tmp_path / "new").iterdir()}
+    assert modes == {0}
 
 
-def test_modes_owners_and_times_are_not_taken_over(tmp_path):
-    old = os.umask(0o022)
-    try:
-        fields = {"mode": 0o6777, "uid": 0, "gid": 0, "mtime": 0}
-        unpack(tmp_path, tar([entry(name, data, **fields) for name, data in DATA.items()]))
-    finally:
-        os.umask(old)
-    for file in (tmp_path / "in" / "nc").iterdir():
-        assert file.stat().st_mode & 0o7777 == 0o644
-        assert file.stat().st_uid == os.getuid()
-        assert time.time() - file.stat().st_mtime < 60
-
-
-def test_a_folder_that_is_there_is_not_touched(tmp_path):
-    (tmp_path / "in" / "nc").mkdir(parents=True)
-    (tmp_path / "in" / "nc.tar").write_bytes(tar(good()))
-    with pytest.raises(ValueError, match="move it away"):
-        archives.unpack(tmp_path / "in" / "nc.tar", tmp_path / "in" / "nc", MEMBERS)
-    assert list((tmp_path / "in" / "nc").iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
-    (tmp_path / "in" / "nc.unpacking").mkdir(parents=True)
-    (tmp_path / "in" / "nc.unpacking" / "half").write_bytes(b"x")
-    (tmp_path / "in" / "nc.tar").write_bytes(tar(good()))
-    archives.unpack(tmp_path / "in" / "nc.tar", tmp_path / "in" / "nc", MEMBERS)
-    assert {f.name for f in (tmp_path / "in").iterdir()} == {"nc", "nc.tar"}
-    assert {f.name for f in (tmp_path / "in" / "nc").iterdir()} == set(MEMBERS)
-
-
-def test_a_link_left_in_the_place_of_the_fresh_folder_is_not_followed(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "precious").write_bytes(b"x")
-    (tmp_path / "in" / "nc.unpacking").symlink_to(tmp_path / "target")
-    (tmp_path / "in" / "nc.tar").write_bytes(tar(good()))
-    with pytest.raises(OSError, match="symbolic link"):
-        archives.unpack(tmp_path / "in" / "nc.tar", tmp_path / "in" / "nc", MEMBERS)
-    assert (tmp_path / "target" / "precious").read_bytes() == b"x"
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "nc.tar").write_bytes(tar(good()))
-    monkeypatch.setattr(archives.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        archives.unpack(tmp_path / "nc.tar", tmp_path / "nc", MEMBERS)
-    assert [f.name for f in tmp_path.iterdir()] == ["nc.tar"]
+def test_without_the_data_filter_nothing_is_unpacked_and_the_version_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(ValueError, match=r"use Python 3\.10\.12, 3\.11\.4 or newer"):
+        unpacked(tmp_path, tar(good()))
+    assert not (tmp_path / "new").exists()
 
 
 @settings(max_examples=200, deadline=None)
@@ -219,10 +150,10 @@ def test_changed_bytes_give_the_members_or_one_error(tmp_path_factory, changes):
         packed[place] = value
     folder = tmp_path_factory.mktemp("fuzz")
     try:
-        names = unpack(folder, bytes(packed)).keys()
+        names = unpacked(folder, bytes(packed)).keys()
     except ValueError as error:
         names, message = set(), str(error)
-    # nothing but the members, and a change is only passed over in what unpacking does not use
+    # A change is only passed over in what unpacking does not use, and no other file is written.
     assert names == set(MEMBERS) or "nothing was unpacked" in message
-    left = {"nc", "nc.tar"} if names else {"nc.tar"}
-    assert {f.name for f in (folder / "in").iterdir()} == left
+    written = {f.name for f in folder.rglob("*") if f.is_file()}
+    assert written <= {"nc.tar", *MEMBERS}

