@@ -12,4 +12,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-exec "${VENV:-.venv}/bin/python" -m lib.files.download "$@"
+exec "${VENV:-.venv}/bin/python" -m lib.cli.download "$@"

@@ -73,13 +73,13 @@ def test_every_script_that_is_named_exists():
 def test_every_option_that_is_named_is_one_of_a_script():
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", README))
     scripts = ["cifar-semi.py", "unsupervised/cifar.py", "imagenet-semi.py"]
-    scripts += ["unsupervised/imagenet.py", "lib/files/download.py"]
+    scripts += ["unsupervised/imagenet.py", "lib/cli/download.py"]
     scripts += [str(p.relative_to(ROOT)) for p in sorted((ROOT / "scripts").glob("*.py"))]
     known = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     known |= {
         "--published-format",
         "--csv",
-    }  # of lib/files/convert.py convert, scripts/own_images.sh
+    }  # of lib/cli/convert.py convert, scripts/own_images.sh
     for script in scripts:
         known |= set(load_script(script).build_parser()._option_string_actions)
     assert sorted(named - known) == []

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.files import download
-from lib.files.download import Published, unpack
+from lib.cli import download
+from lib.cli.download import Published, unpack
 
 MEMBERS = ("50.pth.tar", "100.pth.tar", "250.pth.tar")
 DATA = {name: name.encode() * 100 for name in MEMBERS}

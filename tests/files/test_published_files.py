@@ -11,10 +11,10 @@ from conftest import assert_ok, assert_refused, run_script
 from runs import make_folder
 
 from datasets import build_datasets
-from lib.cli import options
+from lib.cli import convert, options
 from lib.cli.options import load_script
 from lib.features import extraction
-from lib.files import checkpoint, convert
+from lib.files import checkpoint
 from lib.files.weights import load_weights, model_weights
 from lib.labels import pseudo_labels
 from lib.runtime import devices
@@ -177,7 +177,7 @@ def test_published_chunks_of_pseudo_labels_are_read_as_one_ranking(tmp_path):
 
 
 def convert_words(command, *words):
-    return run_script("-m", "lib.files.convert", command, *words)
+    return run_script("-m", "lib.cli.convert", command, *words)
 
 
 def test_published_to_ours_and_back_gives_equal_tensors(tmp_path, wrn):

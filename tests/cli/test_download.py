@@ -18,9 +18,8 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from lib.cli import options
-from lib.files import download
-from lib.files.download import Published, obtain
+from lib.cli import download, options
+from lib.cli.download import Published, obtain
 
 
 def saved(state, *, legacy: bool) -> bytes:
@@ -265,7 +264,7 @@ def test_my_own_pseudo_labels_are_never_overwritten(server, tmp_path):
 
 
 def command(*words: object) -> int:
-    """`python -m lib.files.download WORDS` in this process; its exit code."""
+    """`python -m lib.cli.download WORDS` in this process; its exit code."""
     args = download.build_parser().parse_args([str(word) for word in words])
     try:
         download.main(args)
@@ -319,7 +318,7 @@ def test_a_host_that_is_gone_is_tried_once_and_one_message_says_what_to_do(tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/"
-    result = run_script("-m", "lib.files.download", "--dest", tmp_path, "--base-url", url)
+    result = run_script("-m", "lib.cli.download", "--dest", tmp_path, "--base-url", url)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     failed, hint = result.stderr.strip().splitlines()
@@ -372,7 +371,7 @@ def test_the_shell_script_explains_itself_and_passes_its_words_on(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert log.read_text().splitlines()[-1] == "-m lib.files.download --only pseudos/*"
+    assert log.read_text().splitlines()[-1] == "-m lib.cli.download --only pseudos/*"
 
 
 # ---- the manifest

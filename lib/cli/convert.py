@@ -1,9 +1,9 @@
 """Show what is in a file of tensors, or write it again as plain tensors.
 
-    python -m lib.files.convert show FILE              what is in a file, of any published kind
-    python -m lib.files.convert convert IN OUT         the same as plain tensors, free of pickled classes
-    python -m lib.files.convert convert IN OUT.safetensors                    its tensors, for other tools
-    python -m lib.files.convert convert IN OUT --published-format     as the scripts of 2019 read and write
+    python -m lib.cli.convert show FILE              what is in a file, of any published kind
+    python -m lib.cli.convert convert IN OUT         the same as plain tensors, free of pickled classes
+    python -m lib.cli.convert convert IN OUT.safetensors                    its tensors, for other tools
+    python -m lib.cli.convert convert IN OUT --published-format     as the scripts of 2019 read and write
 
 Any file may be given, also one from a stranger: nothing in it is ever executed.
 """
@@ -125,7 +125,7 @@ def convert(source: str | Path, target: str | Path, *, published: bool = False) 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
-    parser.prog = "lib.files.convert"
+    parser.prog = "lib.cli.convert"
     commands = parser.add_subparsers(dest="command", required=True)
     shows = commands.add_parser("show", help="print what is in a file")
     shows.add_argument("file", metavar="FILE")
