@@ -29,13 +29,6 @@ def init_he(module: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
-class BatchNormReLU(nn.BatchNorm2d):
-    """Batch normalization, then ReLU: one layer, because one pass can compute both (Winograd)."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return F.relu(super().forward(maps))
-
-
 class EmbeddingNet(nn.Module):
     """Base of every network here: a trunk, global pooling, one linear head, optional unit norm.
 

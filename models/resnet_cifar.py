@@ -7,7 +7,7 @@ Parameter names are those of the published `ckpt_instance_cifar10_resnet18`: `co
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNormReLU, EmbeddingNet, global_pool, init_he
+from models.layers import EmbeddingNet, global_pool, init_he
 
 
 def _shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Sequential:
@@ -25,13 +25,13 @@ class BasicBlock(nn.Module):
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = BatchNormReLU(planes)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut = _shortcut(in_planes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
+        out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
@@ -42,16 +42,16 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_planes = planes * self.expansion
         self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
-        self.bn1 = BatchNormReLU(planes)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = BatchNormReLU(planes)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, out_planes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_planes)
         self.shortcut = _shortcut(in_planes, out_planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x))
-        out = self.bn2(self.conv2(out))
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
@@ -77,7 +77,7 @@ class SmallResNet(EmbeddingNet):
         block, num_blocks = LAYOUTS[depth]
         self.normalize = normalize
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
-        self.bn1 = BatchNormReLU(64)
+        self.bn1 = nn.BatchNorm2d(64)
         width = 64
         for stage, count in enumerate(num_blocks):
             planes = 64 * 2**stage
@@ -90,5 +90,5 @@ class SmallResNet(EmbeddingNet):
         init_he(self)
 
     def pooled(self, images: Tensor) -> Tensor:
-        x = self.bn1(self.conv1(images))
+        x = F.relu(self.bn1(self.conv1(images)))
         return global_pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))

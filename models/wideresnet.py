@@ -4,17 +4,18 @@ Parameter names are those of the published checkpoints: `conv1`, `block{1,2,3}.l
 `fc`. Blocks are pre-activated; where the width changes, the 1x1 shortcut reads the *activated* input.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import BatchNormReLU, EmbeddingNet, global_pool, init_he
+from models.layers import EmbeddingNet, global_pool, init_he
 
 
 class PreActBlock(nn.Module):
     def __init__(self, in_planes: int, out_planes: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = BatchNormReLU(in_planes)
+        self.bn1 = nn.BatchNorm2d(in_planes)
         self.conv1 = nn.Conv2d(in_planes, out_planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = BatchNormReLU(out_planes)
+        self.bn2 = nn.BatchNorm2d(out_planes)
         self.conv2 = nn.Conv2d(out_planes, out_planes, 3, padding=1, bias=False)
         self.convShortcut = (
             nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False)
@@ -23,9 +24,9 @@ class PreActBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = self.bn1(x)
+        activated = F.relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + self.conv2(self.bn2(self.conv1(activated)))
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
 
 
 class Stage(nn.Module):
@@ -80,11 +81,11 @@ class WideResNet(EmbeddingNet):
         self.block1 = Stage(num_blocks, widths[0], widths[1], stride=1)
         self.block2 = Stage(num_blocks, widths[1], widths[2], stride=2)
         self.block3 = Stage(num_blocks, widths[2], widths[3], stride=2)
-        self.bn1 = BatchNormReLU(widths[3])
+        self.bn1 = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], out_features)
         init_he(self)
         nn.init.zeros_(self.fc.bias)
 
     def pooled(self, images: Tensor) -> Tensor:
         maps = self.block3(self.block2(self.block1(self.conv1(images))))
-        return global_pool(self.bn1(maps))
+        return global_pool(F.relu(self.bn1(maps)))

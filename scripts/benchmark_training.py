@@ -9,9 +9,7 @@ Variants, each in a process of its own; they take turns, and while one works the
                TensorBoard scalars and a wait for the device at every step
     ours       what the script does by default, progress line and log included
     compiled   the same with --compile
-    winograd   the same with --winograd, which needs a CPU with AVX512-BF16
     bare       forward, loss, backward and optimizer step of ours on one batch that is there already
-    bare-winograd   the same with --winograd
 
 Images are made up: small ones are random bytes, large ones 500 x 375 JPEG files cut from photographs that
 ship inside scikit-image. Prints medians over the rounds, ratios within a round with the least and the
@@ -59,7 +57,7 @@ from datasets.transforms import (
 from lib.cli import options
 from lib.files import provenance
 from lib.loading.batches import Batches
-from lib.runtime import devices, profiling, winograd
+from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
 from lib.training import engine, pretraining
 from lib.training.meters import AverageMeter, Throughput
@@ -439,24 +437,11 @@ def bare(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> 
     return advance
 
 
-def with_winograd(
-    variant: Callable[..., Advance],
-    task: Task,
-    folder: Path,
-    args: argparse.Namespace,
-    device: Device,
-) -> Advance:
-    winograd.check_hardware(device.torch_device, bf16=device.bf16)
-    return variant(task, folder, args, replace(device, winograd=True))
-
-
 VARIANTS = {
     BASELINE: literal,
     OURS: ours,
     "compiled": partial(ours, compiled=True),
-    "winograd": partial(with_winograd, ours),
     BARE: bare,
-    "bare-winograd": partial(with_winograd, bare),
 }
 
 
@@ -467,9 +452,6 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
     torch.manual_seed(0)
     device = devices.select(args.gpus, args.precision)
-    if variant != BASELINE:
-        profiling.use_large_pages(device)
-        profiling.keep_freed_memory(device)
     advance = VARIANTS[variant](task, folder, args, device)
     while steps := _order(pipe):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether bf16, the batched augmentation and Winograd's kernels learn what float32 and Pillow do: curves.
+"""Whether bf16 and the batched augmentation learn what float32 and Pillow do: curves.
 
     python scripts/compare_training.py --dataset folder --data-dir DIR --output-dir checkpoint/compare
 
@@ -7,7 +7,6 @@ Trains both phases in some variants for each seed, by the scripts' own command l
     fp32             --precision fp32
     bf16             --precision bf16
     bf16, workers    --precision bf16 --loader workers: one image at a time with Pillow, as published
-    bf16, winograd   --precision bf16 --winograd, if --variants names it: a CPU with AVX512-BF16
 
 Phase 1 is unsupervised/cifar.py; phase 3 is cifar-semi.py from scratch on all labels, whose loss is clearest.
 A seed gives all variants the same start and batches, and all but the workers the same augmentation. Prints
@@ -36,9 +35,8 @@ VARIANTS = {
     "fp32": ("--precision", "fp32"),
     "bf16": ("--precision", "bf16"),
     "bf16, workers": ("--precision", "bf16", "--loader", "workers"),
-    "bf16, winograd": ("--precision", "bf16", "--winograd"),
 }
-COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"), ("bf16, winograd", "bf16"))
+COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"))
 
 
 class Curve(NamedTuple):
@@ -67,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="which"
     )
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS)[:3], help="which"
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which"
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--epochs", type=int, default=20, help="of phase 1")

@@ -17,7 +17,7 @@ bin=${VENV:-.venv}/bin
 "$bin/shellcheck" scripts/*.sh .ci/run
 if [ "$suite" != slow ]; then
     # a process for each core, one thread in each
-    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --maxprocesses 8 --dist loadgroup "$@"
+    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n auto --maxprocesses 8 "$@"
 fi
 if [ "$suite" != quick ]; then
     "$bin/python" -m pytest -m slow "$@" # one at a time: these start processes of their own

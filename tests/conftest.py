@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT))
 # failure included, fails: what a Linux CPU can run, it runs.
 ALLOWED_SKIPS = {
     "needs CUDA": not torch.cuda.is_available(),
-    "needs AVX512-BF16": not torch.cpu._is_avx512_bf16_supported(),
 }
 
 

@@ -25,7 +25,7 @@ from lib.loading.batches import LOADERS
 from lib.objectives.memory_bank import LOSSES
 from lib.runtime import devices, distributed
 from lib.runtime.devices import PRECISIONS, Device
-from lib.runtime.profiling import COMPILE_MODES, WARM_UP, require_compiler, use_large_pages
+from lib.runtime.profiling import COMPILE_MODES, WARM_UP, require_compiler
 from lib.training.schedule import SCHEDULES
 from models import IMAGENET_ARCHITECTURES, SMALL_ARCHITECTURES
 
@@ -163,13 +163,6 @@ def add_training_compute(group_of: argparse.ArgumentParser) -> None:
         "in the last bits",
     )
     group.add_argument(
-        "--winograd",
-        action="store_true",
-        help="on a CPU with AVX512-BF16, in bf16: compute 3x3 convolutions by Winograd's algorithm, in 2.25 "
-        "times fewer multiplications, and BatchNorm and ReLU in one pass. A quarter of a minute at the first "
-        "start, to compile the kernels, then faster steps. Results round otherwise than those of bf16 alone",
-    )
-    group.add_argument(
         "--profile",
         type=int,
         default=0,
@@ -181,10 +174,7 @@ def add_training_compute(group_of: argparse.ArgumentParser) -> None:
 
 def select_training_device(args: argparse.Namespace) -> Device:
     """What the options of `add_training_compute` ask for."""
-    words = {"deterministic": args.deterministic, "with_winograd": args.winograd}
-    device = devices.select(args.gpus, args.precision, **words)
-    use_large_pages(device)
-    return device
+    return devices.select(args.gpus, args.precision, deterministic=args.deterministic)
 
 
 def _add_memory_bank(group_of: argparse.ArgumentParser) -> None:
@@ -488,10 +478,8 @@ def check_common(args: argparse.Namespace) -> None:
     """Refuse values of the shared options that no run can work with."""
     require_positive(args, "lr", "batch_size", "image_size")
     require_not_negative(args, "num_workers", "weight_decay", "rng_seed", "profile")
-    if args.compile and args.winograd:
-        raise ValueError("--compile and --winograd both make kernels: leave one out")
-    if args.compile or args.winograd:
-        require_compiler("--compile" if args.compile else "--winograd")
+    if args.compile:
+        require_compiler()
     if args.rng_seed >= 2**63:
         raise ValueError(f"--rng-seed {args.rng_seed}: must be below 2**63")
     size = distributed.share().size

@@ -76,13 +76,10 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[
 def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """A line where a run goes on with other rounding: allowed, but not to the same bits."""
     before, after = saved.get("options", {}), now["options"]
-    missing = {"precision": after.get("precision", ""), "compile": "", "winograd": False}
+    missing = {"precision": after.get("precision", ""), "compile": ""}
     for name, default in missing.items():  # in files of before there was such an option
         was, is_now = before.get(name, default), after.get(name, default)
         if was != is_now:
-            words = [
-                {True: "on", False: "off", "": "off"}.get(value, value) for value in (was, is_now)
-            ]
             print_main(
-                f"--{name} was {words[0]}, is {words[1]}: goes on with that, not to the same bits"
+                f"--{name} was {was or 'off'}, is {is_now or 'off'}: goes on with that, not to the same bits"
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.runtime import distributed, winograd
+from lib.runtime import distributed
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -26,20 +26,16 @@ class Device:
     Attributes:
         torch_device: where tensors live.
         bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
-        winograd: whether networks get the kernels of `lib.runtime.winograd`.
     """
 
     torch_device: torch.device
     bf16: bool
-    winograd: bool = False
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model there, its weights in channels-last order (the fast one everywhere)."""
-        if self.winograd:
-            winograd.install(model)
         return model.to(self.torch_device, memory_format=torch.channels_last)
 
     def to_device(self, x: Tensor) -> Tensor:
@@ -55,7 +51,6 @@ class Device:
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else "fp32"
-        precision += ", Winograd" if self.winograd else ""
         size = distributed.share().size
         precision += f", {size} processes" if size > 1 else ""
         if self.torch_device.type == "cpu":
@@ -70,13 +65,7 @@ def _be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def select(
-    gpus: str = "0",
-    precision: str = "auto",
-    *,
-    deterministic: bool = False,
-    with_winograd: bool = False,
-) -> Device:
+def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = False) -> Device:
     """The device of this process among those that `--gpus` names, as indexes of the visible ones.
 
     `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
@@ -85,11 +74,10 @@ def select(
         gpus: as in `device_names`; with several, the one at this process's local rank.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
         deterministic: let GPUs too give the same bits every time (`--deterministic`).
-        with_winograd: let networks compute with the kernels of `lib.runtime.winograd` (`--winograd`).
 
     Raises:
         ValueError: for devices that do not exist or are no numbers, several of them in a single process,
-            an unknown precision, or Winograd's kernels where they cannot work.
+            or an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
@@ -110,6 +98,4 @@ def select(
             not deterministic
         )  # batches of one size: try every algorithm once
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    if with_winograd:
-        winograd.check_hardware(device, bf16=bf16)
-    return Device(device, bf16, with_winograd)
+    return Device(device, bf16)

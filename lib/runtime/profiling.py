@@ -1,9 +1,7 @@
 """What the hardware could compute, what a network needs, and where the time of a training step goes."""
 
 import copy
-import ctypes
 import os
-import platform
 import shutil
 import sys
 import time
@@ -28,7 +26,6 @@ WARM_UP = 4  # steps before a trace: the first ones allocate memory and choose a
 TABLE_ROWS = 12  # operations listed beside a trace
 TRACE = "trace.json.gz"
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -105,31 +102,8 @@ def arithmetic(
     return Arithmetic(needed, matrix_rate(device) * share().size)
 
 
-def keep_freed_memory(device: Device) -> None:
-    """Let the C library keep what a step frees on the CPU, for the next one to use.
-
-    glibc returns freed activations to the system, and every step would touch new pages: 6% of the time.
-    Blocks above 32 MiB still come from the system. No other C library does this, and none is told.
-    """
-    if device.torch_device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
-    library = ctypes.CDLL(None)
-    library.mallopt(M_MMAP_THRESHOLD, 2**25)
-    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def use_large_pages(device: Device) -> None:
-    """Let large tensors on the CPU lie in pages of 2 MiB where Linux offers them.
-
-    PyTorch asks the environment at the first tensor that it makes, and what the user has set there stays. It
-    takes more memory, and pays where tensors are kept: for training alone.
-    """
-    if device.torch_device.type == "cpu":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def require_compiler(option: str) -> None:
-    """Find out before anything else whether `option` can make kernels: PyTorch calls CXX, else g++.
+def require_compiler() -> None:
+    """Find out before anything else whether --compile can make kernels: PyTorch calls CXX, else g++.
 
     Raises:
         ValueError: saying what to install.
@@ -138,8 +112,8 @@ def require_compiler(option: str) -> None:
         os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     ):
         raise ValueError(
-            f"{option} needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
-            f"apt install g++), or leave {option} out"
+            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
+            "apt install g++), or leave --compile out"
         )
 
 

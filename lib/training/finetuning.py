@@ -540,7 +540,6 @@ def train(
     batches = batches_of(run, ops)
     bar = progress_bar(total=settings.max_iters, initial=progress.step, unit="step")
     work = _arithmetic(run)
-    profiling.keep_freed_memory(run.device)
     if settings.compile:
         profiling.compile_network(run.model, settings.compile)
     with (

@@ -460,7 +460,6 @@ def train(
     parts = run.bank, run.criterion, run.optimizer
     schedule = settings.schedule(len(images.train), imagenet=files.imagenet)
     work = _arithmetic(run, images, device)
-    profiling.keep_freed_memory(device)
     if compile_mode:
         profiling.compile_network(run.model, compile_mode)
     model, values = wrap_ddp(run.model), {}

@@ -66,7 +66,6 @@ PRETRAINING_OURS = {
     "--stop-after": 0,
     "--deterministic": False,
     "--compile": "",
-    "--winograd": False,
     "--loader": "device",
     "--profile": 0,
     "--rng-seed": 0,
@@ -89,7 +88,6 @@ FINETUNING_OURS = {
     "--stop-after": 0,
     "--deterministic": False,
     "--compile": "",
-    "--winograd": False,
     "--loader": "device",
     "--profile": 0,
 }
@@ -164,7 +162,7 @@ def test_options_that_change_the_mathematics_are_options(script):
     # what only decides where a run computes, writes, or stops to look
     free = {"data_dir", "num_workers", "gpus", "precision", "resume", "model_dir", "log_dir"}
     free |= {"test_only", "model_root", "log_root", "exp_name", "eval", "eval_freq", "print_freq"}
-    free |= {"stop_after", "deterministic", "compile", "winograd", "profile"}
+    free |= {"stop_after", "deterministic", "compile", "profile"}
     free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path
     assert set(script.RESUME_INVARIANTS) == known.keys() - free
 

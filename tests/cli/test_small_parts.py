@@ -4,13 +4,10 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_ok, run_script
 from tensorboardX import SummaryWriter
 
 from lib.files import checkpoint, provenance
@@ -251,25 +248,3 @@ def test_another_value_of_an_option_that_matters_is_refused_and_listed():
     for words in ("--lr was 0.1, is 0.2", "--batch-size was 128, is 64", "data set"):
         assert words in str(caught.value)
     assert "gpus" not in str(caught.value)
-
-
-def test_large_tensors_lie_in_large_pages_where_linux_offers_them():
-    code = """
-import torch
-from pathlib import Path
-from lib.runtime import devices, profiling
-profiling.use_large_pages(devices.select("cpu"))
-blocks = [torch.ones(2**22) for _ in range(8)]
-print(Path("/proc/self/smaps_rollup").read_text())
-"""
-
-    def large_kib(**environment):
-        printed = assert_ok(run_script("-c", code, PYTHONPATH=str(ROOT), **environment))
-        return int(re.search(r"AnonHugePages: +(\d+) kB", printed)[1])
-
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    if "[always]" in offered:  # whether asked for or not
-        assert large_kib() > 0
-    else:
-        assert (large_kib() > 0) == ("[madvise]" in offered)
-        assert large_kib(THP_MEM_ALLOC_ENABLE="0") == 0  # what the user says stays

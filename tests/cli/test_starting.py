@@ -11,7 +11,7 @@ from runs import call, fake_venv, make_folder
 
 from lib.cli import options
 from lib.cli.options import load_script
-from lib.files import provenance
+from lib.files import checkpoint, provenance
 from lib.runtime import distributed
 from lib.runtime.distributed import Share
 from lib.training import finetuning as phase3
@@ -169,6 +169,21 @@ def test_going_on_with_other_kernels_is_said_too(capsys):
     assert "--compile was off, is default" in capsys.readouterr().out
     provenance.say_precision(before, before)
     assert capsys.readouterr().out == ""
+
+
+def test_an_option_that_has_been_cut_since_does_not_keep_a_run_from_going_on(
+    name, script, pictures, tmp_path, capsys
+):
+    call(script, *words(name, pictures, tmp_path))
+    (file,) = tmp_path.rglob("ckpt*.pth.tar")
+    state = checkpoint.load_dict(file)
+    state["meta"]["options"]["winograd"] = True
+    checkpoint.save(state, file)
+    call(script, *words(name, pictures, tmp_path, "--resume", "auto"))
+    assert "winograd" not in capsys.readouterr().out
+    resumed = checkpoint.load_dict(file)
+    assert resumed["step"] > state["step"]
+    assert "winograd" not in resumed["meta"]["options"]
 
 
 @pytest.mark.parametrize("name", IMAGENET)

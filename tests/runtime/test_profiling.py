@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_ok, assert_refused, run_script
+from conftest import assert_ok, assert_refused, run_script
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -218,25 +218,3 @@ def test_compiled_kernels_train_the_same_network(tmp_path):
         state = torch.load(folder / "ckpt.cifar.pth.tar", weights_only=True)
         assert state["net"].keys() == build_model("wrn-10-1", 128).state_dict().keys()
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_the_c_library_keeps_what_a_step_frees():
-    """In a process of its own: pages are touched once, not at every step."""
-    code = """
-import resource, sys, torch
-from lib.runtime import profiling
-from lib.runtime.devices import Device
-if sys.argv[1] == "keep":
-    profiling.keep_freed_memory(Device(torch.device("cpu"), bf16=False))
-def touched(mib):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        blocks = [torch.ones(mib * 2**18) for _ in range(10)]  # as activations are
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sum([touched(8), touched(8), touched(24), touched(24)][1::2]))
-"""
-    found = {
-        how: int(assert_ok(run_script("-c", code, how, PYTHONPATH=str(ROOT))))
-        for how in ("keep", "give back")
-    }
-    assert found["keep"] < 500 < found["give back"]

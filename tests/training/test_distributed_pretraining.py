@@ -339,3 +339,33 @@ def test_a_signal_to_one_rank_alone_stops_them_all(running, tmp_path):
     assert launcher.returncode == 143
     assert "stopped by SIGTERM after step" in output
     assert last(tmp_path)["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_stopped_run_that_cannot_save_does_not_end_like_one_that_has_saved(running, tmp_path):
+    launcher, _ = running
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    tmp_path.touch()  # no folder: from here on every save fails
+    launcher.send_signal(signal.SIGTERM)
+    output, errors = launcher.communicate(timeout=60)
+    tmp_path.unlink()
+    moved.rename(tmp_path)
+    assert launcher.returncode == 2
+    assert errors.count("error: cannot write") == 1
+    assert "to continue" not in output
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_ranks_import_ends_them_all_in_silence(pictures, tmp_path):
+    command = [sys.executable, *map(str, words(pictures, tmp_path, "--gpus", "cpu,cpu"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as launcher:
+        while launcher.poll() is None and len(ranks_of(launcher.pid)) < 2:
+            time.sleep(0.02)
+        ranks = ranks_of(launcher.pid)
+        time.sleep(0.5)
+        os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+        _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert "Traceback" not in errors
+    assert not [rank for rank in ranks if alive(rank)]

@@ -73,7 +73,6 @@ OURS = {
     "--precision": "auto",
     "--deterministic": False,
     "--compile": "",
-    "--winograd": False,
     "--loader": "device",
     "--profile": 0,
 }

@@ -87,7 +87,7 @@ def test_every_published_option_has_its_names_and_default():
 def test_options_that_change_the_mathematics_are_all_options_but_those_of_place_and_report():
     known = vars(imagenet.build_parser().parse_args([])).keys()
     free = {"data_dir", "num_workers", "gpus", "precision", "deterministic", "stop_after"}
-    free |= {"compile", "winograd", "profile"}
+    free |= {"compile", "profile"}
     free |= {"resume", "auto_resume", "start_epoch", "pretrained", "model_dir", "log_dir"}
     free |= {"test_only", "evaluate", "val_batch_size", "print_freq", "save_freq"}
     assert set(imagenet.RESUME_INVARIANTS) == known - free
