@@ -50,7 +50,7 @@ class PilReader(Dataset):
         if isinstance(data, FileSet) and not augmentation.starts_with_crop:
             cut = central_cut(size, data.resizing)
             self.transform = transforms.Compose([cut, self.transform])
-        self.nothing = torch.empty(0, augmentation.mean.numel(), size, size)
+        self.nothing = torch.empty(0, len(augmentation.mean), size, size)
 
     def open(self, index: int) -> Image.Image:
         if isinstance(self.data, ImageSet):

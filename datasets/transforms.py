@@ -3,15 +3,21 @@
 Every operation is split in two: `sample_params(n, generator)` gives one row of random numbers per image, and
 calling the operation applies given rows to given images. What an image becomes is thus a function of
 its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
-B x C x H x W, rows are on the CPU. The parameters are distributed as in torchvision's transforms of the
-same name, and the same parameters give the same pixels (tests/datasets/test_transforms.py), up to
-torchvision's rounding to bytes. `pil_transform` gives that transform itself, for one Pillow image at a time.
+B x C x H x W; rows are drawn on the CPU and applied on the device of the images. The parameters are
+distributed as in torchvision's transforms of the same name, and the same parameters give the same pixels
+(tests/datasets/test_transforms.py), up to torchvision's rounding to bytes. `pil_transform` gives that
+transform itself, for one Pillow image at a time.
+
+A GPU computes every operation for every image and selects: all shapes are fixed, no value is read by the
+host, and no constant is uploaded twice, so that a CUDA graph can hold the whole chain. A CPU, which has no
+arithmetic to spare, works on the images that an operation changes and on no others.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +29,7 @@ from torchvision import transforms
 from datasets.images import Stats
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's "L" mode
+FEW = 16  # boxes that a CPU finds faster one by one
 CACHED = 2**18  # values that a CPU core keeps at hand: ops on larger batches wait for the memory
 RATIO = 4 / 3  # crops are at most so much wider than high, or higher than wide
 
@@ -49,19 +56,31 @@ def _column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+@cache
+def _constant(values: range | tuple[Any, ...], device: torch.device) -> Tensor:
+    """Make a float32 tensor of `values`, uploaded once per device."""
+    return torch.tensor(values, dtype=torch.float32).to(device)
+
+
+def selects(images: Tensor) -> bool:
+    """Whether to compute an operation for all images and to select, rather than for the chosen ones."""
+    return images.is_cuda
+
+
 def _replaced(
     images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor
 ) -> Tensor:
-    """The images with `change(images, *values)` in place of the chosen ones; `chosen` is on the CPU.
+    """The images with `change(images, *values)` in place of the chosen ones.
 
-    Where that is all or none of them, as in a batch of one, nothing is moved.
+    Where that is all or none of them, as in a batch of one, a CPU moves nothing.
     """
+    if selects(images):
+        return torch.where(_column(chosen), change(images, *values), images)
     members = chosen.nonzero()[:, 0]
     if len(members) == len(images):
         return change(images, *values)
     if not len(members):
         return images
-    members = members.to(images.device, non_blocking=True)
     changed = change(images[members], *(value[members] for value in values))
     return images.index_copy(0, members, changed)
 
@@ -103,25 +122,48 @@ class RandomResizedCrop:
             if height <= h and width <= w:
                 top, left = int(row[0] * (h - height + 1)), int(row[1] * (w - width + 1))
                 return min(top, h - height), min(left, w - width), height, width
+        return cls._central(size)
+
+    @staticmethod
+    def _central(size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The largest central box of an allowed ratio."""
+        h, w = size
         height, width = min(h, round(w * RATIO)), min(w, round(h * RATIO))
         return (h - height) // 2, (w - width) // 2, height, width
 
     @classmethod
     def boxes(cls, rows: Tensor, size: tuple[int, int]) -> Tensor:
-        """The boxes of B rows in images of one size, B x 4 float32."""
-        return torch.tensor([cls.box(row, size) for row in rows.tolist()]).float().view(-1, 4)
+        """The boxes of B rows in images of one size, B x 4 float32, on the device of the rows.
+
+        In float64, as in `box`: a side that rounds the other way would be another crop.
+        """
+        if len(rows) < FEW and not selects(rows):
+            found = [cls.box(row, size) for row in rows.tolist()]
+            return torch.tensor(found, dtype=torch.float32).view(-1, 4)
+        limits = _constant(size, rows.device)
+        places, sides = rows.double().split([2, 2 * cls.tries], dim=1)
+        sides = sides.unflatten(1, (2, cls.tries)) * math.sqrt(math.prod(size))
+        sides = sides.round_().clamp_(min=1)
+        fits = (sides <= limits[:, None]).all(dim=1)
+        first = fits.byte().argmax(dim=1)  # the first of the largest
+        lengths = sides.gather(2, first[:, None, None].expand(-1, 2, 1))[:, :, 0]
+        room = limits - lengths
+        starts = (places * (room + 1)).floor_().minimum(room)
+        found = torch.cat([starts, lengths], dim=1).float()
+        central = _constant(cls._central(size), rows.device)
+        return torch.where(fits.any(dim=1, keepdim=True), found, central)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
         h, w = images.shape[-2:]
-        boxes = self.boxes(rows, (h, w)).to(images.device, non_blocking=True)
-        top, left, height, width = boxes[:, :, None].unbind(1)
-        steps_y = torch.arange(h, device=images.device) + 0.5
-        steps_x = torch.arange(w, device=images.device) + 0.5
+        starts, lengths = self.boxes(rows, (h, w))[:, :, None].split(2, dim=1)
+        sides = _constant((h, w), images.device)[:, None]
+        spans = _constant((max(h - 1, 1), max(w - 1, 1)), images.device)[:, None]
+        steps = _constant(range(max(h, w)), images.device) + 0.5  # of both axes
         # clamped at the border of the crop, not of the image: crop first, resize second
-        y = (steps_y * height / h - 0.5).clamp(min=0).minimum(height - 1) + top
-        x = (steps_x * width / w - 0.5).clamp(min=0).minimum(width - 1) + left
-        grid_y = (2 * y / max(h - 1, 1) - 1)[:, :, None].expand(-1, h, w)
-        grid_x = (2 * x / max(w - 1, 1) - 1)[:, None, :].expand(-1, h, w)
+        inside = (steps * lengths / sides - 0.5).clamp_(min=0).minimum(lengths - 1) + starts
+        y, x = (2 * inside / spans - 1).unbind(1)
+        grid_y = y[:, :h, None].expand(-1, h, w)
+        grid_x = x[:, None, :w].expand(-1, h, w)
         grid = torch.stack([grid_x, grid_y], dim=-1)
         return F.grid_sample(images, grid, align_corners=True, padding_mode="border")
 
@@ -145,11 +187,12 @@ class PadCrop:
         h, w = images.shape[-2:]
         pad = self.padding(h)
         padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
-        offsets = (rows * (2 * pad + 1)).long().to(images.device, non_blocking=True)
-        y = offsets[:, 0, None] + torch.arange(h, device=images.device)
-        x = offsets[:, 1, None] + torch.arange(w, device=images.device)
-        batch = torch.arange(len(images), device=images.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+        offsets = (rows * (2 * pad + 1)).long()
+        steps = torch.arange(max(len(images), h, w), device=images.device)
+        y, x = (offsets[:, :, None] + steps[: max(h, w)]).unbind(1)
+        batch = steps[: len(images), None, None]
+        pixels = padded.permute(0, 2, 3, 1)[batch, y[:, :h, None], x[:, None, :w]]
+        return pixels.permute(0, 3, 1, 2)
 
     def pil_transform(self, size: int) -> Transform:
         pad = transforms.Pad(self.padding(size), padding_mode="reflect")
@@ -209,10 +252,9 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     sixths = (6 * turn + 3) % 6 - 3
     thirds = (sixths / 2).round()
     rest = sixths - 2 * thirds
-    channels = torch.arange(3, device=images.device)
-    own = (channels - thirds[:, None].long()) % 3
-    other = (own + torch.where(rest > 0, 1, -1)[:, None]) % 3
-    first = 3 * torch.arange(len(images), device=images.device)[:, None]
+    own = (_constant(range(3), images.device) - thirds[:, None]).long() % 3
+    other = (own + 1 + (rest <= 0)[:, None]) % 3  # two further on is one back
+    first = torch.arange(0, 3 * len(images), 3, device=images.device)[:, None]
     planes = images.flatten(0, 1)
     x, y = (planes[(first + order).flatten()].view_as(images) for order in (own, other))
     low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
@@ -221,6 +263,17 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     raised = torch.clamp(difference + (low + d), x, high)
     lowered = torch.clamp(difference.add_(high - d), low, x)
     return raised.add_(lowered).sub_(x)
+
+
+def blend(images: Tensor, factor: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
+    """Scale each image by its factor, and add shares of its luminance and of the mean of that (B each).
+
+    Brightness adds nothing, contrast 1 - factor of the mean, saturation 1 - factor of the luminance.
+    """
+    luminance = to_gray(images)
+    average = luminance.mean(dim=(2, 3), keepdim=True)
+    added = (luminance * _column(gray)).addcmul_(average, _column(mean))
+    return added.addcmul(images, _column(factor)).clamp_(0, 1)
 
 
 class ColorJitter:
@@ -244,10 +297,36 @@ class ColorJitter:
         return torch.cat([factors, order], dim=1)
 
     def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        factors = rows[:, :4].to(images.device, non_blocking=True)
+        if selects(images):
+            return self._through_all_stations(images, rows)
         for chosen in rows[:, 4:].long().unbind(1):
             for k in set(chosen.tolist()):
-                images = _replaced(images, chosen == k, self.adjustments[k], factors[:, k])
+                images = _replaced(images, chosen == k, self.adjustments[k], rows[:, k])
+        return images
+
+    @staticmethod
+    def _stations(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments of six blends, B x 6 each: three before the hue is turned, three after.
+
+        Whatever comes first, second or third in an image's order may stand before its hue, whatever comes
+        second, third or fourth after it. A blend that is not where it should be has the factor 1, which
+        leaves every pixel as it is.
+        """
+        order = rows[:, 4:]
+        turned = (order == 3).cumsum(dim=1)[:, :3].bool()  # with the first, second, third
+        kinds = torch.cat([order[:, :3], order[:, 1:]], dim=1)
+        idle = torch.cat([turned, ~turned], dim=1)
+        factors = rows.gather(1, kinds.long()).masked_fill_(idle, 1)
+        rest = 1 - factors
+        return factors, rest * (kinds == 2), rest * (kinds == 1)
+
+    def _through_all_stations(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Every image through the same seven adjustments, of which each needs four."""
+        blends = zip(*(arguments.unbind(1) for arguments in self._stations(rows)), strict=True)
+        for station, arguments in enumerate(blends):
+            if station == 3:
+                images = adjust_hue(images, rows[:, 3])
+            images = blend(images, *arguments)
         return images
 
     def pil_transform(self, _: int) -> Transform:
@@ -274,9 +353,9 @@ class Augmentation:
 
     def __init__(self, ops: Sequence[Op], stats: Stats, *, gray: bool = False) -> None:
         self.ops, self.gray = tuple(ops), gray
-        mean, std = torch.tensor(stats, dtype=torch.float32).view(2, 1, 3, 1, 1)
-        self.mean = mean.mean(dim=1, keepdim=True) if gray else mean
-        self.std = std.mean(dim=1, keepdim=True) if gray else std
+        values = np.array(stats, np.float32)
+        values = values.mean(axis=1, keepdims=True) if gray else values
+        self.mean, self.std = map(tuple, values.tolist())
 
     @property
     def starts_with_crop(self) -> bool:
@@ -295,13 +374,16 @@ class Augmentation:
 
     def pil_transform(self, size: int) -> transforms.Compose:
         """The same for one Pillow image at a time -> normalized C x S x S float32."""
-        stats = self.mean.flatten().tolist(), self.std.flatten().tolist()
         gray = [transforms.Grayscale()] if self.gray else []
-        ending = (*gray, transforms.ToTensor(), transforms.Normalize(*stats))
+        ending = (*gray, transforms.ToTensor(), transforms.Normalize([*self.mean], [*self.std]))
         return transforms.Compose([*(op.pil_transform(size) for op in self.ops), *ending])
 
     def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
-        """B x 3 x H x W bytes -> normalized float32 in channels-last memory order."""
+        """B x 3 x H x W bytes -> normalized float32 in channels-last memory order.
+
+        The rows may lie on the device of the images already; they are moved there where they do not.
+        """
+        rows = [values.to(images.device, non_blocking=True) for values in rows]
         n, channels, *size = images.shape
         shape = (n, 1 if self.gray else channels, *size)
         out = _empty_channels_last(shape, images.device)
@@ -316,7 +398,7 @@ class Augmentation:
         for op, values in zip(self.ops, rows, strict=True):
             x = op(x, values)
         x = to_gray(x) if self.gray else x
-        mean, std = (s.to(x.device, non_blocking=True) for s in (self.mean, self.std))
+        mean, std = _constant((self.mean, self.std), x.device)[:, None, :, None, None]
         return (x - mean).div_(std)
 
 

@@ -1,14 +1,18 @@
 """Augmentation: the pixels of torchvision for the same parameters, and its distribution of them."""
 
+import itertools
 import math
 import re
 
 import pytest
 import torch
 from runs import pictures
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional
 
+import datasets.transforms
 from datasets.transforms import (
     Augmentation,
     ColorJitter,
@@ -20,6 +24,7 @@ from datasets.transforms import (
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    blend,
     finetune_ops,
     instance_ops,
     to_gray,
@@ -60,6 +65,23 @@ def gray_levels(ours, theirs):
 def crop_row(top, left, height, width):
     """A row of RandomResizedCrop whose first candidate is this, in fractions of a square image."""
     return torch.tensor([top, left, *[height] * 10, *[width] * 10])
+
+
+SIZES = [(1, 1), (8, 8), (32, 32), (33, 33), (64, 64), (32, 47), (90, 61), (20, 90), (375, 500)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [0.05, 0.2, 1.0])
+def test_boxes_of_many_rows_are_those_of_each_row(size, scale):
+    op = RandomResizedCrop(scale)
+    rows = op.sample_params(3000, generator())
+    halves = torch.arange(20 * 80).view(80, 20) % 97 + 0.5  # sides that lie between two pixels
+    rows[:80, 2:] = halves / math.sqrt(math.prod(size))
+    rows[80] = crop_row(1 - 2**-24, 1 - 2**-24, 0.1, 0.1)
+    rows[81] = crop_row(0.5, 0.5, 9.0, 9.0)  # none fits
+    expected = torch.tensor([op.box(row, size) for row in rows.tolist()]).float()
+    assert torch.equal(op.boxes(rows, size), expected)
+    assert torch.equal(op.boxes(rows[75:85], size), expected[75:85])
 
 
 @pytest.mark.parametrize("size", [32, 21])
@@ -332,6 +354,88 @@ def test_the_published_chains():
     assert [type(op) for op in finetune_ops()] == [PadCrop, RandomHorizontalFlip]
     with pytest.raises(ValueError, match="CenterCrop"):
         instance_ops("CenterCrop")
+
+
+CHAINS = {
+    "phase 1": instance_ops(),
+    "phase 1, gray first": instance_ops(gray_first=True),
+    "phase 1, padded": instance_ops("PadCrop"),
+    "phase 3": finetune_ops(),
+    "strong jitter": [ColorJitter(0.9), RandomGrayscale(0.5)],
+}
+
+
+@pytest.fixture
+def fresh_constants():
+    """Constants of this test alone: fake tensors and real ones must not meet."""
+    datasets.transforms._constant.cache_clear()
+    yield
+    datasets.transforms._constant.cache_clear()
+
+
+@pytest.mark.parametrize("size", [8, 32, 33])
+@pytest.mark.parametrize("ops", CHAINS.values(), ids=CHAINS)
+def test_selecting_among_all_images_gives_what_changing_the_chosen_ones_does(
+    monkeypatch, ops, size
+):
+    augmentation = Augmentation(ops, STATS)
+    images = (pictures(200, size=max(size, 27))[:, :, :size, :size] * 255).byte()
+    for seed in range(4):
+        rows = augmentation.sample_params(len(images), generator(seed))
+        expected = augmentation(images, rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(datasets.transforms, "selects", lambda _: True)
+            torch.testing.assert_close(augmentation(images, rows), expected, atol=1e-5, rtol=0)
+
+
+def test_jitter_in_any_order_passes_through_the_same_stations(monkeypatch):
+    monkeypatch.setattr(datasets.transforms, "selects", lambda _: True)
+    images, op = pictures(24), ColorJitter(0.4)
+    rows = op.sample_params(24, generator())
+    rows[:, 4:] = torch.tensor([*itertools.permutations(range(4))])
+    for image, got, row in zip(images, op(images, rows), rows.tolist(), strict=True):
+        for k in map(int, row[4:]):
+            image = ADJUSTMENTS[k](image, row[k])
+        assert torch.allclose(got, image, atol=2e-3)
+    nothing, everything = torch.zeros(24), torch.ones(24)
+    assert torch.equal(blend(images, everything, nothing, nothing), images)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that start kernels; views and empty tensors start none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.copies = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.name()
+        if not (function.is_view or name.startswith("prim::") or "empty" in name):
+            self.count += 1
+            if any(isinstance(arg, torch.Tensor) and arg.device.type == "cpu" for arg in args):
+                self.copies.append(name)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("chain", "most"),
+    [("phase 1", 150), ("phase 1, gray first", 150), ("phase 1, padded", 150), ("phase 3", 15)],
+)
+@pytest.mark.usefixtures("fresh_constants")
+def test_a_gpu_augments_with_few_launches_and_neither_waits_nor_copies(chain, most):
+    augmentation = Augmentation(CHAINS[chain], STATS)
+    shapes = [rows.shape for rows in augmentation.sample_params(128, generator())]
+    with FakeTensorMode():  # an item() or a shape that depends on values raises here
+        images = torch.empty(128, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        rows = [torch.empty(shape, device="cuda") for shape in shapes]
+        augmentation(images, rows)  # makes the constants
+        with Launches() as launches:
+            augmented = augmentation(images, rows)
+    assert launches.count <= most
+    assert launches.copies == []
+    assert augmented.device.type == "cuda"
+    assert augmented.is_contiguous(memory_format=torch.channels_last)
 
 
 def spelled(chain):
