@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.cli import options
+from lib.cli import options, start
 from lib.files import checkpoint
 from lib.files.weights import NETWORKS, strip_wrappers
 
@@ -149,4 +149,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

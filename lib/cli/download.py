@@ -28,20 +28,20 @@ from urllib.error import URLError
 
 import torch
 
-from lib.cli import options
+from lib.cli import options, start
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.files.published_pickle import printable
 from lib.files.weights import model_weights
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files
 
 MANIFEST = Path(__file__).with_name("manifest.json")
 TIMEOUT_S = 30.0  # without an answer or without data
 CHECKS: dict[str, Callable[[Path], Any]] = {  # by the top folder of the published tree
     "pretrain_models": lambda path: model_weights(checkpoint.load_dict(path), path),
     "train_features_labels_cache": extraction.read,
-    "pseudos": pseudo_labels.load,
-    "pseudos_imagenet": pseudo_labels.load,
+    "pseudos": pseudo_files.load,
+    "pseudos_imagenet": pseudo_files.load,
 }
 
 
@@ -217,8 +217,8 @@ def main(args: argparse.Namespace) -> None:
             "files of the same kind with the commands that --list shows.",
             file=sys.stderr,
         )
-        sys.exit(options.EXIT_FAILURE)
+        sys.exit(start.EXIT_FAILURE)
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

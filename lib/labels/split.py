@@ -13,17 +13,17 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Split:
-    """Indexes into the training set, int64, each list class by class in the order of the draw."""
+    """Indexes of the labeled and the unlabeled images, int64, class by class in the order of the draw."""
 
     labeled: Tensor
     unlabeled: Tensor
 
 
 def parse_num_labeled(text: str | int) -> int | str:
-    """A number of labeled images from a command line or a notebook: an integer, or `all`.
+    """Read a number of labeled images, as a command line or a notebook gives it: an integer, or `all`.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if it is something else.
     """
     if text == ALL:
         return ALL
@@ -31,12 +31,12 @@ def parse_num_labeled(text: str | int) -> int | str:
         return int(str(text))  # of the text, so that 2.5 is refused and not cut down
     except ValueError:
         raise ValueError(
-            f"{text!r} is no number of labeled images: give an integer or all"
+            f"{text!r} is not a number of labeled images: give an integer or all"
         ) from None
 
 
 def expected_count(num_labeled: int | str, targets: Tensor, num_classes: int) -> int:
-    """How many images `labeled_split` labels: `num_labeled` cut down to a multiple of the classes."""
+    """Count the images that `labeled_split` labels: `num_labeled` cut down to a multiple of the classes."""
     if num_labeled == ALL:
         return int((targets != UNKNOWN).sum())
     return parse_num_labeled(num_labeled) // num_classes * num_classes
@@ -52,14 +52,14 @@ def labeled_split(
     come last among the unlabeled ones.
 
     Args:
-        targets: N class numbers, `UNKNOWN` where there is none.
-        num_labeled: how many labels to use, or `all` for every known one, balanced or not.
-        num_classes: C.
-        seed: of the draw; the published files have 0.
+        targets: N class numbers, `UNKNOWN` where an image has no label.
+        num_labeled: number of labels to use, or `all` for every known one, balanced or not.
+        num_classes: number of classes, C.
+        seed: seed of the draw; the published files were made with 0.
 
     Raises:
-        ValueError: if a class has too few labeled images, fewer labels than classes are asked for, or
-            a target is no class.
+        ValueError: if a class has too few labeled images, if fewer labels than classes are asked for, or if
+            a target is not a class number.
     """
     num_labeled = parse_num_labeled(num_labeled)
     strange = targets[(targets != UNKNOWN) & ((targets < 0) | (targets >= num_classes))]
@@ -80,7 +80,7 @@ def labeled_split(
             )
         if num_labeled % num_classes:
             warnings.warn(
-                f"{num_labeled} is no multiple of {num_classes} classes; using "
+                f"{num_labeled} is not a multiple of {num_classes} classes; using "
                 f"{per_class * num_classes} labeled images, {per_class} of each class",
                 stacklevel=2,
             )
@@ -101,13 +101,13 @@ def labeled_split(
 
 
 def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor]:
-    """The unlabeled images shuffled and cut into parts of equal size, up to one image.
+    """Shuffle the unlabeled images and cut them into parts of equal size, up to one image.
 
     The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
     classes and gives its labels away.
 
     Raises:
-        ValueError: for fewer images than chunks.
+        ValueError: if there are fewer images than chunks.
     """
     if not 1 <= num_chunks <= len(split.unlabeled):
         raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabeled images")

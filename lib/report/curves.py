@@ -1,4 +1,4 @@
-"""How good pseudo-labels are, where the true labels are known. Nothing here feeds back into them."""
+"""How good pseudo-labels are, where true labels are known. Nothing here feeds back into them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from lib.labels.pseudo_labels import TOP, PseudoLabels
 
 @dataclass(frozen=True)
 class Curve:
-    """Precision of the k most confident pseudo-labels, k = 1 ... U.
+    """Accuracy-coverage curve: the precision of the k most confident of U pseudo-labels, k = 1 ... U.
 
     Attributes:
-        coverage: k / U, in (0, 1].
+        coverage: share of the pseudo-labels, k / U, in (0, 1].
         precision: share of correct labels among the first k, in [0, 1].
     """
 
@@ -24,19 +24,20 @@ class Curve:
 
     @property
     def overall(self) -> float:
-        """Precision over all of them, in percent."""
+        """Return the precision of all pseudo-labels, in percent."""
         return 100 * float(self.precision[-1])
 
     @property
     def auc(self) -> float:
-        """Area under precision over coverage, in percent: the mean over k."""
+        """Return the area under the curve, in percent: the mean precision over k."""
         return 100 * float(self.precision.mean())
 
 
 def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
-    """The curve over the pseudo-labeled images whose true label is known; None if there are none.
+    """Compute the curve over the pseudo-labeled images whose true label is known; None if there are none.
 
     Args:
+        pseudo: the pseudo-labels.
         targets: N true labels of the training set, `UNKNOWN` where there is none.
     """
     true = targets[pseudo.indexes]
@@ -49,15 +50,16 @@ def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
 
 
 def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
-    """Whether the true label is among the k most probable classes, for each image where it is known.
+    """Tell for each image whether its true label is among the k most probable classes.
 
     Args:
-        pseudo: with probabilities, or with at least k `top_classes`.
-        targets: as in `accuracy_coverage`.
-        k: cut down to the number of classes.
+        pseudo: pseudo-labels with probabilities, or with at least k `top_classes`.
+        targets: true labels, as in `accuracy_coverage`.
+        k: number of classes; with fewer classes, all of them.
 
     Returns:
-        Booleans, most confident image first; the mean over all parts of a set is top-k precision.
+        Booleans for the images whose true label is known, most confident first. Their mean, over all chunks
+        of a set, is the top-k precision.
     """
     true = targets[pseudo.indexes]
     known = true != UNKNOWN
@@ -71,11 +73,11 @@ def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
 
 
 def summary(curves: dict[int, Curve], top5: Mapping[int, Tensor] | None = None) -> str:
-    """A text table of precision and AUC by number of labels.
+    """Write a text table of precision and AUC by number of labels.
 
     Args:
-        curves: by number of labels.
-        top5: for the same numbers what `top_k_hits` says of every image: one more column.
+        curves: the curve of each number of labels.
+        top5: what `top_k_hits` returns for each number of labels, for one more column.
     """
     lines = ["labels  precision     AUC" + ("  top-5 precision" if top5 else "")]
     for n, curve in sorted(curves.items()):

@@ -1,4 +1,4 @@
-"""What pseudo-labels look like: contact sheets of images, and one page that shows everything."""
+"""What pseudo-labels look like: contact sheets of images, and an HTML page that shows everything."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,12 +10,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 from torchvision.utils import make_grid
 
-from datasets import UNKNOWN, DataSet, FileSet
-from datasets.files import read_image
+from datasets import UNKNOWN, DataSet
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.report.curves import Curve
 
-SHOWN = 20  # images of each end of a class's ranking
+SHOWN = 20  # images at each end of the ranking of a class
 LEAST_SIDE, MOST_SIDE = 48, 96  # pixels; smaller images are enlarged without smoothing
 RIGHT, WRONG, UNCLEAR = (60, 170, 80), (210, 60, 60), (150, 150, 150)  # frames, RGB
 STYLE = (
@@ -25,15 +24,8 @@ STYLE = (
 )
 
 
-def _picture(data: DataSet, index: int) -> Tensor:
-    """An image of the set, 3 x S x S bytes."""
-    if isinstance(data, FileSet):
-        return read_image((data.root / data.paths[index]).read_bytes(), data.image_size)
-    return data[index][0]
-
-
 def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
-    """An image with a frame of 3 pixels that tells whether its label is right."""
+    """Put a frame of 3 pixels around an image, whose color tells whether the label is right."""
     if image.shape[-1] > MOST_SIDE:
         image = functional.resize(image, [MOST_SIDE, MOST_SIDE], antialias=True)
     scale = max(1, -(-LEAST_SIDE // image.shape[-1]))
@@ -47,18 +39,19 @@ def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
 
 
 def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = SHOWN) -> Image:
-    """The most confident images of a pseudo-class in the upper rows, the least confident below.
+    """Draw the most confident images of a pseudo-class in the upper rows, the least confident ones below.
 
-    Frames are green where the true label is the same, red where it is another, gray where unknown.
+    Frames are green where the pseudo-label is right, red where it is wrong, and gray where the true label is
+    not known.
 
     Args:
-        pseudo: labels to show.
-        data: the images that their indexes count.
+        pseudo: the pseudo-labels.
+        data: the training set that their indexes refer to.
         label: the class.
-        shown: images of each end.
+        shown: number of images at each end.
 
     Returns:
-        A picture; None where the class got no image.
+        A picture, or None if no image got this label.
     """
     members = (pseudo.labels == label).nonzero()[:, 0]
     if not len(members):
@@ -70,7 +63,7 @@ def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = 
         for index in pseudo.indexes[part].tolist():
             true = int(data.targets[index])
             color = UNCLEAR if true == UNKNOWN else RIGHT if true == label else WRONG
-            cells.append(_framed(_picture(data, index), color))
+            cells.append(_framed(data.picture(index), color))
         if cells:
             cells += [torch.full_like(cells[0], 255)] * (-len(cells) % 10)
             rows.append(make_grid(cells, nrow=10, padding=2, pad_value=255))
@@ -80,10 +73,10 @@ def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = 
 
 
 def write_sheets(pseudo: PseudoLabels, data: DataSet, folder: Path) -> list[tuple[str, str, int]]:
-    """One contact sheet per class into `folder`.
+    """Write one contact sheet per class to `folder`.
 
     Returns:
-        Class name, file name and number of images of every class that got one.
+        Class name, file name and number of images, for every class with images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -97,7 +90,7 @@ def write_sheets(pseudo: PseudoLabels, data: DataSet, folder: Path) -> list[tupl
 
 
 def html_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; everything in it is escaped."""
+    """Write an HTML table; every cell is escaped."""
     lines = ["<table><tr>" + "".join(f"<th>{escape(str(h))}</th>" for h in heads) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in r) + "</tr>" for r in rows]
     return "\n".join([*lines, "</table>"])
@@ -113,15 +106,16 @@ def write_page(
     sheets: Mapping[str, Sequence[tuple[str, str, int]]],
     heading: str = "{} labels: most confident images above, least confident below",
 ) -> None:
-    """One HTML page beside the pictures that it shows.
+    """Write an HTML page that shows the pictures beside it.
 
     Args:
-        path: of the page.
-        facts: what made the pseudo-labels, name and value.
-        curves: by number of labels, empty where no true label is known.
-        pictures: file (relative to the page) and caption.
-        sheets: by number of labels: class, file (relative to the page) and number of images.
-        heading: of each entry of `sheets`, its key in place of {}.
+        path: file to write.
+        title: title of the page.
+        facts: what made the pseudo-labels, as names and values.
+        curves: the curve of each number of labels; {} if no true label is known.
+        pictures: caption of each file; files are relative to the page.
+        sheets: for each number of labels, class, file and number of images of each contact sheet.
+        heading: heading of the sheets of one number of labels, which replaces {}.
     """
     parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>"]
     parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]

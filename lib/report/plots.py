@@ -1,4 +1,4 @@
-"""Pictures of a metric and of what was propagated through it. Every function returns a Figure."""
+"""Plots of a metric, of what is propagated through it, and of training. Every function returns a Figure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,18 +7,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from datasets.images import UNKNOWN
-from lib.graph.spectral import Spectrum
+from lib.graph.spectrum import Spectrum
 from lib.report.curves import Curve
 from lib.runtime.seeding import generator
 
-SAMPLE = 1000  # images in a matrix picture: more are not seen on a screen
-SAMPLE_CLASSES = 20  # with a thousand classes, no two of those images would be of the same one
+SAMPLE = 1000  # images in the picture of a matrix: a screen does not show more
+SAMPLE_CLASSES = 20  # classes in it: among a thousand, no two of the images would share one
 
 
 def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Indexes of at most SAMPLE images sorted by class, and the rows where a class begins.
+    """Draw at most SAMPLE images; return their indexes sorted by class, and where each class begins.
 
-    Of more than SAMPLE_CLASSES classes some are drawn. Images without a known target are left out,
+    If there are more than SAMPLE_CLASSES classes, some are drawn. Images without a label are left out,
     unless no image has one.
     """
     known = targets != UNKNOWN
@@ -34,12 +34,12 @@ def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
-    """exp((cos - 1) / T) between sampled images sorted by class: good metrics show bright squares."""
+    """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares."""
     chosen, borders = _sample_by_class(targets)
     matrix = ((features[chosen] @ features[chosen].T - 1) / temperature).exp()
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
-    # the diagonal is 1 by definition and would hide the rest
+    # The diagonal is 1 by definition: scaled to it, the rest would be dark.
     picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
     for place in borders.tolist():
         axes.axhline(place - 0.5, color="white", linewidth=0.4)
@@ -50,7 +50,7 @@ def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.
 
 
 def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) -> Figure:
-    """The first eigenvectors at sampled images sorted by class, and the eigenvalues."""
+    """Plot the first eigenvectors at sampled images sorted by class, and the eigenvalues."""
     chosen, borders = _sample_by_class(targets)
     shown = torch.from_numpy(spectrum.vectors[:, :num_vectors])[chosen]
     shown = shown / shown.std(dim=0, correction=0, keepdim=True).clamp(min=1e-12)
@@ -70,12 +70,12 @@ def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) 
 
 
 def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
-    """Precision of the most confident share, one line per number of labels."""
+    """Plot the precision of the most confident share, one line per number of labels."""
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for n, curve in sorted(curves.items()):
         label = f"{n} labels: {curve.overall:.1f}% of all, AUC {curve.auc:.1f}%"
-        # the first few images are all or nothing; they say more about luck than about confidence
+        # The precision of a few images is all or nothing, and tells more about luck than confidence.
         start = min(len(curve.precision) // 100, len(curve.precision) - 1)
         axes.plot(100 * curve.coverage[start:], 100 * curve.precision[start:], label=label)
     axes.set(
@@ -93,11 +93,11 @@ def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
 def accuracy_by_labels(
     results: Mapping[str, Mapping[int, Sequence[float]]], names: Mapping[str, str]
 ) -> Figure:
-    """Mean and range of several methods over the number of labels.
+    """Plot mean and range of several methods over the number of labels.
 
     Args:
-        results: percentages by method, number of labels and repetition.
-        names: what to call each method.
+        results: percentages of each method, by number of labels and repetition.
+        names: name of each method in the legend.
     """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -118,10 +118,10 @@ def accuracy_by_labels(
 
 
 def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Seconds and memory of every variant over the number of images, on logarithmic scales.
+    """Plot seconds and memory of every variant over the number of images, on logarithmic scales.
 
     Args:
-        runs: number of images -> variant -> `total_s` and `added_mib`.
+        runs: for each number of images, `total_s` and `added_mib` of each variant.
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     names = list(dict.fromkeys(name for found in runs.values() for name in found))
@@ -137,10 +137,10 @@ def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
 
 
 def training_curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Tensor]]]) -> Figure:
-    """Mean and range over the seeds of what training logs, one line per variant.
+    """Plot mean and range over the seeds of what training logs, one line per variant.
 
     Args:
-        panels: title -> variant -> steps (T) and values, seeds x T.
+        panels: for each title, the T steps and the values (seeds x T) of each variant.
     """
     figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]

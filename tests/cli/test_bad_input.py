@@ -10,9 +10,8 @@ import torch
 from conftest import assert_refused, run_script
 from runs import LABELS, TINY, call, contents, finetuning, make_folder, pretraining, world
 
-from lib.cli import options
+from lib.cli import start
 from lib.files import checkpoint
-from lib.training import engine
 
 __all__ = ["world"]  # the fixture
 
@@ -37,11 +36,10 @@ def refused(world, tmp_path, monkeypatch, capsys):
         before = contents(tmp_path)
         line = (*folder, *files, *short, *words)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, line)])
-        for loop in ("pretrain", "finetune"):
-            monkeypatch.setattr(engine, loop, no_step)
+        monkeypatch.setattr(script, "train_steps", no_step)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            options.run(script.main, script.build_parser())
+            start.run(script.main, script.build_parser())
         message = capsys.readouterr().err
         assert exit_.value.code == 2, message
         assert message.count("error:") == 1, message
@@ -58,24 +56,24 @@ def refused(world, tmp_path, monkeypatch, capsys):
 PRETRAINING = {
     "--epoch 3": ["unrecognized arguments"],
     "--lr-scheduler linear": ["--lr-scheduler", "invalid choice"],
-    "--epochs 0": ["--epochs 0", "must be positive"],
-    "--lr nan": ["--lr nan", "must be positive"],
-    "--lr -1": ["--lr -1", "must be positive"],
-    "-b 0": ["--batch-size 0", "must be positive"],
-    "--num-workers -1": ["--num-workers -1", "must not be negative"],
-    "--rng-seed -1": ["--rng-seed -1", "must not be negative"],
-    "--rng-seed 99999999999999999999": ["--rng-seed", "below 2**63"],
-    "--weight-decay -1": ["--weight-decay -1", "must not be negative"],
+    "--epochs 0": ["--epochs: must be positive, not 0"],
+    "--lr nan": ["--lr/--learning-rate: must be a finite number, not nan"],
+    "--lr -1": ["--lr/--learning-rate: must be positive, not -1"],
+    "-b 0": ["--batch-size: must be positive, not 0"],
+    "--num-workers -1": ["--num-workers", "must be at least 0, not -1"],
+    "--rng-seed -1": ["--rng-seed: must be at least 0 and below 2**63, not -1"],
+    "--rng-seed 99999999999999999999": ["--rng-seed: ", "below 2**63"],
+    "--weight-decay -1": ["--weight-decay/--wd: must be at least 0, not -1"],
     "--image-size 4": ["image size 4"],
-    "--image-size 0": ["--image-size 0"],
-    "--low-dim 0": ["--low-dim 0", "must be positive"],
-    "--nce-t 0": ["--nce-t 0", "must be positive"],
-    "--nce-m 1": ["--nce-m 1", "[0, 1)"],
-    "--nce-m -0.1": ["--nce-m -0.1", "[0, 1)"],
-    "--nce-k -1": ["--nce-k -1", "must not be negative"],
+    "--image-size 0": ["--image-size: must be positive, not 0"],
+    "--low-dim 0": ["--low-dim: must be positive, not 0"],
+    "--nce-t 0": ["--nce-t: must be positive, not 0"],
+    "--nce-m 1": ["--nce-m: must lie in [0, 1), not 1"],
+    "--nce-m -0.1": ["--nce-m: must lie in [0, 1), not -0.1"],
+    "--nce-k -1": ["--nce-k: must be at least 0, not -1"],
     "--nce-k 52": ["--nce-k 52", "51 others"],
-    "--transform-scale 0": ["crop scale 0"],
-    "--transform-scale 2": ["crop scale 2"],
+    "--transform-scale 0": ["--transform-scale: must lie in (0, 1], not 0"],
+    "--transform-scale 2": ["--transform-scale: must lie in (0, 1], not 2"],
     "--arch wrn-28": ["unknown architecture 'wrn-28'", "wrn-D-K"],
     "--arch wrn-11-1": ["wrn-11-1", "6n + 4"],
     "--arch resnet19": ["resnet19"],
@@ -87,16 +85,16 @@ PRETRAINING = {
 }
 FINETUNING = {
     "--data-dri x": ["unrecognized arguments"],
-    "--max-iters 0": ["--max-iters 0", "must be positive"],
-    "--eval-freq 0": ["--eval-freq 0", "must be positive"],
-    "--print-freq 0": ["--print-freq 0", "must be positive"],
-    "--num-workers -1": ["--num-workers -1", "must not be negative"],
-    "--pseudo-ratio 2": ["--pseudo-ratio 2", "[0, 1]"],
-    "--pseudo-ratio -0.5": ["--pseudo-ratio -0.5", "[0, 1]"],
-    "--pseudo-ratio nan": ["--pseudo-ratio nan", "[0, 1]"],
+    "--max-iters 0": ["--max-iters: must be positive, not 0"],
+    "--eval-freq 0": ["--eval-freq: must be positive, not 0"],
+    "--print-freq 0": ["--print-freq: must be positive, not 0"],
+    "--num-workers -1": ["--num-workers", "must be at least 0, not -1"],
+    "--pseudo-ratio 2": ["--pseudo-ratio: must lie in [0, 1], not 2"],
+    "--pseudo-ratio -0.5": ["--pseudo-ratio: must lie in [0, 1], not -0.5"],
+    "--pseudo-ratio nan": ["--pseudo-ratio: must be a finite number, not nan"],
     "--num-labeled 3": ["3 labeled images for 4 classes"],
-    "--num-labeled 0": ["0 labeled images"],
-    "--num-labeled -8": ["-8 labeled images"],
+    "--num-labeled 0": ["--num-labeled: must be positive, not 0"],
+    "--num-labeled -8": ["--num-labeled: must be positive, not -8"],
     "--num-labeled 400": ["class 0 has 10 labeled images", "100"],
     "--num-labeled few": ["--num-labeled", "give an integer or all"],
     "--arch vgg16": ["unknown architecture 'vgg16'"],

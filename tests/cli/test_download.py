@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from lib.cli import download, options
+from lib.cli import download, start
 from lib.cli.download import Published, obtain
 
 
@@ -404,7 +404,7 @@ def test_the_manifest_names_every_published_file():
 def test_the_commands_that_make_such_files_are_ours(make):
     python, script, *words = shlex.split(make)
     assert python == "python"
-    options.load_script(script).build_parser().parse_args(words)
+    start.load_script(script).build_parser().parse_args(words)
 
 
 def test_no_command_writes_into_the_folder_of_another_published_file():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import actions, load_script, pretraining
 
-from lib.cli import options
+from lib.cli import checks, options, start
 
 finetuning = load_script("cifar-semi.py")
 
@@ -176,29 +176,12 @@ def test_num_labeled_takes_a_number_or_all_and_says_so(capsys):
     assert "give an integer or all" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("check", "good", "bad"),
-    [
-        (options.require_positive, (1e-9, 1, 7), (0, -1, float("nan"), float("inf"))),
-        (options.require_not_negative, (0, 1), (-1, -0.5, float("nan"), float("inf"))),
-        (options.require_share, (0, 0.5, 1), (-0.1, 1.1, 2, float("nan"))),
-    ],
-)
-def test_limits_name_every_option_beyond_them(check, good, bad):
-    for value in good:
-        check(argparse.Namespace(some_option=value), "some_option")
-    for value in bad:
-        args = argparse.Namespace(some_option=value, other=value)
-        with pytest.raises(ValueError, match=f"--some-option {value}, --other {value}: "):
-            check(args, "some_option", "other")
-
-
 def test_an_output_folder_is_made_and_left_empty(tmp_path):
-    folder = options.writable_folder("--model-dir", tmp_path / "a" / "b")
+    folder = checks.writable_folder("--model-dir", tmp_path / "a" / "b")
     assert list(folder.iterdir()) == []
     (tmp_path / "file").write_text("keep")
     with pytest.raises(ValueError, match=r"--model-dir: cannot write to the folder .*file"):
-        options.writable_folder("--model-dir", tmp_path / "file")
+        checks.writable_folder("--model-dir", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "keep"
 
 
@@ -208,10 +191,10 @@ def test_traceback_in_the_environment_shows_where_a_message_came_from(monkeypatc
 
     monkeypatch.setattr("sys.argv", ["script"])
     with pytest.raises(SystemExit):
-        options.run(fail, options.parser("manual"))
+        start.run(fail, options.parser("manual"))
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="mistyped"):
-        options.run(fail, options.parser("manual"))
+        start.run(fail, options.parser("manual"))
 
 
 def test_scripts_can_be_imported_without_running_anything():

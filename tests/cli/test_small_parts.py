@@ -73,8 +73,8 @@ def test_without_cuda_every_choice_is_the_cpu(monkeypatch, gpus):
 def test_with_cuda_the_number_is_an_index_among_the_visible_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     pretend_cuda(monkeypatch, 2)
-    assert devices.select("1", "fp32").device == torch.device("cuda", 1)
-    assert devices.select("cpu", "fp32").device == torch.device("cpu")
+    assert devices.select("1", "fp32").torch_device == torch.device("cuda", 1)
+    assert devices.select("cpu", "fp32").torch_device == torch.device("cpu")
     with pytest.raises(ValueError, match="only 2 CUDA devices"):
         devices.select("2")
 

@@ -9,13 +9,11 @@ import pytest
 from conftest import ROOT, assert_ok
 from runs import call, fake_venv, make_folder
 
-from lib.cli import options
-from lib.cli.options import load_script
+from lib.cli import checks, declared, start
+from lib.cli.start import load_script
 from lib.files import checkpoint, provenance
 from lib.runtime import distributed
-from lib.runtime.distributed import Share
 from lib.training import finetuning as phase3
-from lib.training import pretraining as phase1
 
 NAMES = ("unsupervised/cifar.py", "unsupervised/imagenet.py", "cifar-semi.py", "imagenet-semi.py")
 IMAGENET = NAMES[1::2]
@@ -68,7 +66,7 @@ def test_processes_that_read_images_are_shared_by_those_of_the_machine(
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(distributed, "share", lambda: Share(0, size))
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
     assert distributed.own_workers(asked) == expected
 
 
@@ -90,8 +88,7 @@ def test_every_script_takes_its_share_of_the_processes_that_read_images(
 
     monkeypatch.setattr(distributed, "own_workers", share_of)
     monkeypatch.setattr(phase3, "own_workers", share_of)
-    for module in (phase1, phase3):
-        monkeypatch.setattr(module, "Batches", batches)
+    monkeypatch.setattr(script, "Batches", batches)
     with pytest.raises(SeenError):
         call(script, *words(name, pictures, tmp_path, "-j", 3))
     assert set(asked) == {3}
@@ -114,7 +111,7 @@ def test_a_run_without_data_keeps_away_from_the_folders_of_real_runs(
     folders = FOLDERS[name.startswith("unsupervised")]
     line = ["--dummy", "--gpus", "cpu"]
     if own:
-        line += [w for folder in folders for w in (options.flag(folder), "mine")]
+        line += [w for folder in folders for w in (declared.flag(folder), "mine")]
     args = script.build_parser().parse_args(line)
     with pytest.raises(StoppedError):
         script.main(args)
@@ -122,7 +119,7 @@ def test_a_run_without_data_keeps_away_from_the_folders_of_real_runs(
         default = script.build_parser().get_default(folder)
         assert getattr(args, folder) == ("mine" if own else f"{default}-dummy")
     args = script.build_parser().parse_args(["--dataset", "patches"])
-    options.keep_dummy_apart(args, script.build_parser(), *folders)
+    checks.keep_dummy_apart(args, script.build_parser(), *folders)
     assert getattr(args, folders[0]) == script.build_parser().get_default(folders[0])
 
 
@@ -140,10 +137,10 @@ def test_a_new_run_over_the_checkpoint_of_another_is_warned_of_once_and_a_resume
 
 def test_rank_0_alone_touches_the_folder_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    options.open_run_folder("--model-root", tmp_path / "run", "last", is_new=True)
+    start.open_run_folder("--model-root", tmp_path / "run", "last", is_new=True)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(distributed, "is_main", lambda: True)
-    options.open_run_folder("--model-root", tmp_path / "run", "last", is_new=True)
+    start.open_run_folder("--model-root", tmp_path / "run", "last", is_new=True)
     assert (tmp_path / "run").is_dir()
 
 

@@ -5,16 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_ok, assert_refused, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datasets import build_datasets
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
-from lib.labels.pseudo_labels import PseudoLabels, from_probabilities, from_scores
+from lib.labels import confidence, pseudo_files, pseudo_labels
+from lib.labels.confidence import from_probabilities, from_scores
+from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
 
 NUM_IMAGES, NUM_CLASSES, NUM_LABELED = 40, 4, 8
@@ -32,7 +30,7 @@ def good_state(seed=0):
 def read(tmp_path, state):
     """Through the file, as phase 3 does."""
     checkpoint.save(state, tmp_path / "p.pth.tar")
-    pseudo = pseudo_labels.load(tmp_path / "p.pth.tar")
+    pseudo = pseudo_files.load(tmp_path / "p.pth.tar")
     pseudo.require_fit(NUM_IMAGES, NUM_CLASSES, NUM_LABELED, "aa11", CLASSES)
     return pseudo
 
@@ -71,14 +69,14 @@ MUTATIONS = {  # name: (change, words of the message)
         "neither pseudo_weights nor pseudo_probs",
     ),
     "no tensor": (replaced("pseudo_labels", torch.Tensor.tolist), "must be dense tensors"),
-    "sparse tensor": (replaced("pseudo_probs", torch.Tensor.to_sparse), "must be dense tensors"),
+    "sparse tensor": (replaced("pseudo_probs", torch.Tensor.to_sparse), "a tensor that is sparse"),
     "float indexes": (
         replaced("pseudo_indexes", torch.Tensor.float),
-        "pseudo_indexes is no int64 vector",
+        "pseudo_indexes is not an int64 vector",
     ),
     "int32 indexes": (
         replaced("labeled_indexes", torch.Tensor.int),
-        "labeled_indexes is no int64 vector",
+        "labeled_indexes is not an int64 vector",
     ),
     "float labels": (replaced("pseudo_labels", torch.Tensor.float), "int64 is expected"),
     "labels as a column": (replaced("pseudo_labels", lambda x: x[:, None]), r"shape \(32, 1\)"),
@@ -136,7 +134,7 @@ MUTATIONS = {  # name: (change, words of the message)
         lambda s: s.update(meta={"classes": [*CLASSES, "elk"]}),
         "other classes: 4 elk / -",
     ),
-    "classes without names": (lambda s: s.update(meta={"classes": [1, 2]}), "no list of names"),
+    "classes without names": (lambda s: s.update(meta={"classes": [1, 2]}), "not a list of names"),
     "too few class names": (lambda s: s.update(meta={"classes": ["ant"]}), "of 1 class names"),
 }
 
@@ -476,7 +474,7 @@ def chunks(folder, sizes, seed=0, num_chunks=None):
         labels = torch.randint(0, 4, (size,), generator=generator)
         meta = {"data_digest": "aa11"}
         part = PseudoLabels(members, labels, weights, torch.arange(4), members, meta=meta)
-        pseudo_labels.save(part, folder / f"{num_chunks or len(sizes)}_{number}.pth.tar")
+        pseudo_files.save(part, folder / f"{num_chunks or len(sizes)}_{number}.pth.tar")
         parts.append(part)
     return parts
 
@@ -484,7 +482,7 @@ def chunks(folder, sizes, seed=0, num_chunks=None):
 def test_chunks_are_read_in_the_order_of_their_numbers(tmp_path):
     written = chunks(tmp_path, range(1, 13))  # twelve: the names sort 10, 11 before 2
     (tmp_path / "curve.png").touch()  # pictures and notes may lie beside them
-    read_back = pseudo_labels.load_chunks(tmp_path)
+    read_back = pseudo_files.load_chunks(tmp_path)
     assert [len(part.indexes) for part in read_back] == list(range(1, 13))
     for one, other in zip(written, read_back, strict=True):
         assert torch.equal(one.indexes, other.indexes)
@@ -499,8 +497,8 @@ def other_labels(folder):
 def test_chunks_may_list_their_labeled_images_in_any_order(tmp_path):
     parts = chunks(tmp_path, [2, 3])
     turned = replace(parts[1], labeled=parts[1].labeled.flip(0))
-    pseudo_labels.save(turned, tmp_path / "2_1.pth.tar")
-    merged = pseudo_labels.merged(pseudo_labels.load_chunks(tmp_path))
+    pseudo_files.save(turned, tmp_path / "2_1.pth.tar")
+    merged = pseudo_labels.merged(pseudo_files.load_chunks(tmp_path))
     assert sorted(merged.indexes.tolist()) == [4, 5, 6, 7, 8]
     with pytest.raises(ValueError, match="different sets of labeled images"):
         pseudo_labels.merged([parts[0], replace(parts[1], labeled=torch.arange(3))])
@@ -551,168 +549,22 @@ def test_a_folder_that_is_not_one_whole_set_is_refused_with_what_is_wrong(tmp_pa
     damage, words = CHUNK_FAULTS[fault]
     damage(tmp_path)
     with pytest.raises(ValueError, match=words) as caught:
-        pseudo_labels.load_chunks(tmp_path)
+        pseudo_files.load_chunks(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_a_folder_without_chunks_or_none_at_all_is_refused(tmp_path):
     (tmp_path / "250.pth.tar").touch()
     with pytest.raises(ValueError, match=r"no chunks such as 10_0.*: 250\.pth\.tar"):
-        pseudo_labels.load_chunks(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
-        pseudo_labels.load_chunks(tmp_path / "250.pth.tar")
+        pseudo_files.load_chunks(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        pseudo_files.load_chunks(tmp_path / "250.pth.tar")
 
 
 def test_a_name_that_claims_a_billion_chunks_costs_nothing(tmp_path):
     (tmp_path / "1000000000_0.pth.tar").touch()
     with pytest.raises(ValueError, match=r"999999999 missing \(1000000000_1.pth.tar, .* \.\.\.\)"):
-        pseudo_labels.load_chunks(tmp_path)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10**6), known=st.booleans())
-def test_a_table_brings_everything_back_but_probabilities(seed, known, tmp_path_factory):
-    file = tmp_path_factory.mktemp("table") / "p.csv"
-    state = good_state(seed)
-    if not known:
-        state["meta"] = {}
-    pseudo = read_values(state)
-    pseudo_labels.to_csv(pseudo, file)
-    again = pseudo_labels.from_csv(file)
-    for name in ("indexes", "labels", "confidence", "labeled"):
-        assert torch.equal(getattr(again, name), getattr(pseudo, name)), name
-    assert sorted(again.unlabeled.tolist()) == sorted(pseudo.unlabeled.tolist())
-    assert again.meta == pseudo.meta
-    assert again.probabilities is None
-
-
-def read_values(state):
-    keys = ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "labeled_indexes")
-    values = [state[key] for key in (*keys, "unlabeled_indexes", "pseudo_probs")]
-    return PseudoLabels(*values, state["meta"])
-
-
-def test_a_table_says_names_paths_and_what_is_labeled(tmp_path):
-    pseudo = PseudoLabels(
-        torch.tensor([4, 1]),
-        torch.tensor([1, 0]),
-        torch.tensor([0.75, 0.1]),
-        torch.tensor([2, 0]),
-        torch.tensor([1, 3, 4]),
-        meta={"classes": ["ant, red", "bee"]},
-    )
-    pseudo_labels.to_csv(pseudo, tmp_path / "p.csv", paths=[f"train/{i}.png" for i in range(5)])
-    assert (tmp_path / "p.csv").read_text().splitlines() == [
-        '# meta {"classes": ["ant, red", "bee"]}',
-        "index,path,label,confidence",
-        "4,train/4.png,bee,0.75",
-        '1,train/1.png,"ant, red",0.100000001',
-        "3,train/3.png,,0",
-        "2,train/2.png,,",
-        "0,train/0.png,,",
-    ]
-    again = pseudo_labels.from_csv(tmp_path / "p.csv")
-    assert again.labels.tolist() == [1, 0]
-    assert again.unlabeled.tolist() == [4, 1, 3]
-    with pytest.raises(ValueError, match="4 paths for the image with index 4"):
-        pseudo_labels.to_csv(pseudo, tmp_path / "p.csv", paths=["a.png"] * 4)
-
-
-def test_classes_of_the_same_name_keep_their_numbers_in_a_table(tmp_path):
-    some = torch.arange(2)
-    classes = {"classes": ["crane", "dog", "crane"]}
-    pseudo = PseudoLabels(some, some, torch.tensor([0.9, 0.5]), some[:0], some, meta=classes)
-    pseudo_labels.to_csv(pseudo, tmp_path / "p.csv")
-    assert pseudo_labels.from_csv(tmp_path / "p.csv").labels.tolist() == [0, 1]
-    text = (tmp_path / "p.csv").read_text()
-    (tmp_path / "p.csv").write_text(text.replace("0,,0,0.", "0,,crane,0."))
-    with pytest.raises(ValueError, match="the label 'crane' is no number"):
-        pseudo_labels.from_csv(tmp_path / "p.csv")
-
-
-def test_a_path_that_is_no_utf_8_does_not_lose_the_table(tmp_path):
-    names = ["a\udce9.png", "b.png", "c.png"]  # as the system hands out a name in Latin-1
-    pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "p.csv", paths=names)
-    assert r"a\udce9.png" in (tmp_path / "p.csv").read_text(encoding="utf-8")
-
-
-def test_a_table_of_another_tool_may_be_in_any_order_and_have_more_columns(tmp_path):
-    lines = ["# made elsewhere", "label,index,confidence,note", "1,7,0.25,x", "0,3,0.5,y", ",9,,"]
-    (tmp_path / "p.csv").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
-    pseudo = pseudo_labels.from_csv(tmp_path / "p.csv")
-    assert pseudo.indexes.tolist() == [3, 7]
-    assert pseudo.labels.tolist() == [0, 1]
-    assert pseudo.confidence.tolist() == [0.5, 0.25]
-    assert pseudo.labeled.tolist() == [9]
-
-
-TABLE = "index,path,label,confidence\n"
-TABLES = {  # content: words of the message
-    "": "no column index, label, confidence",
-    "index,label\n1,2\n": "no column confidence",
-    TABLE + "x,,1,0.5\n": "line 2: the index 'x' is no number",
-    TABLE + "1,,1,0.5\n2,,ant,0.5\n": "line 3: the label 'ant' is no number",
-    TABLE + "1,,1,much\n": "line 2: the confidence 'much' is no number",
-    TABLE + "1,,,0.5\n": "line 2: the confidence 0.5 of no label",
-    TABLE + "1,,1,0.5\n1,,2,0.4\n": "holds an index twice",
-    TABLE + "1,,1,nan\n": "NaN",
-    TABLE + f"{2**70},,1,0.5\n": "p.csv: ",
-    '# meta {"classes": ["ant"]}\n'
-    + TABLE
-    + "1,,bee,0.5\n": "line 3: 'bee' is none of the classes",
-    '# meta {"classes": 5}\n' + TABLE: "no list of names",
-    "# meta {\n" + TABLE: "record in its first line is damaged",
-    "# meta [1]\n" + TABLE: "none of names and values",
-}
-
-
-@pytest.mark.parametrize("content", TABLES)
-def test_a_table_that_cannot_be_understood_is_refused_by_line(tmp_path, content):
-    (tmp_path / "p.csv").write_text(content)
-    with pytest.raises(ValueError, match=TABLES[content]) as caught:
-        pseudo_labels.from_csv(tmp_path / "p.csv")
-    assert "p.csv" in str(caught.value)
-
-
-def test_a_table_that_is_no_text_or_no_file_is_refused(tmp_path):
-    (tmp_path / "p.csv").write_bytes(b"\xff\xfe\x00")
-    for file in (tmp_path / "p.csv", tmp_path / "none.csv", tmp_path):
-        with pytest.raises(ValueError, match="cannot be read as a table"):
-            pseudo_labels.from_csv(file)
-    with pytest.raises(ValueError, match="cannot write"):
-        pseudo_labels.to_csv(with_labels([0, 1]), tmp_path / "p.csv" / "below a file.csv")
-
-
-def test_paths_come_from_the_folder_of_the_images(tmp_path):
-    make_folder(tmp_path / "pictures", unlabeled=4, test=False)  # 44 of them
-    checkpoint.save(good_state(), tmp_path / "p.pth.tar")
-    words = [
-        "export",
-        tmp_path / "p.pth.tar",
-        tmp_path / "p.csv",
-        "--data-dir",
-        tmp_path / "pictures",
-    ]
-    pseudo_labels.main(pseudo_labels.build_parser().parse_args([str(word) for word in words]))
-    lines = (tmp_path / "p.csv").read_text().splitlines()[2:]
-    train, _ = build_datasets("folder", tmp_path / "pictures", image_size=16)
-    assert len(lines) == NUM_IMAGES
-    for index, path, *_ in (line.split(",") for line in lines):
-        assert path == train.paths[int(index)]
-
-
-@pytest.mark.slow
-def test_the_command_line_goes_there_and_back(tmp_path):
-    checkpoint.save(good_state(), tmp_path / "p.pth.tar")
-    module = ("-m", "lib.labels.pseudo_labels")
-    output = assert_ok(run_script(*module, "export", tmp_path / "p.pth.tar", tmp_path / "p.csv"))
-    assert "32 pseudo-labeled and 8 labeled images" in output
-    assert_ok(run_script(*module, "import", tmp_path / "p.csv", tmp_path / "q.pth.tar"))
-    one, other = (checkpoint.load_dict(tmp_path / f"{name}.pth.tar") for name in "pq")
-    for key in ("pseudo_indexes", "pseudo_labels", "pseudo_weights", "labeled_indexes"):
-        assert torch.equal(one[key], other[key])
-    assert one["meta"] == other["meta"]
-    assert_refused(run_script(*module, "import", tmp_path / "p.pth.tar", tmp_path / "x"), "table")
+        pseudo_files.load_chunks(tmp_path)
 
 
 class _Largest(TorchDispatchMode):
@@ -728,22 +580,20 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("confidence", pseudo_labels.CONFIDENCES)
-def test_pseudo_labels_without_probabilities_never_hold_those_of_all_images(
-    confidence, monkeypatch
-):
+@pytest.mark.parametrize("measure", confidence.CONFIDENCES)
+def test_pseudo_labels_without_probabilities_never_hold_those_of_all_images(measure, monkeypatch):
     scores = 3 * torch.randn(400, 50)
     order = torch.randperm(400)
     words = (scores, Split(order[:50], order[50:]))
-    whole = from_scores(*words, temperature=0.7, confidence=confidence)
-    monkeypatch.setattr(pseudo_labels, "TILE", 33 * 50)
+    whole = from_scores(*words, temperature=0.7, confidence=measure)
+    monkeypatch.setattr(confidence, "TILE", 33 * 50)
     with _Largest() as largest:
-        tiled = from_scores(*words, temperature=0.7, confidence=confidence, probabilities=False)
+        tiled = from_scores(*words, temperature=0.7, confidence=measure, probabilities=False)
     assert largest.numel <= 350 * pseudo_labels.TOP  # 17,500 with the probabilities
     assert tiled.probabilities is None
     for name in ("indexes", "labels", "confidence", "top_classes"):
         assert torch.equal(getattr(tiled, name), getattr(whole, name)), name
     assert torch.equal(whole.top_classes, whole.probabilities.topk(5).indices.int())
-    again = from_scores(*words, temperature=0.7, confidence=confidence)
+    again = from_scores(*words, temperature=0.7, confidence=measure)
     assert torch.equal(again.probabilities, whole.probabilities)
     assert torch.equal(whole.probabilities, (scores / 0.7).softmax(dim=1)[whole.indexes])

@@ -119,7 +119,7 @@ def test_seeds_draw_different_images():
 
 def test_uneven_number_is_cut_down_with_a_warning():
     targets = torch.arange(30) % 3
-    with pytest.warns(UserWarning, match="10 is no multiple of 3"):
+    with pytest.warns(UserWarning, match="10 is not a multiple of 3"):
         split = labeled_split(targets, 10, 3)
     assert len(split.labeled) == expected_count(10, targets, 3) == 9
     assert torch.bincount(targets[split.labeled]).tolist() == [3, 3, 3]
@@ -142,8 +142,8 @@ def test_even_number_warns_of_nothing():
         ([0, 0, 0, -1], "all", "class 1 has no labeled image"),
         ([0, 1, 2, 1], 2, "class 2 among 2 classes"),
         ([0, 1, -2, 1], 2, "class -2 among 2 classes"),
-        ([0, 1, 0, 1], "many", "'many' is no number"),
-        ([0, 1, 0, 1], 2.5, "2.5 is no number"),
+        ([0, 1, 0, 1], "many", "'many' is not a number"),
+        ([0, 1, 0, 1], 2.5, "2.5 is not a number"),
     ],
 )
 def test_impossible_split_says_why(targets, num_labeled, words):

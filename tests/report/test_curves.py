@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.labels.pseudo_labels import PseudoLabels, from_probabilities
+from lib.labels.confidence import from_probabilities
+from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
 from lib.report.curves import Curve, accuracy_coverage, summary, top_k_hits
 

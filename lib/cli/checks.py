@@ -1,0 +1,141 @@
+"""What is checked before any work: options that do not go together, or have no effect, and output folders.
+
+The limits of single options are declared with them (`lib.runtime.option`) and checked as they are read.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from lib.cli.declared import flag
+from lib.features.backbones import is_external
+from lib.runtime import distributed
+from lib.runtime.profiling import require_compiler
+from models import IMAGENET_ARCHITECTURES
+
+ONLY_TRAINING = ("loader", "compile", "profile")  # without effect where a checkpoint is measured
+WITHOUT_FILES = ("patches", "dummy")  # data sets that need no folder
+SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs more than one place
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """Refuse combinations of the shared options that no run can work with."""
+    if args.compile:
+        require_compiler()
+    size = distributed.world_size()
+    if args.batch_size % size:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: cannot be shared equally by {size} processes; take "
+            f"{max(1, args.batch_size // size) * size}"
+        )
+
+
+def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Check the options of phase 1, and warn of options that have no effect."""
+    check_common(args)
+    if args.nce_k == 0:
+        warn_unused(args, parser, "without --nce-k", "nce_loss", "nce_z")
+    elif args.nce_loss != "nce":
+        warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")
+
+
+def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Check the options of phase 3, and warn of options that have no effect.
+
+    Raises:
+        ValueError: if no run can work with them.
+    """
+    check_common(args)
+    if args.eval and not (args.resume or args.pretrained):
+        raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
+    if args.eval:
+        warn_unused(args, parser, "with --eval", *ONLY_TRAINING)
+    if args.pretrained and not Path(args.pretrained).is_file():
+        raise ValueError(f"--pretrained {args.pretrained}: there is no such file")
+    if args.pseudo_file and args.pseudo_dir:
+        raise ValueError("--pseudo-file and --pseudo-dir both give pseudo-labels: name one of them")
+    if not (args.pseudo_file or args.pseudo_dir):
+        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced")
+        warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *unused)
+    if not args.pseudo_dir:
+        warn_unused(args, parser, "without --pseudo-dir", "pseudo_per_chunk")
+    if args.finetune and not (args.resume or args.pretrained):
+        warn("--finetune without weights to start from trains on features of a random network")
+
+
+def require_data_dir(args: argparse.Namespace) -> None:
+    """Raise ValueError if the images are read from a folder and the user names none."""
+    if not args.data_dir and args.dataset not in WITHOUT_FILES:
+        raise ValueError(
+            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
+        )
+
+
+def require_imagenet_network(
+    args: argparse.Namespace, small: str, *, external_too: bool = False
+) -> None:
+    """Raise ValueError if the network is not one for ImageNet, or the images are too small for it.
+
+    Args:
+        args: the options.
+        small: the script for small images, which the message names.
+        external_too: accept networks of other libraries too (`lib.features.backbones`).
+    """
+    external = external_too and is_external(args.architecture)
+    if args.architecture not in IMAGENET_ARCHITECTURES and not external:
+        known = ", ".join(IMAGENET_ARCHITECTURES)
+        raise ValueError(
+            f"--arch {args.architecture}: take one of {known}; for small images there is {small}"
+        )
+    if args.image_size < SMALLEST_SIDE:
+        raise ValueError(
+            f"--image-size {args.image_size}: these networks take {SMALLEST_SIDE} pixels at least; for "
+            f"small images there is {small}"
+        )
+
+
+def keep_dummy_apart(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, *names: str
+) -> None:
+    """Give a run on random images folders of its own, unless the user names some.
+
+    Args:
+        args: the options, changed in place.
+        parser: knows their defaults.
+        names: the options for folders.
+    """
+    for name in names if args.dataset == "dummy" else ():
+        if getattr(args, name) == parser.get_default(name):
+            setattr(args, name, f"{parser.get_default(name)}-dummy")
+
+
+def warn(text: str) -> None:
+    """Print a warning, once for all processes."""
+    if distributed.is_main():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def warn_unused(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, reason: str, *names: str
+) -> None:
+    """Warn of each option in `names` that the user set although it has no effect, for the `reason`."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            warn(f"{flag(name)} has no effect {reason}")
+
+
+def writable_folder(option: str, path: str | Path) -> Path:
+    """Make the folder `path` and prove that files can be written to it, before hours of training.
+
+    Raises:
+        ValueError: if they cannot, naming the option that gave the folder.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise ValueError(
+            f"{option}: cannot write to the folder {path}: {error.strerror}"
+        ) from error

@@ -1,0 +1,123 @@
+"""Pseudo-label files: one for a whole training set, or a folder of chunks as published for ImageNet.
+
+A file has the published keys: `pseudo_indexes`, `pseudo_labels` (int64, U), `pseudo_probs` (float32, U x C),
+`pseudo_weights` (float32, U: the confidence), `labeled_indexes`, `unlabeled_indexes` (int64); and `meta`,
+which is ours. The `pseudo_*` arrays are sorted by falling confidence.
+"""
+
+import itertools
+import re
+from collections import Counter
+from pathlib import Path
+
+from torch import Tensor, strided
+
+from lib.files import checkpoint
+from lib.labels.pseudo_labels import SHOWN, PseudoLabels, listed, sorted_labeled
+
+SUFFIX = ".pth.tar"
+CHUNK = re.compile(r"(\d+)_(\d+)\.pth\.tar")  # number of chunks, number of this one
+
+
+def save(pseudo: PseudoLabels, path: str | Path) -> None:
+    """Write a pseudo-label file."""
+    checkpoint.save(pseudo.state(), path)
+
+
+def load(path: str | Path) -> PseudoLabels:
+    """Read a pseudo-label file, ours or a published one.
+
+    The published kNN files have no `pseudo_weights`: the largest probability is the confidence there.
+
+    Raises:
+        ValueError: if the file cannot be used, naming everything that is wrong with it.
+    """
+    keys = ("pseudo_indexes", "pseudo_labels", "labeled_indexes", "unlabeled_indexes")
+    state = checkpoint.load_dict(path, *keys)
+    probs, weights = state.get("pseudo_probs"), state.get("pseudo_weights")
+    if probs is None and weights is None:
+        raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
+    kinds = [key for key in (*keys, "pseudo_probs", "pseudo_weights") if key in state]
+    wrong = [
+        key for key in kinds if not isinstance(state[key], Tensor) or state[key].layout != strided
+    ]
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)} must be dense tensors")
+    if weights is None:
+        weights = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
+    try:
+        return PseudoLabels(
+            state["pseudo_indexes"],
+            state["pseudo_labels"],
+            weights,
+            state["labeled_indexes"],
+            state["unlabeled_indexes"],
+            probs,
+            state.get("meta", {}),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_chunks(folder: str | Path) -> list[PseudoLabels]:
+    """Read a folder of chunks, `n_0.pth.tar` ... `n_<n-1>.pth.tar`, in the order of their numbers.
+
+    Raises:
+        ValueError: if the folder does not hold exactly one whole set, listing the files that are missing and
+            those that do not belong; if a chunk cannot be used; or if the chunks were made with different
+            labeled images or data sets.
+    """
+    files = _chunk_files(Path(folder))
+    parts = [load(file) for file in files]
+    checks = {
+        "other labeled images": sorted_labeled,
+        "another data set": lambda p: p.meta.get("data_digest", ""),
+    }
+    problems = []
+    for what, value in checks.items():
+        first = value(parts[0])
+        others = [f.name for f, part in zip(files, parts, strict=True) if value(part) != first]
+        if others:
+            problems.append(f"{listed(others)} made with {what} than {files[0].name}")
+    if problems:
+        raise ValueError(f"{folder} does not hold one set of chunks: {'; '.join(problems)}")
+    return parts
+
+
+def _chunk_files(folder: Path) -> list[Path]:
+    """List the chunks of a folder in order; other files than .pth.tar may lie beside them."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder; name one with chunks 10_0.pth.tar ... 10_9.pth.tar"
+        )
+    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIX))
+    sizes = Counter(int(match[1]) for name in names if (match := CHUNK.fullmatch(name)))
+    if not sizes:
+        raise ValueError(
+            f"{folder} holds no chunks such as 10_0.pth.tar; its {SUFFIX} files are: "
+            f"{listed(names) or 'none'}"
+        )
+    size = sizes.most_common(1)[0][0]
+    foreign = [name for name in names if not _belongs(name, size)]
+    # A generator, because a file name can claim 10^9 chunks.
+    wanted = (f"{size}_{number}{SUFFIX}" for number in range(size))
+    missing = list(itertools.islice((n for n in wanted if n not in names), SHOWN))
+    problems = []
+    if missing:
+        count = size - (len(names) - len(foreign))
+        problems.append(f"{count} missing ({', '.join(missing)}{' ...' * (count > SHOWN)})")
+    if foreign:
+        problems.append(f"{len(foreign)} that do not belong to it ({listed(foreign)})")
+    if problems:
+        raise ValueError(
+            f"{folder} must hold the {size} chunks of one set and no other {SUFFIX}: "
+            + " and ".join(problems)
+        )
+    return [folder / f"{size}_{number}{SUFFIX}" for number in range(size)]
+
+
+def _belongs(name: str, size: int) -> bool:
+    """Tell whether a file is named as one of the `size` chunks of a set."""
+    match = CHUNK.fullmatch(name)
+    number = int(match[2]) if match else size
+    return number < size and name == f"{size}_{number}{SUFFIX}"

@@ -1,0 +1,164 @@
+"""Pseudo-labels as a CSV table, which every other tool reads.
+
+The columns are index (into the training set), path, label (a class name where the file knows them, else a
+number) and confidence. An image whose true label was used has a row without confidence.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lib.files.atomic import write_whole
+from lib.labels.pseudo_labels import PseudoLabels, class_names, listed
+
+COLUMNS = ("index", "path", "label", "confidence")
+CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
+
+
+def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ()) -> None:
+    """Write pseudo-labels as a table with the columns `COLUMNS`, most confident first.
+
+    Labels are class names where `meta` has them and no two are the same, else numbers. A labeled image has
+    no confidence; an image that got no pseudo-label has no label and the confidence 0. `meta` stands in a
+    first line that starts with #. `from_csv` brings back everything but the probabilities and the order of
+    `unlabeled`.
+
+    Args:
+        pseudo: the pseudo-labels.
+        path: the file to write.
+        paths: file of each image of the training set, for the column path; () leaves it empty.
+
+    Raises:
+        ValueError: if the file cannot be written, or there are fewer paths than images.
+    """
+    names = _table_names(pseudo.meta)
+    places = pseudo.indexes.tolist()
+    labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
+    confidence = [
+        f"{value:.9g}" for value in pseudo.confidence.tolist()
+    ]  # nine digits give a float32 back exactly
+    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)].tolist()
+    places += rest + pseudo.labeled.tolist()
+    labels += [""] * (len(places) - len(labels))
+    confidence += ["0"] * len(rest) + [""] * len(pseudo.labeled)
+    if paths and max(places, default=0) >= len(paths):
+        raise ValueError(f"{len(paths)} paths for the image with index {max(places)}")
+    buffer = io.StringIO()
+    if pseudo.meta:
+        buffer.write(CSV_META + json.dumps(dict(pseudo.meta), default=str) + "\n")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    files = [paths[place] for place in places] if paths else [""] * len(places)
+    writer.writerows(zip(places, files, labels, confidence, strict=True))
+    try:
+        # The name of an image need not be UTF-8, but the table is.
+        write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+
+
+def from_csv(path: str | Path) -> PseudoLabels:
+    """Read a table that `to_csv` or another tool wrote: rows in any order, with or without paths.
+
+    Raises:
+        ValueError: if it cannot be used, naming the file and each line that is wrong or what is missing.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    try:
+        meta, table = _csv_meta(text)
+        rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
+        labeled = [row.index for row in rows if row.confidence is None]
+        given = [row for row in rows if row.confidence is not None and row.label is not None]
+        given.sort(key=lambda row: -row.confidence)
+        rest = [row.index for row in rows if row.confidence is not None and row.label is None]
+        indexes = [row.index for row in given]
+        return PseudoLabels(
+            torch.tensor(indexes, dtype=torch.int64),
+            torch.tensor([row.label for row in given], dtype=torch.int64),
+            torch.tensor([row.confidence for row in given], dtype=torch.float32),
+            torch.tensor(labeled, dtype=torch.int64),
+            torch.tensor(indexes + rest, dtype=torch.int64),
+            meta=meta,
+        )
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _table_names(meta: Mapping[str, Any]) -> list[str]:
+    """Return the class names of a record, or [] where two classes share one and a name is no number."""
+    names = class_names(meta)
+    return names if len(set(names)) == len(names) else []
+
+
+class _Row(NamedTuple):
+    """A row of a table: a labeled image has no confidence, one without any label has no label."""
+
+    index: int
+    label: int | None
+    confidence: float | None
+
+
+def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
+    """Split a table into the record in its first line, {} where there is none, and the other lines."""
+    if not text.startswith("#"):
+        return {}, text
+    line, _, table = text.partition("\n")
+    if not line.startswith(CSV_META):
+        return {}, table
+    try:
+        meta = json.loads(line.removeprefix(CSV_META))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the record in its first line is damaged ({error})") from error
+    if not isinstance(meta, dict):
+        raise ValueError("the record in its first line does not hold names and values")
+    return meta, table
+
+
+def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[_Row]:
+    """Parse the rows of a table without its record; one ValueError lists all rows that are wrong."""
+    reader = csv.DictReader(io.StringIO(table))
+    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ()) and name != "path"]
+    if lacking:
+        raise ValueError(f"it has no column {', '.join(lacking)}; expected: {','.join(COLUMNS)}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows, wrong = [], []
+    for line in reader:
+        try:
+            rows.append(_csv_row(line, numbers))
+        except ValueError as error:
+            wrong.append(f"line {reader.line_num + first_line}: {error}")
+    if wrong:
+        raise ValueError(f"{len(wrong)} lines cannot be understood: {listed(wrong)}")
+    return rows
+
+
+def _csv_row(line: Mapping[str, str | None], numbers: Mapping[str, int]) -> _Row:
+    index, label, confidence = (line[name] or "" for name in ("index", "label", "confidence"))
+    place = _number(int, index, "index")
+    if not confidence:
+        return _Row(place, None, None)
+    weight = _number(float, confidence, "confidence")
+    if not label:
+        if weight:
+            raise ValueError(f"there is a confidence {confidence} but no label")
+        return _Row(place, None, weight)
+    if not numbers:
+        return _Row(place, _number(int, label, "label"), weight)
+    if label not in numbers:
+        raise ValueError(f"{label!r} is not among the classes in the first line")
+    return _Row(place, numbers[label], weight)
+
+
+def _number(kind: Callable[[str], Any], text: str, what: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"the {what} {text!r} is not a number") from None

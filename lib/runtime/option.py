@@ -1,0 +1,104 @@
+"""Command-line options, each declared once on the dataclass field that holds its value.
+
+    @dataclass(frozen=True)
+    class Optimization:
+        GROUP: ClassVar[str] = "optimization"
+        lr: float = option(0.03, "--rate", limit=POSITIVE, invariant=True, help="highest learning rate")
+
+The option is named after the field, `--lr`. `lib.cli.declared` makes the command line from such classes, and
+`resume_invariants` lists what a resumed run must not change. A subclass that repeats a field with another
+value, `lr: float = 0.1`, changes the default and nothing else; `redeclared` changes more.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A rule that a number must satisfy: its text for the user, and its test."""
+
+    rule: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Limit("must be positive", lambda number: number > 0)
+NOT_NEGATIVE = Limit("must be at least 0", lambda number: number >= 0)
+FRACTION = Limit("must lie in [0, 1]", lambda number: 0 <= number <= 1)
+OPEN_FRACTION = Limit("must lie between 0 and 1", lambda number: 0 < number < 1)
+POSITIVE_FRACTION = Limit("must lie in (0, 1]", lambda number: 0 < number <= 1)
+MOMENTUM = Limit("must lie in [0, 1)", lambda number: 0 <= number < 1)
+SEED = Limit("must be at least 0 and below 2**63", lambda number: 0 <= number < 2**63)
+
+
+@dataclass(frozen=True)
+class Option:
+    """The properties of an option besides name, default and type, which the field has.
+
+    Attributes:
+        flags: further names, such as `-b`.
+        help: its description for --help.
+        limit: rule for its number; a number that is not finite is refused anyway.
+        choices: accepted values; None for any.
+        metavar: name of the value in --help.
+        bare: value of an option that the user gives without one.
+        parse: function from the text to the value; None takes the type of the field.
+        invariant: whether a resumed run must have the same value.
+        group: heading in --help, the `GROUP` of the class that declares the field.
+    """
+
+    flags: tuple[str, ...]
+    help: str
+    limit: Limit | None = None
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+    bare: str | None = None
+    parse: Callable[[str], Any] | None = None
+    invariant: bool = False
+    group: str = ""
+
+
+def option(default: Any, *flags: str, help: str, **more: Any) -> Any:
+    """Declare an option as a dataclass field; further keywords are attributes of `Option`."""
+    return field(default=default, metadata={"option": Option(flags, help, **more)})
+
+
+def redeclared(
+    kind: type, name: str, *more_flags: str, default: Any = MISSING, **changes: Any
+) -> Any:
+    """Declare the option `name` of the dataclass `kind` again in a subclass, with differences.
+
+    Args:
+        more_flags: names in addition to those that the option has.
+        default: another default.
+        changes: attributes of `Option` with other values.
+    """
+    declared = options_of(kind)[name]
+    changed = replace(declared, flags=declared.flags + more_flags, **changes)
+    value = _defaults(kind)[name] if default is MISSING else default
+    return field(default=value, metadata={"option": changed})
+
+
+def options_of(kind: type) -> dict[str, Option]:
+    """Return the options of a dataclass and its bases by field: bases first, in their order."""
+    found: dict[str, Option] = {}
+    for base in kind.__bases__:
+        for name, declared in options_of(base).items():
+            found.setdefault(name, declared)
+    own = kind.__dict__.get("__dataclass_fields__", {})
+    for name in inspect.get_annotations(kind):
+        if name in own and "option" in own[name].metadata:
+            group = found[name].group if name in found else kind.GROUP
+            found[name] = replace(own[name].metadata["option"], group=group)
+    return found
+
+
+def _defaults(kind: type) -> Mapping[str, Any]:
+    return {each.name: each.default for each in fields(kind)}
+
+
+def resume_invariants(kind: type) -> tuple[str, ...]:
+    """Return the names of the options that a resumed run must not change."""
+    return tuple(name for name, declared in options_of(kind).items() if declared.invariant)

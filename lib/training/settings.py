@@ -1,0 +1,397 @@
+"""Every option of the four training scripts, declared once: default, help, limits, and resume invariants.
+
+`PretrainingSettings` is phase 1 and `FinetuningSettings` phase 3; each is made of groups of options, and each
+script has the class that adds its own options or defaults. A field is named as its option. The scripts build
+their command lines from these classes (`lib.cli.declared`). An option marked invariant must have the same
+value when a run is resumed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lib.labels.split import parse_num_labeled
+from lib.loading.sampler import num_batches
+from lib.objectives.memory_bank import LOSSES
+from lib.runtime.option import (
+    FRACTION,
+    MOMENTUM,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_FRACTION,
+    option,
+    redeclared,
+)
+from lib.training.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
+from lib.training.shared_settings import Data, Network, Optimization, Stopping, TrainingCompute
+from models import IMAGENET_ARCHITECTURES
+
+# ------------------------------------------------------------------ phase 1
+
+
+@dataclass(frozen=True)
+class MetricNetwork(Network):
+    low_dim: int = option(
+        128, limit=POSITIVE, metavar="D", invariant=True, help="dimensions of the embedding"
+    )
+
+
+@dataclass(frozen=True)
+class PretrainingOptimization(Optimization):
+    momentum: float = option(
+        0.9, limit=MOMENTUM, metavar="SHARE", invariant=True, help="momentum of the gradients"
+    )
+    epochs: int = option(
+        600, limit=POSITIVE, metavar="N", invariant=True, help="passes over the training images"
+    )
+
+
+@dataclass(frozen=True)
+class InstanceDiscrimination:
+    """Each image against the rows of all others in the memory bank."""
+
+    GROUP: ClassVar[str] = "memory bank"
+
+    nce_k: int = option(
+        0,
+        limit=NOT_NEGATIVE,
+        metavar="K",
+        invariant=True,
+        help="negatives to draw for each image; 0: compare with all images, by a full softmax",
+    )
+    nce_t: float = option(
+        0.1,
+        limit=POSITIVE,
+        metavar="T",
+        invariant=True,
+        help="temperature that cosine similarities are divided by",
+    )
+    nce_m: float = option(
+        0.5,
+        limit=MOMENTUM,
+        metavar="SHARE",
+        invariant=True,
+        help="momentum of the memory bank: share of a row that is kept when it is updated",
+    )
+    nce_loss: str = option(
+        "nce",
+        choices=LOSSES,
+        invariant=True,
+        help="loss over --nce-k negatives: noise-contrastive estimation as published, or softmax "
+        "cross-entropy (infonce)",
+    )
+    nce_z: str = option(
+        "moving-average",
+        choices=("moving-average", "first-batch"),
+        invariant=True,
+        help="normalizer of NCE: a moving average with momentum 0.99, or estimated once from the first batch "
+        "as published",
+    )
+
+
+@dataclass(frozen=True)
+class PretrainingFiles:
+    GROUP: ClassVar[str] = "files"
+
+    model_dir: str = option(
+        "./checkpoint/instance_cifar10",
+        "--modelDir",
+        metavar="DIR",
+        help="folder of the checkpoints",
+    )
+    log_dir: str = option(
+        "./tensorboard/instance_cifar10",
+        "--logDir",
+        metavar="DIR",
+        help="folder of the TensorBoard events and log.jsonl",
+    )
+    resume: str = option(
+        "",
+        "-r",
+        metavar="FILE",
+        help="checkpoint to continue; auto: the newest one in --model-dir, or a new run where there is none",
+    )
+    test_only: bool = option(
+        False,
+        help="do not train: measure the kNN accuracy of --resume, on embeddings of all training images that "
+        "are computed anew",
+    )
+
+
+@dataclass(frozen=True)
+class PretrainingSettings(
+    Data,
+    MetricNetwork,
+    PretrainingOptimization,
+    InstanceDiscrimination,
+    TrainingCompute,
+    Stopping,
+    PretrainingFiles,
+):
+    """Options of phase 1, with the defaults of `unsupervised/cifar.py`."""
+
+    data_dir: str = redeclared(Data, "data_dir", "--dataDir")
+    num_workers: int = redeclared(Data, "num_workers", "--workers")
+    architecture: str = redeclared(Network, "architecture", "-a")
+    lr: float = redeclared(Optimization, "lr", "--learning-rate")
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        return num_batches(num_batches(num_images, self.batch_size), self.iter_size)
+
+    def schedule(self, num_images: int, *, imagenet: bool) -> Callable[[int], float]:
+        """Return the learning rate as a function of the optimizer step."""
+        steps = self.steps_per_epoch(num_images)
+        return learning_rate(
+            self.lr_scheduler,
+            base=self.lr,
+            total=self.epochs * steps,
+            steps_per_epoch=steps,
+            drops=IMAGENET_INSTANCE_DROPS if imagenet else None,
+        )
+
+
+@dataclass(frozen=True)
+class InstanceAugmentation:
+    GROUP: ClassVar[str] = "augmentation"
+
+    transform_crop: str = option(
+        "RandomResizedCrop",
+        choices=("RandomResizedCrop", "PadCrop"),
+        invariant=True,
+        help="how images are cropped; PadCrop: reflect-pad by an eighth of the side, then crop",
+    )
+    transform_scale: float = option(
+        0.2,
+        limit=POSITIVE_FRACTION,
+        metavar="SHARE",
+        invariant=True,
+        help="smallest share of the area that RandomResizedCrop keeps",
+    )
+
+
+@dataclass(frozen=True)
+class CifarPretraining(PretrainingSettings, InstanceAugmentation):
+    """Options of `unsupervised/cifar.py`."""
+
+
+@dataclass(frozen=True)
+class ImageNetFiles:
+    GROUP: ClassVar[str] = "ImageNet"
+
+    val_batch_size: int = option(
+        128,
+        "-vb",
+        limit=POSITIVE,
+        metavar="IMAGES",
+        help="images of a batch when measuring, in total over all GPUs",
+    )
+    print_freq: int = option(
+        10,
+        "-p",
+        limit=NOT_NEGATIVE,
+        metavar="STEPS",
+        help="steps between lines of the terminal; 0: one line for each epoch",
+    )
+    save_freq: int = option(
+        0,
+        limit=NOT_NEGATIVE,
+        metavar="EPOCHS",
+        help="epochs between checkpoints that are never replaced; 0: none",
+    )
+    start_epoch: int = option(
+        0, limit=NOT_NEGATIVE, metavar="EPOCH", help="first epoch of a new run, counted from 0"
+    )
+    auto_resume: bool = option(False, help="the same as --resume auto")
+    evaluate: bool = option(
+        False,
+        "-e",
+        help="do not train: measure the nearest-neighbor accuracies of --resume, on the memory bank in that "
+        "checkpoint",
+    )
+    pretrained: str = option(
+        "",
+        metavar="FILE",
+        help="weights to start from; the last layer is used where the file is of phase 1 and its shape fits",
+    )
+
+
+@dataclass(frozen=True)
+class ImageNetPretraining(PretrainingSettings, ImageNetFiles):
+    """Options of `unsupervised/imagenet.py`, with its defaults."""
+
+    dataset: str = "folder"
+    data_dir: str = ""
+    image_size: int = 224
+    num_workers: int = 4
+    architecture: str = redeclared(
+        PretrainingSettings,
+        "architecture",
+        default="resnet18",
+        help=", ".join(IMAGENET_ARCHITECTURES),
+    )
+    lr_scheduler: str = "multi-step"
+    batch_size: int = 256
+    weight_decay: float = 1e-4
+    epochs: int = 200
+    nce_k: int = 4096
+    nce_t: float = 0.07
+    model_dir: str = "./checkpoint/instance_imagenet"
+    log_dir: str = "./tensorboard/instance_imagenet"
+
+
+# ------------------------------------------------------------------ phase 3
+
+
+@dataclass(frozen=True)
+class ClassifierNetwork(Network):
+    finetune: bool = option(
+        False, invariant=True, help="train the last layer only; all others keep their weights"
+    )
+    input_gray: bool = option(
+        False, invariant=True, help="turn images gray, for a network of the colorization task"
+    )
+    pretrained: str = option(
+        "",
+        metavar="FILE",
+        help="weights to start from: a metric of phase 1, whose last layer is left out, or a classifier, "
+        "whose last layer is used where it is for the same classes",
+    )
+    resume: str = option(
+        "",
+        "-r",
+        metavar="FILE",
+        help="checkpoint of this run to continue, or weights as for --pretrained; auto: the newest "
+        "checkpoint of this run, or a new run where there is none",
+    )
+
+
+@dataclass(frozen=True)
+class FinetuningOptimization(Optimization):
+    lr: float = 0.01
+    max_iters: int = option(
+        500000, limit=POSITIVE, metavar="STEPS", invariant=True, help="optimizer steps of the run"
+    )
+    criterion: str = option(
+        "CrossEntropyLoss",
+        choices=("CrossEntropyLoss", "MultiMarginLoss"),
+        invariant=True,
+        help="loss, as torch.nn names it",
+    )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which labels to train on: true ones and pseudo-labels."""
+
+    GROUP: ClassVar[str] = "labels"
+
+    num_labeled: int | str = option(
+        500,
+        parse=parse_num_labeled,
+        limit=POSITIVE,
+        metavar="N",
+        invariant=True,
+        help="images whose true labels are used, equally many of each class; all: every image that has one",
+    )
+    pseudo_file: str = option(
+        "",
+        metavar="FILE",
+        help="pseudo-labels of phase 2; without them or --pseudo-dir the true labels are all there is (the "
+        "supervised baseline)",
+    )
+    pseudo_dir: str = option(
+        "",
+        metavar="DIR",
+        help="pseudo-labels of phase 2 in chunks: DIR/10_0.pth.tar ... DIR/10_9.pth.tar",
+    )
+    pseudo_ratio: float = option(
+        1,
+        limit=FRACTION,
+        metavar="SHARE",
+        invariant=True,
+        help="share of the pseudo-labels to use, the most confident ones",
+    )
+    pseudo_per_chunk: bool = option(
+        False,
+        invariant=True,
+        help="take --pseudo-ratio of every chunk, as published, instead of one ranking of all chunks",
+    )
+    class_balanced: bool = option(
+        False,
+        invariant=True,
+        help="take --pseudo-ratio of every class, instead of one ranking of all classes",
+    )
+    confidence_weighted: bool = option(
+        False,
+        invariant=True,
+        help="weight the loss of a pseudo-labeled image by its confidence, as in the paper",
+    )
+
+
+@dataclass(frozen=True)
+class FinetuningFiles:
+    GROUP: ClassVar[str] = "files"
+
+    model_root: str = option(
+        "./checkpoint/cifar10-semi", metavar="DIR", help="folder of the runs' checkpoints"
+    )
+    log_root: str = option(
+        "./tensorboard/cifar10-semi",
+        metavar="DIR",
+        help="folder of the runs' TensorBoard events and log.jsonl",
+    )
+    exp_name: str = option(
+        "exp", metavar="NAME", help="name of the run: a folder in --model-root and in --log-root"
+    )
+    eval: bool = option(
+        False, help="do not train: measure the test accuracy of --resume or --pretrained"
+    )
+    eval_freq: int = option(
+        500, limit=POSITIVE, metavar="STEPS", help="steps between tests, which save a checkpoint"
+    )
+    print_freq: int = option(
+        100, limit=POSITIVE, metavar="STEPS", help="steps between lines of the terminal and the log"
+    )
+
+
+@dataclass(frozen=True)
+class FinetuningSettings(
+    Data,
+    ClassifierNetwork,
+    FinetuningOptimization,
+    Labels,
+    TrainingCompute,
+    Stopping,
+    FinetuningFiles,
+):
+    """Options of phase 3, with the defaults of `cifar-semi.py`."""
+
+    data_dir: str = redeclared(Data, "data_dir", "--data_dir", "--dataDir")
+
+
+@dataclass(frozen=True)
+class ImageNetFinetuning(FinetuningSettings):
+    """Options of `imagenet-semi.py`, with its defaults."""
+
+    dataset: str = "folder"
+    data_dir: str = ""
+    image_size: int = 224
+    num_workers: int = 32
+    architecture: str = redeclared(
+        Network, "architecture", default="resnet18", help=", ".join(IMAGENET_ARCHITECTURES)
+    )
+    resume: str = redeclared(
+        ClassifierNetwork,
+        "resume",
+        help="checkpoint of this run to continue; auto: the newest one, or a new run where there is none",
+    )
+    lr_scheduler: str = "multi-step"
+    batch_size: int = 256
+    weight_decay: float = 0.0
+    max_iters: int = 50000
+    num_labeled: int | str = 13000
+    pseudo_ratio: float = 0.1
+    gpus: str = "0,1,2,3"
+    print_freq: int = 10
+    model_root: str = "./checkpoint/imagenet"
+    log_root: str = "./tensorboard/imagenet"
