@@ -46,40 +46,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from datasets import DataSet, build_datasets
-from lib.cli import options
+from lib.cli import checks, options, start
+from lib.cli.propagation import (
+    GRAPH_OPTIONS,
+    add_algorithm,
+    add_files,
+    add_graph,
+    add_labels,
+    class_prior,
+    method_parameters,
+)
 from lib.features import extraction
 from lib.features.backbones import is_external
 from lib.features.extraction import FeatureSet
 from lib.files import provenance
 from lib.files.atomic import write_whole
-from lib.graph.affinity import PRESETS
-from lib.graph.filters import FILTERS
-from lib.graph.neighbors import METHODS as SEARCHES
-from lib.graph.neighbors import PRECISIONS
-from lib.graph.spectral import SELF_LOOPS, SOLVERS
 from lib.labels import pseudo_labels
-from lib.labels.pseudo_labels import CONFIDENCES, PseudoLabels
+from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import labeled_split
-from lib.propagation import METHODS, EmbeddingGraph
-from lib.propagation.algorithms import ALGORITHMS, FILTER_BY, check_parameters
-from lib.propagation.cache import GraphCache
-from lib.propagation.choose import cross_validate
+from lib.propagation import EmbeddingGraph
+from lib.propagation.algorithms import ALGORITHMS
 from lib.propagation.chunks import pseudo_label_parts, save_part
+from lib.propagation.embedding_graph import GraphCache
+from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
 from lib.report.curves import Curve, accuracy_coverage
 from lib.runtime import devices, distributed
 from models import SMALL_ARCHITECTURES
 
-# Parameters of single algorithms: given to the method only where the user sets them.
-PARAMETERS = (
-    *("k", "knn_temperature", "num_eigenvectors", "clamp", "filter", "filter_by", "cutoff"),
-    *("degree", "time", "power", "alpha"),
-)
-GRAPH_OPTIONS = (
-    *("graph", "num_neighbors", "graph_file", "self_loops", "search", "search_precision"),
-    *("block_mib", "solver", "basis_mib", "work_dir", "fresh"),
-)
 ARCHITECTURES = (
     f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, with "
     "images as its own configuration wants them: torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME"
@@ -97,162 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         default="",
         metavar="FILE",
-        help="metric of phase 1; with a network from elsewhere its weights (default: the library's own)",
+        help="checkpoint of phase 1; with a network from elsewhere its weights (default: the library's own)",
     )
     network.add_argument(
         "--features", default="", metavar="FILE", help="feature file, in place of --checkpoint"
     )
-    labels = parser.add_argument_group("labels")
-    labels.add_argument(
-        "--num-labeled",
-        type=options.num_labeled,
-        nargs="+",
-        default=[50, 100, 250, 500, 1000, 2000, 4000, 8000],
-        metavar="N",
-        help="numbers of labeled images, equally many of each class; all: every known label",
-    )
-    labels.add_argument(
-        "--chunks", type=int, default=1, help="parts of the unlabeled images, a graph each"
-    )
+    add_labels(parser)
     add_algorithm(parser)
     add_graph(parser)
     options.add_compute(parser)
-    files = parser.add_argument_group("files")
-    files.add_argument("--save-path", default="./checkpoint/pseudos/propagated", help="folder")
-    files.add_argument("--report", action="store_true", help="curve, contact sheets, report.html")
-    files.add_argument(
-        "--no-probabilities",
-        action="store_true",
-        help="leave pseudo_probs out of the files, as the published ImageNet ones do: 4 bytes for each "
-        "image and class, 5 GB for a million images and 1000 classes. Phase 3 does not read them",
-    )
-    files.add_argument(
-        "--work-dir",
-        default="",
-        metavar="DIR",
-        help="where graph and eigenvectors are kept for the next run (SAVE_PATH/work); each is used again "
-        "only while it is of the same features and choices, and replaced otherwise. With --chunks it is "
-        "emptied of a number of labels that is done. It may be deleted at any time",
-    )
-    files.add_argument(
-        "--fresh",
-        action="store_true",
-        help="build graph and eigenvectors anew, whatever lies in the work folder or --graph-file",
-    )
+    add_files(parser)
     return parser
 
 
-def add_algorithm(parser: argparse.ArgumentParser) -> None:
-    """What spreads the labels, and the parameters of each method."""
-    group = parser.add_argument_group("algorithm")
-    group.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
-    group.add_argument("--k", type=int, default=None, help="knn: neighbors that vote (200)")
-    group.add_argument(
-        "--knn-temperature", type=float, default=None, help="knn: of the votes (0.1)"
-    )
-    group.add_argument(
-        "--num-eigenvectors",
-        type=int,
-        default=None,
-        help="nc, and filter by eigenvectors: with the constant one (200)",
-    )
-    group.add_argument(
-        "--clamp", action="store_true", default=None, help="nc: labeled images keep their labels"
-    )
-    group.add_argument(
-        "--filter", choices=FILTERS, default=None, help="filter: its kind (smoothed-step)"
-    )
-    group.add_argument(
-        "--filter-by",
-        choices=FILTER_BY,
-        default=None,
-        help="filter: by products with the graph, one column per class; through --num-eigenvectors, "
-        "which costs the same for any number of classes but leaves out what lies beyond the last one; or "
-        "auto, through eigenvectors where that is much cheaper and leaves out 1%% at most (products)",
-    )
-    group.add_argument(
-        "--cutoff", type=float, default=None, help="filter smoothed-step: eigenvalue kept (0.2)"
-    )
-    group.add_argument(
-        "--degree", type=int, default=None, help="filter smoothed-step: sharpness (40)"
-    )
-    group.add_argument("--time", type=float, default=None, help="filter heat: of diffusion (20)")
-    group.add_argument("--power", type=int, default=None, help="filter powers: exponent (20)")
-    group.add_argument(
-        "--alpha", type=float, default=None, help="spreading, filter ppr: share kept (0.99)"
-    )
-    group.add_argument(
-        "--class-prior",
-        choices=("none", "uniform"),
-        default="none",
-        help="uniform: as many predicted images in every class",
-    )
-    group.add_argument(
-        "--confidence",
-        choices=CONFIDENCES,
-        default=None,
-        help="measure (default: the method's own)",
-    )
-    group.add_argument("--temperature", type=float, default=1.0, help="of the probabilities")
-
-
-def add_graph(parser: argparse.ArgumentParser) -> None:
-    """The affinity matrix, the search for its neighbors, the solver for its eigenvectors."""
-    group = parser.add_argument_group("graph")
-    group.add_argument("--graph", choices=PRESETS, default="cifar", help="affinity matrix")
-    group.add_argument(
-        "--num-neighbors", type=int, default=None, metavar="K", help="in place of the graph's own"
-    )
-    group.add_argument(
-        "--graph-file",
-        default="",
-        metavar="FILE",
-        help="keep the graph there, in place of the work folder",
-    )
-    group.add_argument(
-        "--self-loops", choices=SELF_LOOPS, default="published", help="edges to itself that count"
-    )
-    group.add_argument(
-        "--search",
-        choices=SEARCHES,
-        default="auto",
-        help="of the neighbors: exact compares all pairs; ivf compares near cells of k-means, finds 97%% "
-        "or more and pays from about 250,000 images on a CPU, 4 million on a GPU; faiss, where it is "
-        "installed; auto chooses between exact and ivf by the number of images",
-    )
-    group.add_argument(
-        "--search-precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the exact search's products; bf16 ranks half as many candidates again in fp32; auto: bf16 "
-        "for many images where the hardware multiplies it",
-    )
-    group.add_argument(
-        "--block-mib",
-        type=int,
-        default=256,
-        metavar="MIB",
-        help="memory for similarities at a time, of each process; changes speed alone",
-    )
-    group.add_argument(
-        "--solver",
-        choices=SOLVERS,
-        default="auto",
-        help="of the eigenvectors: arpack, one core, for small graphs; block, any device, for large ones; "
-        "auto chooses by the number of images",
-    )
-    group.add_argument(
-        "--basis-mib",
-        type=int,
-        default=4096,
-        metavar="MIB",
-        help="memory for the basis of the block solver, 16 bytes for each image and eigenvector if it "
-        "may; with less it restarts more often, and it never takes less than it needs",
-    )
-
-
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "chunks", "temperature", "block_mib", "basis_mib")
     external = is_external(args.architecture)
     if bool(args.features) == bool(args.checkpoint or external):
         raise ValueError(
@@ -260,25 +113,24 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if external:
         why = "with a network from elsewhere, which has its own"
-        options.warn_unused(args, build_parser(), why, "image_size")
+        checks.warn_unused(args, build_parser(), why, "image_size")
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
-    run = ALGORITHMS[args.method].run if args.method in ALGORITHMS else cross_validate
-    check_parameters(args.method, run, method_parameters(args))
+    check_parameters(args.method, method_parameters(args))
     if not needs_graph(args.method):
         why = f"with --method {args.method}, which needs no graph"
-        options.warn_unused(args, build_parser(), why, *GRAPH_OPTIONS)
+        checks.warn_unused(args, build_parser(), why, *GRAPH_OPTIONS)
     if distributed.is_main():
         check_folders(args)
 
 
 def check_folders(args: argparse.Namespace) -> None:
-    """Prove that what will be made can be written, before hours of extraction."""
-    options.writable_folder("--save-path", args.save_path)
+    """Check that the results can be written, before hours of extraction."""
+    checks.writable_folder("--save-path", args.save_path)
     if needs_graph(args.method):
-        options.writable_folder("--work-dir", work_folder(args))
+        checks.writable_folder("--work-dir", work_folder(args))
         if args.graph_file:
-            options.writable_folder("--graph-file", Path(args.graph_file).parent)
+            checks.writable_folder("--graph-file", Path(args.graph_file).parent)
 
 
 def work_folder(args: argparse.Namespace) -> Path:
@@ -289,18 +141,10 @@ def needs_graph(method: str) -> bool:
     return method not in ALGORITHMS or ALGORITHMS[method].needs_graph
 
 
-def method_parameters(args: argparse.Namespace) -> dict:
-    """What the user set for the method, under the names of its own arguments."""
-    given = {name: getattr(args, name) for name in PARAMETERS if getattr(args, name) is not None}
-    if "knn_temperature" in given:
-        given["temperature"] = given.pop("knn_temperature")
-    return given
-
-
-def build_metric(
+def build_graph(
     args: argparse.Namespace, found: FeatureSet, device, workers, work: Path
 ) -> EmbeddingGraph:
-    """The features with all choices; graph and spectrum are made when they are first asked for."""
+    """Put the features and all choices together; graph and spectrum are made when they are first needed."""
     return EmbeddingGraph(
         found.features.to(device),
         args.graph,
@@ -321,9 +165,9 @@ def build_metric(
 
 @contextmanager
 def ending_at_once(work: Path) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the process on the spot, with 143 or 130: no stage is saved in its midst.
+    """Let SIGTERM and Ctrl-C end the process at once, with exit code 143 or 130, in a `with` block.
 
-    Files are written whole or not at all, so that nothing has to be put in order.
+    Files are written whole or not at all, so that nothing has to be cleaned up.
     """
 
     def end(number: int, _: object) -> None:
@@ -345,17 +189,20 @@ def ending_at_once(work: Path) -> Iterator[None]:
 
 
 def label(
-    args: argparse.Namespace, metric: EmbeddingGraph, n: int | str, found: FeatureSet, meta: dict
+    args: argparse.Namespace, graph: EmbeddingGraph, n: int | str, found: FeatureSet, meta: dict
 ):
-    """Pseudo-labels of one number of labels, written part by part; all without probabilities, and where."""
+    """Make and write the pseudo-labels of one number of labels, part by part.
+
+    Returns:
+        All of them without probabilities, and their file.
+    """
     split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
-    prior = [1 / found.num_classes] * found.num_classes if args.class_prior == "uniform" else None
     if args.chunks > 1:
-        own = Path(metric.cache.folder) / str(n)
-        metric = replace(metric, cache=replace(metric.cache, folder=own))
+        own = Path(graph.cache.folder) / str(n)
+        graph = replace(graph, cache=replace(graph.cache, folder=own))
     parts = []
     found_parts = pseudo_label_parts(
-        metric,
+        graph,
         args.method,
         split,
         found.targets[split.labeled],
@@ -363,7 +210,7 @@ def label(
         chunks=args.chunks,
         seed=args.rng_seed,
         parameters=method_parameters(args),
-        class_prior=prior,
+        class_prior=class_prior(args, found.num_classes),
         temperature=args.temperature,
         confidence=args.confidence,
         probabilities=not args.no_probabilities,
@@ -371,17 +218,16 @@ def label(
     )
     for place, part in enumerate(found_parts):
         file = save_part(part, args.save_path, str(n), place, args.chunks)
-        parts.append(
-            replace(part, probabilities=None)
-        )  # those of all numbers of labels would not fit
+        # The probabilities of all numbers of labels would not fit into memory.
+        parts.append(replace(part, probabilities=None))
     if args.chunks > 1:
         file = file.with_name(f"{args.chunks}_*.pth.tar")
-        metric.cache.discard()  # ten graphs of each number would fill a disk
+        graph.cache.discard()  # ten graphs of each number of labels would fill a disk
     return pseudo_labels.merged(parts), file
 
 
 def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
-    """The images that the features are of; None, and a warning, where they are not at hand."""
+    """Find the images that the features are of; warn and return None where they are not at hand."""
     side = page.MOST_SIDE if args.dataset == "folder" else extraction.SMALL_SIZE
     try:
         data, _ = build_datasets(
@@ -392,12 +238,12 @@ def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
             in_memory=False,  # a folder's images are read where a sheet shows them
         )
     except ValueError as error:
-        options.warn(f"no contact sheets without the images: {error}")
+        checks.warn(f"no contact sheets without the images: {error}")
         return None
-    # a folder's digest tells how it is read, too: features of the same images may have another one
+    # The digest of a folder depends on how it is read: features of the same images may have another one.
     recorded = "" if args.dataset == "folder" else found.digest
     if len(data) != len(found.features) or (recorded and recorded != data.digest):
-        options.warn(
+        checks.warn(
             "no contact sheets: the features are not of this data set (--dataset, --data-dir, --image-size)"
         )
         return None
@@ -407,7 +253,7 @@ def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
 def write_report(
     args, folder: Path, done: dict[str, PseudoLabels], curves, meta: dict, data: DataSet | None
 ) -> None:
-    """The curve, contact sheets where there are images, and report.html."""
+    """Write the curve, contact sheets where there are images, and report.html."""
     pictures, sheets = {}, {}
     if curves:
         plots.accuracy_coverage(curves, args.method).savefig(folder / "curve.png", dpi=120)
@@ -430,22 +276,26 @@ def write_report(
 
 
 def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     shown = "       ?%      ?%" if curve is None else f"{curve.overall:8.2f}%  {curve.auc:5.2f}%"
     chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
     line = f"{len(pseudo.labeled):6d}  {shown}  {seconds:7.1f}  {file}"
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
-def label_all(args: argparse.Namespace, metric: EmbeddingGraph, found: FeatureSet, meta: dict):
-    """Pseudo-labels of every number of labels, their curves and results; prints the table."""
+def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet, meta: dict):
+    """Make the pseudo-labels of every number of labels, and print a table of their precision.
+
+    Returns:
+        Pseudo-labels, curves and results by number of labels.
+    """
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
-        metric.affinity  # noqa: B018 - made here, so that the table has the time of the labels
+        graph.affinity  # noqa: B018 - made here, so that the table shows the time of the labels alone
     print("labels  precision     AUC  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
-        pseudo, file = label(args, metric, n, found, meta)
+        pseudo, file = label(args, graph, n, found, meta)
         seconds = time.perf_counter() - start
         done[str(n)], results[str(n)] = pseudo, {"seconds": seconds}
         curve = accuracy_coverage(pseudo, found.targets)
@@ -483,8 +333,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             meta["classes"] = list(found.classes)
             shape = f"{len(found.features)} x {found.features.shape[1]}"
             print(f"{shape} features, {found.num_classes} classes", flush=True)
-            metric = build_metric(args, found, device.torch_device, workers, work)
-            done, curves, results = label_all(args, metric, found, meta)
+            graph = build_graph(args, found, device.torch_device, workers, work)
+            done, curves, results = label_all(args, graph, found, meta)
 
         # 3. What they look like
         record = {"results": results, "meta": meta}
@@ -496,4 +346,4 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("default", UserWarning)
-    options.run(main, build_parser())
+    start.run(main, build_parser())

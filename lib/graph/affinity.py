@@ -1,30 +1,29 @@
-"""From features to a sparse affinity matrix: weights of the nearest neighbors, symmetry, files.
+"""Sparse affinity matrix of features: the weights of nearest neighbors, made symmetric.
 
-The three graphs in use differ in four choices only, so that they are presets of one function.
+The three published graphs differ in four choices only, so that they are presets of one function.
 Nothing here is larger than 2 N K entries.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from torch import Tensor
 
-from lib.files import checkpoint, provenance
+from lib.files.cache import load_or_compute
+from lib.graph.files import load_graph, save_graph
 from lib.graph.neighbors import BLOCK_BYTES, Neighbors, nearest_neighbors
 
-LEAST_SCALE = 1e-5  # of a local scale: below, distances of float32 vectors are rounding
+LEAST_SCALE = 1e-5  # smallest local scale: below, distances of float32 vectors are rounding
 
 
 @dataclass(frozen=True)
 class GraphPreset:
-    """How an affinity matrix is made. With d = (1 - cos) / 2, a weight is exp(-factor d / scale).
+    """Choices that make an affinity matrix. With d = (1 - cos) / 2, a weight is exp(-factor d / scale).
 
     Attributes:
         num_neighbors: K, counting the image itself where `include_self`.
@@ -55,22 +54,22 @@ def _ignore(_: str) -> None:
 
 
 def _weights(neighbors: Neighbors, preset: GraphPreset) -> np.ndarray:
-    """exp(-factor d / scale) of every neighbor: N x K, float32."""
+    """Compute exp(-factor d / scale) for every neighbor: N x K, float32."""
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities.numpy()[:, None]) / 2
     else:
         scale = np.float32(preset.scale)
     weights = 1 - neighbors.similarities.numpy()
     weights *= np.float32(-preset.factor / 2)
-    # where even the scale's own neighbor is a duplicate, all distances are about 0 and all weights 1
+    # Where even the neighbor that sets the scale is a duplicate, all distances are about 0, all weights 1.
     weights /= np.maximum(scale, LEAST_SCALE)
     return np.exp(weights, out=weights)
 
 
 def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
-    """Symmetric N x N affinity matrix in CSR format, float32, int32 indexes, at most 2 N K entries.
+    """Make the symmetric N x N affinity matrix W: CSR format, float32, at most 2 N K entries.
 
-    At its peak it takes 32 bytes for each of the N K neighbors, beside the neighbors themselves.
+    At its peak this takes 32 bytes for each of the N K neighbors, beside the neighbors themselves.
     """
     n, k = neighbors.indexes.shape
     weights = _weights(neighbors, preset)
@@ -92,10 +91,10 @@ def affinity(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
 def chosen_preset(
     preset: str | GraphPreset = "cifar", *, num_neighbors: int | None = None
 ) -> GraphPreset:
-    """A preset by its name, with another number of neighbors where one is given.
+    """Look up a preset by its name, with another number of neighbors where one is given.
 
     Args:
-        preset: a name in `PRESETS`, or choices of your own.
+        preset: a name in `PRESETS`, or your own choices.
         num_neighbors: replaces the preset's K (and the rank of its scale, where that is K).
 
     Raises:
@@ -124,127 +123,55 @@ def build_graph(
     log: Callable[[str], None] = _ignore,
     search: Callable[..., Neighbors] = nearest_neighbors,
 ) -> sp.csr_matrix:
-    """Features (N x D unit vectors) -> symmetric sparse affinity matrix.
+    """Build the symmetric sparse affinity matrix W of features (N x D unit vectors).
 
     Args:
-        preset: a name in `PRESETS`, or choices of your own.
+        features: N x D unit vectors.
+        preset: a name in `PRESETS`, or your own choices.
         num_neighbors: replaces the preset's K (and the rank of its scale, where that is K).
-        method, precision, block_bytes: of the search, as in `nearest_neighbors`.
-        path: a graph file: read instead of building, while it is of these features and choices;
+        method, precision, block_bytes: options of the search, as in `nearest_neighbors`.
+        path: a graph file, read in place of building while it is of these features and choices, and
             written otherwise.
-        reuse: False builds it anew whatever lies at `path`.
-        log: is told in one line what was built or read.
-        search: `nearest_neighbors`, or what does the same in several processes.
+        reuse: False builds the graph anew, whatever lies at `path`.
+        log: receives one line about what was built or read.
+        search: `nearest_neighbors`, or a function that does the same in several processes.
 
     Raises:
         ValueError: for an unknown preset, fewer than two images, no neighbor, or a file at `path` that
-            is no graph.
+            does not hold a graph.
     """
     preset = chosen_preset(preset, num_neighbors=num_neighbors)
-    origin = graph_meta(features, preset, method=method, precision=precision) if path else {}
-    kept = _kept_graph(path, origin) if path and reuse else None
-    if kept is not None:
-        log(f"graph of {kept.shape[0]} images: read from {path}")
-        return kept
-    start = time.perf_counter()
-    found = search(
-        features,
-        preset.num_neighbors,
-        include_self=preset.include_self,
-        scale_rank=preset.scale_rank,
-        method=method,
-        precision=precision,
-        block_bytes=block_bytes,
-    )
-    graph = affinity(found, preset)
-    seconds = time.perf_counter() - start
-    if path:
-        save_graph(graph, path, origin | {"recall": found.recall})
+    key = graph_meta(features, preset, method=method, precision=precision) if path else {}
+
+    def compute() -> tuple[sp.csr_matrix, dict[str, Any]]:
+        found = search(
+            features,
+            preset.num_neighbors,
+            include_self=preset.include_self,
+            scale_rank=preset.scale_rank,
+            method=method,
+            precision=precision,
+            block_bytes=block_bytes,
+        )
+        return affinity(found, preset), {"recall": found.recall}
+
+    loaded = load_or_compute(path, key, compute, load_graph, save_graph, reuse=reuse)
+    graph, recall = loaded.value, loaded.meta.get("recall", 1.0)
     log(
-        f"graph of {graph.shape[0]} images: built in {seconds:.1f} s, {graph.nnz} entries, recall "
-        f"{found.recall:.4f}" + (f", kept in {path}" if path else "")
+        f"graph of {graph.shape[0]} images: {loaded.origin('built')}; {graph.nnz} entries, recall "
+        f"{recall:.4f}"
     )
     return graph
-
-
-def _kept_graph(path: str | Path, origin: Mapping[str, Any]) -> sp.csr_matrix | None:
-    """The graph in a file, if there is one and it was made from the same."""
-    if not Path(path).is_file():
-        return None
-    graph, meta = load_graph(path)
-    return graph if all(meta.get(name) == value for name, value in origin.items()) else None
 
 
 def graph_meta(
     features: Tensor, preset: GraphPreset, *, method: str = "auto", precision: str = "auto"
 ) -> dict[str, Any]:
-    """What a graph is made from: the digest of the features and every choice."""
+    """Describe what a graph is made from: the digest of the features and every choice."""
     search = {"method": method, "precision": precision}
     return {"features_digest": features_digest(features), "preset": asdict(preset)} | search
 
 
 def features_digest(features: Tensor) -> str:
-    """16 hexadecimal digits of the SHA-256 of N x D features."""
+    """Digest N x D features: 16 hexadecimal digits of their SHA-256."""
     return hashlib.sha256(features.detach().cpu().contiguous().numpy()).hexdigest()[:16]
-
-
-def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:
-    """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`.
-
-    Raises:
-        ValueError: if the file cannot be written; an old one stays.
-    """
-    state = {
-        "crow": torch.from_numpy(affinity.indptr),
-        "col": torch.from_numpy(affinity.indices),
-        "values": torch.from_numpy(affinity.data),
-        "shape": list(affinity.shape),
-        "meta": provenance.made_by() | dict(meta),
-    }
-    checkpoint.save(state, path)
-
-
-def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
-    """A graph of `save_graph` and its `meta`.
-
-    Raises:
-        ValueError: if the file is missing or no graph: a square, symmetric CSR matrix of finite,
-            non-negative float32 weights.
-    """
-    keys = ("crow", "col", "values", "shape", "meta")
-    state = checkpoint.load_dict(path, *keys)
-    crow, col, values, shape, meta = (state[key] for key in keys)
-    problem = _csr_problem(crow, col, values, shape)
-    if not problem and not isinstance(meta, dict):
-        problem = "its meta is no record"
-    if problem:
-        raise ValueError(f"{path} holds no graph: {problem}; delete it to build it again")
-    graph = sp.csr_matrix((values.numpy(), col.numpy(), crow.numpy()), tuple(shape))
-    # both products read the same arrays, where a transposed copy would double them
-    probe = np.random.default_rng(0).random(len(crow) - 1, dtype=np.float32)
-    if not np.allclose(graph @ probe, graph.T @ probe, rtol=1e-3, atol=1e-30):
-        raise ValueError(f"{path} holds no graph: it is not symmetric; delete it to build it again")
-    return graph, meta
-
-
-def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
-    """What keeps these from being a square CSR matrix of weights; empty if nothing does."""
-    vectors = (crow, col, values)
-    if not all(
-        isinstance(v, Tensor) and v.layout == torch.strided and v.ndim == 1 for v in vectors
-    ):
-        return "crow, col and values must be vectors"
-    if any(v.dtype not in (torch.int32, torch.int64) for v in (crow, col)) or (
-        values.dtype != torch.float32
-    ):
-        return "crow and col must be integers, values float32"
-    n = len(crow) - 1
-    if n < 1 or not isinstance(shape, list) or shape != [n, n]:
-        return f"a shape of {shape} for {n} rows"
-    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or (crow.diff() < 0).any():
-        return "crow does not rise from 0 to the number of entries"
-    if len(col) != len(values) or (len(col) and not (0 <= int(col.min()) <= int(col.max()) < n)):
-        return "a column out of range, or not one per value"
-    if not torch.isfinite(values).all() or (values < 0).any():
-        return "a weight is negative, NaN or infinite"
-    return ""

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from datasets import UNKNOWN
-from lib.runtime.distributed import all_reduce_sum, share
+from lib.runtime.distributed import all_reduce_sum, shard
 
-BLOCK_BYTES = 128 * 2**20  # of similarities at a time
+BLOCK_BYTES = 128 * 2**20  # bound of the similarities at a time
 
 
 def weighted_votes(
     similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.1
 ) -> Tensor:
-    """Votes exp(cos / T) of each row's neighbors, per class, normalized to sum 1.
+    """Sum the votes exp(cos / T) of each row's neighbors by class, normalized to sum 1.
 
     Args:
         similarities: B x K cosines.
@@ -23,7 +23,7 @@ def weighted_votes(
     Returns:
         B x C probabilities.
     """
-    # minus the row's largest: the same ratios, and no overflow at small temperatures
+    # Minus the maximum of the row: the same ratios, and no overflow at small temperatures.
     weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp()
     votes = torch.zeros(len(weights), num_classes, device=weights.device, dtype=weights.dtype)
     votes.scatter_add_(1, neighbor_labels, weights)
@@ -33,7 +33,7 @@ def weighted_votes(
 def nearest(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The k nearest labeled rows of `bank` for blocks of `queries`, in order.
+    """Find the k nearest labeled rows of `bank` for blocks of `queries`, in order.
 
     Yields:
         Cosines, falling, and class numbers, both B x k; all labeled rows where the bank has fewer.
@@ -61,7 +61,7 @@ def classify(
     k: int = 200,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Class probabilities of `queries` from their nearest rows of `bank` (Wu et al. 2018, eq. 9).
+    """Compute class probabilities of `queries` from their nearest rows of `bank` (Wu et al. 2018, eq. 9).
 
     Args:
         queries: Q x D unit vectors.
@@ -85,9 +85,9 @@ def classify(
 
 
 def topk_correct(scores: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> Tensor:
-    """How many rows have their target among the k highest scores, for each k; int64.
+    """Count the rows that have their target among the k highest scores, for each k; int64.
 
-    With fewer classes than k, k is the number of classes.
+    Where there are fewer classes than k, k is their number.
     """
     highest = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
     found = highest.eq(targets.to(scores.device)[:, None])
@@ -95,7 +95,7 @@ def topk_correct(scores: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) 
 
 
 def top_k_accuracy(scores: Tensor, targets: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[float]:
-    """Percentage of rows whose target is among the k highest scores, for each k."""
+    """Compute the percentage of rows whose target is among the k highest scores, for each k."""
     return [100 * count / len(targets) for count in topk_correct(scores, targets, ks).tolist()]
 
 
@@ -109,10 +109,10 @@ def accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> dict[str, float]:
-    """Accuracy in percent of the votes of k nearest neighbors, and of the single nearest one.
+    """Measure the accuracy in percent of the votes of k nearest neighbors, and of the nearest one alone.
 
-    Every process has all the arguments, as in `classify`, and works on its part of the queries; those
-    whose target is `UNKNOWN` count nowhere.
+    Every process has all the arguments, as in `classify`, and works on its part of the queries. Queries
+    whose target is `UNKNOWN` are not counted.
 
     Returns:
         `top1` and `top5` of the votes, `nearest` of the nearest neighbor's label.
@@ -124,7 +124,7 @@ def accuracy(
     if not known.any():
         raise ValueError("there is no labeled image to measure the accuracy on")
     queries, targets = queries[known.to(queries.device)], targets[known].to(queries.device)
-    mine, counts = share().rows(len(targets)), torch.zeros(3, dtype=torch.int64)
+    mine, counts = shard(len(targets)), torch.zeros(3, dtype=torch.int64)
     start, counts = mine.start, counts.to(queries.device)
     for cosines, labels in nearest(queries[mine], bank, bank_labels, k):
         own = targets[start : start + len(labels)]

@@ -16,11 +16,11 @@ from lib.runtime.seeding import generator
 METHODS = ("auto", "exact", "ivf", "faiss")
 PRECISIONS = ("auto", "fp32", "bf16")
 EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search takes minutes
-HALF_FROM = 20_000  # rows, from which the faster products are worth the second ranking
-LEAST_OF_HALF = 0.995  # recall below which bfloat16 is not taken by itself
-KEPT_BYTES = 2**30  # of neighbors held, where only the first and the last of them are wanted
-RECALL = 0.97  # aimed at by the approximate search
-SAMPLED_ROWS = 512  # whose exact neighbors the recall is measured against
+HALF_FROM = 20_000  # rows from which the faster products are worth the second ranking
+LEAST_OF_HALF = 0.995  # recall below which "auto" does not take bfloat16
+KEPT_BYTES = 2**30  # bound of the neighbors held if only the first and the last of them are wanted
+RECALL = 0.97  # recall that the approximate search aims at
+SAMPLED_ROWS = 512  # rows whose exact neighbors the recall is measured against
 FAISS_PROBES = 32
 TIE = 1e-6  # cosines that differ by less are equal in float32
 
@@ -30,7 +30,7 @@ class Neighbors:
     """Nearest neighbors by cosine, falling.
 
     Attributes:
-        indexes: R x K, int32, one row for each row asked for.
+        indexes: R x K, int32, one row for each row that was asked for.
         similarities: R x K, float32.
         scale_similarities: R, cosine of the neighbor that sets the local scale; empty if none does.
         recall: share of the exact neighbors that were found, measured on a random sample of rows
@@ -44,12 +44,12 @@ class Neighbors:
 
 
 def _recall(found: Tensor, exact: Tensor) -> float:
-    """Share of the exact neighbors found, by their cosines: equally near ones replace each other."""
+    """Compute the share of exact neighbors found, by their cosines: equally near ones replace each other."""
     return float((found >= exact[:, -1:] - TIE).float().mean())
 
 
 def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tuple[Tensor, Tensor]:
-    """An inverted file of FAISS where there are many rows, its flat index otherwise."""
+    """Search by an inverted file of FAISS where there are many rows, by its flat index otherwise."""
     try:
         import faiss
     except ImportError:
@@ -79,13 +79,13 @@ def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tup
 
 
 def _sampled(rows: slice, seed: int) -> Tensor:
-    """A random sample of these rows that recalls are measured on."""
+    """Draw a random sample of these rows, to measure recall on."""
     rng = generator(seed, "sample", 2)
     return torch.randperm(rows.stop - rows.start, generator=rng)[:SAMPLED_ROWS] + rows.start
 
 
 def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
-    """Recall of the first k of `values`, found for the rows `ids`, the images themselves left out."""
+    """Measure the recall of the first k of `values`, found for the rows `ids`, without themselves."""
     queries = features[ids.to(features.device)]
     exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
     others = slice(int(own_value == FIRST), k)
@@ -97,13 +97,13 @@ def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, 
 def _measured_recall(
     features: Tensor, values: Tensor, rows: slice, own_value: float, seed: int, k: int
 ) -> float:
-    """Recall of the first k of `values` on a random sample of the rows."""
+    """Measure the recall of the first k of `values` on a random sample of the rows."""
     ids = _sampled(rows, seed)
     return _recall_at(features, ids, values[ids - rows.start], own_value, k)
 
 
 def _precision_for(precision: str, features: Tensor, k: int, own_value: float, seed: int) -> str:
-    """The precision asked for; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
+    """Choose the precision; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
     if precision != "auto":
         return precision
     if len(features) < HALF_FROM or not has_fast_bf16(features.device):
@@ -112,7 +112,7 @@ def _precision_for(precision: str, features: Tensor, k: int, own_value: float, s
     ids = _sampled(whole, seed)
     queries = features[ids.to(features.device)]
     values, _ = exact_search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
-    # crowds of images are there that bfloat16 cannot tell apart
+    # The recall is low where there are crowds of images that bfloat16 cannot tell apart.
     least = _recall_at(features, ids, values, own_value, k)
     return "bf16" if least >= LEAST_OF_HALF else "fp32"
 
@@ -127,6 +127,33 @@ def _require_memory(rows: slice, wanted: int) -> None:
         )
 
 
+def _approximate(
+    features: Tensor,
+    wanted: int,
+    method: str,
+    rows: slice,
+    own_value: float,
+    recall: float,
+    block_bytes: int,
+    seed: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Find cosines and places of neighbors by "ivf" or "faiss"; None where exact search shall do it."""
+    if method == "exact":
+        return None
+    _require_memory(rows, wanted)
+    if method == "faiss":
+        return _by_faiss(features, wanted, rows, own_value=own_value)
+    return search_cells(
+        features,
+        wanted,
+        rows=rows,
+        own_value=own_value,
+        recall=recall,
+        block_bytes=block_bytes,
+        seed=seed,
+    )
+
+
 def _by_blocks(
     features: Tensor,
     wanted: int,
@@ -136,7 +163,7 @@ def _by_blocks(
     block_bytes: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and places of the first k of `wanted` neighbors, and the cosine of the last of them."""
+    """Find cosines and places of the first k of `wanted` neighbors, and the cosine of the last of them."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
     for first in range(rows.start, rows.stop, size):
@@ -195,7 +222,7 @@ def nearest_neighbors(
     recall: float = RECALL,
     seed: int = 0,
 ) -> Neighbors:
-    """The k nearest neighbors of every row among all rows, by blocks.
+    """Find the k nearest neighbors of every row among all rows, by blocks.
 
     Args:
         features: N x D unit vectors (float32), on any device.
@@ -203,16 +230,17 @@ def nearest_neighbors(
         include_self: put each row first among its own neighbors, whatever duplicates there are;
             otherwise it is left out.
         scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
-        block_bytes: bound of the similarities in memory, by all threads together.
+        block_bytes: bound of the similarities that all threads hold together.
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.graph.cells`), or
             exact where that is faster; "faiss", where it is installed; "auto", exact below `EXACT_BELOW`
             rows.
-        precision: of the products of the exact search: "fp32"; "bf16" with half as many candidates
-            again ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
-        rows: those to find neighbors for, a slice of step 1; all if None. The cells of "ivf" are the
+        precision: precision of the products of the exact search: "fp32"; "bf16", with half as many
+            candidates more, ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware
+            multiplies it.
+        rows: rows to find neighbors for, a slice of step 1; all if None. The cells of "ivf" are the
             same in every process that is given the same features and seed.
-        recall: aimed at by "ivf".
-        seed: of k-means and of the rows that the recall is measured on.
+        recall: recall that "ivf" aims at.
+        seed: seed of k-means and of the rows that the recall is measured on.
 
     Returns:
         Their neighbors, on the CPU, and the measured recall of a search that is not exact.
@@ -226,27 +254,21 @@ def nearest_neighbors(
     """
     _check(features, k, precision)
     method, rows = _method_for(method, len(features), features.device), _whole(rows, len(features))
-    features = features.detach()  # the threads do not inherit no_grad
+    features = features.detach()  # threads do not inherit no_grad
     k = min(k, len(features) if include_self else len(features) - 1)
     rank = min(scale_rank, len(features) - 1)
     wanted = max(k, rank + include_self)
     own_value = FIRST if include_self else -torch.inf
-    found = None
-    if method == "ivf":
-        _require_memory(rows, wanted)
-        limits = {"own_value": own_value, "block_bytes": block_bytes}
-        found = search_cells(features, wanted, rows=rows, recall=recall, seed=seed, **limits)
-    elif method == "faiss":
-        _require_memory(rows, wanted)
-        found = _by_faiss(features, wanted, rows, own_value=own_value)
+    found = _approximate(features, wanted, method, rows, own_value, recall, block_bytes, seed)
     if found is not None:
         values, indexes, scales = *found, found[0][:, -1]
         reached = _measured_recall(features, values, rows, own_value, seed, wanted)
-    else:  # asked for, or faster
+    else:  # exact search was asked for, or is faster
         method, reached = "exact", 1.0
         chosen = _precision_for(precision, features, k, own_value, seed)
-        where = (features, wanted, k, rows, own_value, block_bytes)
-        values, indexes, scales = _by_blocks(*where, chosen)
+        values, indexes, scales = _by_blocks(
+            features, wanted, k, rows, own_value, block_bytes, chosen
+        )
         if chosen != "fp32":
             reached = _measured_recall(features, values, rows, own_value, seed, k)
     if reached < 0.95:

@@ -1,8 +1,8 @@
-"""Exact search of the rows with the largest products, by blocks.
+"""Exact search for the rows with the largest products, by blocks.
 
-It costs 2 N Q D operations and is bound by the rate at which the machine multiplies matrices. On a CPU
-every core works on rows of its own with one BLAS thread. Nothing here is larger than Q x K or a copy of
-the features, but for blocks of similarities within a stated number of bytes.
+It costs 2 N Q D operations, and the rate at which the machine multiplies matrices bounds its speed. On a CPU
+every core works on its own rows with one BLAS thread. Nothing here is larger than Q x K or a copy of the
+features, except blocks of similarities within a stated number of bytes.
 """
 
 import contextlib
@@ -20,16 +20,18 @@ try:  # holds numpy's BLAS to one thread per core; without it torch's own BLAS i
 except ImportError:
     threadpool_limits = None
 
-BLOCK_BYTES = 256 * 2**20  # of similarities held at a time, by all threads together
+BLOCK_BYTES = 256 * 2**20  # bound of the similarities that all threads hold together
 TILE = 65_536  # columns multiplied at a time, at most
-ROWS = 128  # multiplied at a time on a CPU, at most: their similarities should stay in the cache
+ROWS = (
+    128  # rows multiplied at a time on a CPU, at most: their similarities should stay in the cache
+)
 GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
-MORE_CANDIDATES = 8  # of bfloat16, at least
-FIRST = 2.0  # above every cosine: an image put before its duplicates
+MORE_CANDIDATES = 8  # additional candidates of bfloat16, at least
+FIRST = 2.0  # above every cosine: puts an image before its duplicates
 
 
 def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, falling, and their columns.
+    """Find the k largest entries of each row, falling, and their columns.
 
     They lie in the k groups of columns with the largest maxima: taking those maxima reads every
     column once, and the selection proper sees N / GROUP of them, then k GROUP candidates. A group is
@@ -51,7 +53,7 @@ def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def _single_threaded_blas() -> Iterator[None]:
-    """One thread inside each product, as the rows are divided among threads already."""
+    """Hold BLAS to one thread inside each product, as the rows are divided among threads already."""
     threads = torch.get_num_threads()
     limits = (
         threadpool_limits(1, user_api="blas") if threadpool_limits else contextlib.nullcontext()
@@ -60,11 +62,11 @@ def _single_threaded_blas() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_num_threads(threads)  # MKL's number is not one of each thread
+            torch.set_num_threads(threads)  # MKL has one number for all threads
 
 
 def in_parallel(work: Callable[[Iterator], None], items: Iterable, device: torch.device) -> None:
-    """Let every core take `items` off one iterator; a GPU is kept busy by a single thread."""
+    """Let every core take `items` off one iterator; a single thread keeps a GPU busy."""
     threads = torch.get_num_threads()
     shared = iter(list(items))  # next() of a list's iterator is atomic
     if device.type != "cpu" or threads == 1:
@@ -80,7 +82,7 @@ def _one_thread() -> None:
 
 
 def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """left @ right.T, float32; written to `buffer` where there is one."""
+    """Multiply left @ right.T, float32, into `buffer` where there is one."""
     if left.device.type != "cpu" or left.dtype != torch.float32:
         return (left @ right.T).float()
     if buffer is None:
@@ -97,7 +99,7 @@ def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor
 def _rerank(
     queries: Tensor, columns: Tensor, places: Tensor, own: Tensor | None, own_value: float, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best of the candidates `places` by their float32 products."""
+    """Rank the candidates `places` again by their float32 products, and keep the k best."""
     values = (columns[places] @ queries[:, :, None])[:, :, 0]
     if own is not None:
         values = values.masked_fill(places == own[:, None], own_value)
@@ -114,7 +116,7 @@ def _best_of_tiles(
     own_value: float,
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The k largest products of a block of queries, `tile` columns at a time."""
+    """Find the k largest products of a block of queries, `tile` columns at a time."""
     top = None
     for first in range(0, len(columns), tile):
         part = product(queries, columns[first : first + tile], buffer)
@@ -142,20 +144,27 @@ def exact_search(
     block_bytes: int = BLOCK_BYTES,
     progress: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The k largest products of each query with the rows of `columns`: values and places, on the CPU.
+    """Find the k largest products of each query with the rows of `columns`.
 
     Args:
+        queries: Q x D.
+        columns: N x D.
+        k: number of products to find.
         own: column of each query whose product is replaced by `own_value`.
         precision: "bf16" multiplies in bfloat16 and ranks half as many candidates again in float32.
-        progress: what the bar says; no bar if empty.
+        block_bytes: bound of the similarities that all threads hold together.
+        progress: title of the progress bar; no bar if empty.
+
+    Returns:
+        Products, falling, and rows of `columns`, int32: Q x k each, on the CPU.
     """
     half, device = precision == "bf16", columns.device
     wanted = min(len(columns), k + max(MORE_CANDIDATES, k // 2)) if half else k
     factors = columns.bfloat16() if half else columns
-    # wide enough for the group maxima to pay, unless nearly everything is wanted
+    # The tile is wide enough for the group maxima to pay, unless nearly everything is wanted.
     tile = min(len(columns), max(TILE, 4 * GROUP * wanted))
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    # of one query: its products, or the candidates that are ranked again
+    # The width of one query: its products, or the candidates that are ranked again.
     width = max(tile, wanted * columns.shape[1]) if half else tile
     at_once = max(1, min(block_bytes // (4 * width * threads), len(queries)))
     at_once = min(at_once, ROWS) if device.type == "cpu" else at_once

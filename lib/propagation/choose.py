@@ -1,4 +1,4 @@
-"""Choosing an algorithm and its parameters by cross-validation on the labeled images alone."""
+"""Choice of an algorithm and its parameters by cross-validation on the labeled images alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,29 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.propagation.algorithms import (
-    ALGORITHMS,
-    NUM_EIGENVECTORS,
-    EmbeddingGraph,
-    log_shares,
-    others,
-    run_algorithm,
-)
-from lib.propagation.checks import Labeling
+from lib.propagation.algorithms import ALGORITHMS, run_algorithm
+from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.labelings import Labeling, others
+from lib.propagation.normalized_cut import NUM_EIGENVECTORS
+from lib.propagation.scores import log_shares
 from lib.runtime.seeding import generator
 
 MAX_FOLDS = 5
-FEW_LABELS = 200  # below, folds are drawn anew until there are about FOLDS_OF_FEW
+FEW_LABELS = 200  # fewer labels are divided again until there are about FOLDS_OF_FEW folds
 FOLDS_OF_FEW = 10
-LEAST_HELD_OUT = 30  # images; fewer do not tell a dozen candidates apart
+LEAST_HELD_OUT = 30  # images; fewer cannot tell a dozen candidates apart
 COMMITTEE = 3  # members of an ensemble
-FOLD_BYTES = 2**30  # of the logits of several folds at a time
+FOLD_BYTES = 2**30  # bound of the logits of several folds at a time
 TEMPERATURES = torch.logspace(-1, 1.5, 26)  # tried for every candidate
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An algorithm with its parameters."""
+    """Algorithm with its parameters."""
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +39,7 @@ def _filter(name: str, **parameters: float) -> Candidate:
     return Candidate("filter", {"filter": name, **parameters})
 
 
-# In order of preference: the smoothest solution first, as it errs least where labels are few.
+# The order is that of preference: the smoothest solution first, as it errs least where labels are few.
 CANDIDATES = (
     _filter("heat", time=20.0),
     _filter("smoothed-step", cutoff=0.2),
@@ -64,9 +60,9 @@ class Verdict:
     """What cross-validation found for one candidate.
 
     Attributes:
-        candidate: which.
-        temperature: that makes its probabilities most likely on the held-out labels.
-        losses: per held-out image.
+        candidate: the candidate.
+        temperature: the one that makes the held-out labels most likely under its probabilities.
+        losses: loss of each held-out image.
     """
 
     candidate: Candidate
@@ -75,12 +71,12 @@ class Verdict:
 
 
 def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
-    """Positions of the labeled images to hold out, fold by fold; every class keeps one or more.
+    """Divide the labeled images into folds: the positions to hold out, while every class keeps one or more.
 
-    Stratified: each class is dealt out over the folds by itself. With m labels of the rarest class that
-    has two or more there are min(m, MAX_FOLDS) folds: few labels are left out one per class. Fewer than
-    `FEW_LABELS` are dealt out several times, each time in another order. The label of a class that has
-    only one is never held out.
+    The folds are stratified: each class is dealt out over them by itself. With m labels of the rarest class
+    that has two or more there are min(m, MAX_FOLDS) folds: few labels are left out one per class. Fewer
+    than `FEW_LABELS` are dealt out several times, each time in another order. The only label of a class
+    is never held out.
     """
     counts = torch.bincount(labels)
     divisible = counts[counts >= 2]
@@ -101,7 +97,7 @@ def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature among `TEMPERATURES` that makes the labels most likely (Guo et al. 2017).
+    """Find the temperature in `TEMPERATURES` that makes the labels most likely (Guo et al. 2017).
 
     Args:
         logits: n x C.
@@ -114,36 +110,36 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared distance of softmax(logits) from the true class (Brier 1950), per row, in [0, 2]."""
+    """Compute the squared distance of softmax(logits) from the true class (Brier 1950): n, in [0, 2]."""
     true = torch.nn.functional.one_hot(labels, logits.shape[1])
     return (logits.softmax(dim=1) - true).square().sum(dim=1)
 
 
 def _held_out_logits(
-    metric: EmbeddingGraph,
+    graph: EmbeddingGraph,
     candidate: Candidate,
     labeling: Labeling,
     held: list[Tensor],
     **common: Any,
 ) -> Tensor:
-    """Logits of the held-out images of every fold, in that order."""
+    """Compute the logits of the held-out images of every fold, in that order."""
     labeled, labels = labeling
     if not ALGORITHMS[candidate.method].needs_graph:  # the other images have no say
-        metric, labeled = EmbeddingGraph(metric.features[labeled]), torch.arange(len(labeled))
-    size = max(1, FOLD_BYTES // (4 * len(metric.features) * common["num_classes"]))
+        graph, labeled = EmbeddingGraph(graph.features[labeled]), torch.arange(len(labeled))
+    size = max(1, FOLD_BYTES // (4 * len(graph) * common["num_classes"]))
     logits = []
     for first in range(0, len(held), size):
         batch = held[first : first + size]
         kept = [others(len(labeled), out) for out in batch]
         labelings = [Labeling(labeled[k], labels[k]) for k in kept]
         answers = run_algorithm(
-            metric, candidate.method, labelings, **common, **candidate.parameters
+            graph, candidate.method, labelings, **common, **candidate.parameters
         )
         logits += [answer[labeled[out]] for answer, out in zip(answers, batch, strict=True)]
     return torch.cat(logits)
 
 
-def _prepare(metric: EmbeddingGraph, candidates: Sequence[Candidate]) -> None:
+def _prepare(graph: EmbeddingGraph, candidates: Sequence[Candidate]) -> None:
     """Compute the largest spectrum that any candidate asks for; the others are its beginning."""
     wanted = [
         c.parameters.get("num_eigenvectors", NUM_EIGENVECTORS)
@@ -151,11 +147,11 @@ def _prepare(metric: EmbeddingGraph, candidates: Sequence[Candidate]) -> None:
         if c.method == "nc"
     ]
     if wanted:
-        metric.spectrum(max(wanted) - 1)
+        graph.spectrum(max(wanted) - 1)
 
 
 def cross_validate(
-    metric: EmbeddingGraph,
+    graph: EmbeddingGraph,
     labeling: Labeling,
     num_classes: int,
     *,
@@ -164,16 +160,16 @@ def cross_validate(
     least_held_out: int = 0,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Losses of every candidate on labeled images that it was not told of.
+    """Measure every candidate on labeled images that it was not told of.
 
     Args:
-        metric: features and graph.
+        graph: features and their graph.
         labeling: labeled images and their classes: all that is known of classes.
         num_classes: C.
         candidates: what to try.
         class_prior: as in `run_algorithm`.
-        least_held_out: where fewer images can be held out, only the first candidate is looked at.
-        seed: of the folds.
+        least_held_out: where fewer images can be held out, only the first candidate is measured.
+        seed: seed of the folds.
 
     Returns:
         A verdict for each candidate, in their order; none where no class has two labels.
@@ -186,11 +182,11 @@ def cross_validate(
     count = torch.bincount(positions, minlength=len(labels)).clamp_min(1)
     if len(positions.unique()) < least_held_out:
         candidates = candidates[:1]
-    _prepare(metric, candidates)
+    _prepare(graph, candidates)
     verdicts = []
     for candidate in candidates:
         logits = _held_out_logits(
-            metric,
+            graph,
             candidate,
             labeling,
             held,
@@ -205,12 +201,12 @@ def cross_validate(
 
 
 def best(verdicts: Sequence[Verdict]) -> Verdict:
-    """The first candidate, in order of preference, that is not significantly worse than the best.
+    """Return the first candidate, in order of preference, that is not significantly worse than the best.
 
     A candidate is as good as the one of smallest loss where the mean of their differences over the
     held-out images is within `STANDARD_ERRORS` standard errors (after the one-standard-error rule of
     Breiman et al. 1984, with the errors of paired differences). With few labels preference decides, with
-    many of them the losses.
+    many labels the losses.
     """
     leader = min(verdicts, key=lambda v: float(v.losses.mean()))
     for verdict in verdicts:
@@ -222,7 +218,7 @@ def best(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def choose(verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES) -> Verdict:
-    """The best verdict; the first candidate where fewer than `LEAST_HELD_OUT` images could be held out."""
+    """Return the best verdict; the first where fewer than `LEAST_HELD_OUT` images could be held out."""
     if not verdicts:
         return Verdict(candidates[0], 1.0, torch.empty(0))
     return best(verdicts) if len(verdicts[0].losses) >= LEAST_HELD_OUT else verdicts[0]
@@ -231,9 +227,9 @@ def choose(verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDID
 def committee(
     verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES
 ) -> list[Verdict]:
-    """The best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first.
+    """Return the best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first.
 
-    Where nothing could be held out: the first candidates of different algorithms.
+    Where nothing could be held out, these are the first candidates of different algorithms.
     """
     if not verdicts:
         verdicts = [Verdict(c, 1.0, torch.zeros(1)) for c in candidates]
@@ -244,7 +240,7 @@ def committee(
 
 
 def average(logits: Sequence[Tensor], temperatures: Sequence[float]) -> Tensor:
-    """Logarithm of the mean of softmax(z / T) over several N x C logits, each with its temperature."""
+    """Average softmax(z / T) over several N x C logits, each with its temperature; return the logarithm."""
     total = torch.zeros_like(logits[0])
     for one, temperature in zip(logits, temperatures, strict=True):
         total += (one / temperature).softmax(dim=1)

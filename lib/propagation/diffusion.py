@@ -1,62 +1,103 @@
 """Diffusion of labels along the graph: label spreading and Poisson learning."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lib.graph.filters import GraphOperator, Seeds, filter_each
-from lib.propagation.checks import Labeling, check_every_class, check_labels
+from lib.graph.filters import LabelVectors, apply_filter
+from lib.graph.operator import GraphOperator
+from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.labelings import Labeling, check_every_class, check_labels
+from lib.propagation.scores import log_shares
 
-ROWS = 8192  # worked on at a time where a copy of all scores would not fit
-LEAST_SIZE = 1e-20  # of scores that are divided by their size
+ROWS = 8192  # rows worked on at a time where a copy of all scores would not fit
+LEAST_SIZE = 1e-20  # least root mean square that scores are divided by
 
 
-def propagate_spreadings(
-    operator: GraphOperator, labelings: list[Labeling], num_classes: int, *, alpha: float = 0.99
+def label_spreading(
+    operator: GraphOperator, labelings: Sequence[Labeling], num_classes: int, *, alpha: float
 ) -> list[Tensor]:
-    """`propagate_spreading` for many sets of labels, whose columns share their products."""
-    seeds = []
+    """Compute F = (1 - a) (I - a S)^-1 Y for each set of labels, where Y holds one-hot rows.
+
+    Zhou et al. 2004, "Learning with local and global consistency"; by conjugate gradients, as in Iscen et
+    al. 2019.
+
+    Args:
+        operator: the graph of all images.
+        labelings: labeled images and their classes, one pair for each answer.
+        num_classes: C.
+        alpha: share that goes on along the edges, in (0, 1).
+
+    Returns:
+        N x C float32 for each set, not negative; zero for an image that no label reaches.
+
+    Raises:
+        ValueError: for labels that do not fit, or alpha out of range.
+    """
+    vectors = []
     for labeled, labels in labelings:
         check_labels(len(operator.null), labeled, labels, num_classes)
-        seeds.append(Seeds(labeled, one_hot(labels, num_classes).float()))
-    answers = filter_each(operator, seeds, "ppr", alpha=alpha)
+        vectors.append(LabelVectors(labeled, one_hot(labels, num_classes).float()))
+    answers = apply_filter(operator, vectors, "ppr", alpha=alpha)
     for (labeled, _), scores in zip(labelings, answers, strict=True):
-        scores.clamp_min_(0)  # positive but for the solver's residual
+        scores.clamp_min_(0)  # only the residual of the solver is negative
         scores[~operator.reached(labeled)] = 0
     return answers
 
 
 def propagate_spreading(
-    operator: GraphOperator,
-    labeled: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    alpha: float = 0.99,
-) -> Tensor:
-    """Label spreading F = (1 - a) (I - a S)^-1 Y (Zhou et al. 2004, "Learning with local and global
-    consistency"), by conjugate gradients as in Iscen et al. 2019.
+    graph: EmbeddingGraph, labelings: Sequence[Labeling], num_classes: int, *, alpha: float = 0.99
+) -> list[Tensor]:
+    """Compute the logarithms of the shares in F of `label_spreading`, for each set of labels: N x C."""
+    scores = label_spreading(graph.operator, labelings, num_classes, alpha=alpha)
+    return [log_shares(one) for one in scores]
+
+
+def propagate_poisson(
+    graph: EmbeddingGraph, labelings: Sequence[Labeling], num_classes: int
+) -> list[Tensor]:
+    """Compute the scores of Poisson learning for each set of labels.
+
+    Calder et al. 2020, "Poisson learning: graph based semi-supervised learning at very low label rates".
+    It solves (D - W) u = sum_j (y_j - mean y) delta_j, sum_i d_i u_i = 0, by conjugate gradients on the
+    normalized Laplacian (u = D^-1/2 x), and divides u_c by the number of labels of class c. Every component
+    has its own mean, so that its equation has a solution.
 
     Args:
-        operator: of the graph of all images.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
+        graph: features and their graph.
+        labelings: labeled images and their classes, one pair for each answer.
         num_classes: C.
-        alpha: share that goes on along the edges, in (0, 1).
 
     Returns:
-        N x C float32, not negative; zero for an image that no label reaches.
+        N x C float32 of mean square 1 for each set. A class without a label in a component is below all
+        others there; an image in a component without any label has 0 for every class.
 
     Raises:
-        ValueError: for labels that do not fit, or alpha out of range.
+        ValueError: for labels that do not fit, or a class without any.
     """
-    one = [Labeling(labeled, labels)]
-    return propagate_spreadings(operator, one, num_classes, alpha=alpha)[0]
+    operator = graph.operator
+    root, vectors = operator.root_degrees[:, None], []
+    for labeled, labels in labelings:
+        check_labels(len(root), labeled, labels, num_classes)
+        check_every_class(labels, num_classes, "poisson learning")
+        sources = _poisson_sources(operator, labeled, labels, num_classes)
+        vectors.append(LabelVectors(labeled, sources / root[labeled]))
+    answers = apply_filter(operator, vectors, "pseudo-inverse")
+    for (labeled, labels), scores in zip(labelings, answers, strict=True):
+        scores.div_(root).div_(torch.bincount(labels, minlength=num_classes))
+        squares = sum(float(rows.square().sum()) for rows in scores.split(ROWS))
+        scores.div_(max((squares / scores.numel()) ** 0.5, LEAST_SIZE))
+        if operator.num_components > 1:
+            _only_own_classes(operator, scores, labeled, labels)
+    return answers
 
 
-def _poisson_sources(operator: GraphOperator, labeling: Labeling, num_classes: int) -> Tensor:
-    """Right-hand sides y_j - mean(y), L x C, the mean over the labeled images of the component."""
-    labeled, labels = labeling
+def _poisson_sources(
+    operator: GraphOperator, labeled: Tensor, labels: Tensor, num_classes: int
+) -> Tensor:
+    """Compute y_j - mean(y), L x C, the mean over the labeled images of the component."""
     onehot = one_hot(labels, num_classes).float()
     component = operator.components[labeled]
     sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
@@ -64,9 +105,13 @@ def _poisson_sources(operator: GraphOperator, labeling: Labeling, num_classes: i
     return onehot - mean[component]
 
 
-def _only_own_classes(operator: GraphOperator, scores: Tensor, labeling: Labeling) -> None:
-    """In place: classes without a label in a component below all others there; 0 where there is no label."""
-    labeled, labels = labeling
+def _only_own_classes(
+    operator: GraphOperator, scores: Tensor, labeled: Tensor, labels: Tensor
+) -> None:
+    """Put classes without a label in a component below all others there, in place.
+
+    Components without any label get 0.
+    """
     present = torch.zeros(operator.num_components, scores.shape[1], dtype=torch.bool)
     present[operator.components[labeled], labels] = True
     low, high = torch.aminmax(scores)
@@ -74,49 +119,3 @@ def _only_own_classes(operator: GraphOperator, scores: Tensor, labeling: Labelin
     for rows in torch.arange(len(scores)).split(ROWS):
         scores[rows] = torch.where(present[operator.components[rows]], scores[rows], below)
     scores[~operator.reached(labeled)] = 0
-
-
-def propagate_poissons(
-    operator: GraphOperator, labelings: list[Labeling], num_classes: int
-) -> list[Tensor]:
-    """`propagate_poisson` for many sets of labels, whose columns share their products."""
-    root, seeds = operator.root_degrees[:, None], []
-    for labeling in labelings:
-        check_labels(len(root), *labeling, num_classes)
-        check_every_class(labeling.labels, num_classes, "poisson learning")
-        sources = _poisson_sources(operator, labeling, num_classes)
-        seeds.append(Seeds(labeling.labeled, sources / root[labeling.labeled]))
-    answers = filter_each(operator, seeds, "pseudo-inverse")
-    for labeling, scores in zip(labelings, answers, strict=True):
-        scores.div_(root).div_(torch.bincount(labeling.labels, minlength=num_classes))
-        squares = sum(float(rows.square().sum()) for rows in scores.split(ROWS))
-        scores.div_(max((squares / scores.numel()) ** 0.5, LEAST_SIZE))
-        if operator.num_components > 1:
-            _only_own_classes(operator, scores, labeling)
-    return answers
-
-
-def propagate_poisson(
-    operator: GraphOperator, labeled: Tensor, labels: Tensor, num_classes: int
-) -> Tensor:
-    """Poisson learning (Calder et al. 2020, "Poisson learning: graph based semi-supervised learning at
-    very low label rates").
-
-    Solves (D - W) u = sum_j (y_j - mean y) delta_j, sum_i d_i u_i = 0, by conjugate gradients on the
-    normalized Laplacian (u = D^-1/2 x), and divides u_c by the number of labels of class c. Every
-    component has a mean of its own, so that its equation has a solution.
-
-    Args:
-        operator: of the graph of all images.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
-        num_classes: C.
-
-    Returns:
-        N x C float32 of mean square 1. A class without a label in a component is below all others there;
-        an image in a component without any label has 0 for every class.
-
-    Raises:
-        ValueError: for labels that do not fit, or a class without any.
-    """
-    return propagate_poissons(operator, [Labeling(labeled, labels)], num_classes)[0]

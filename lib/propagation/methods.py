@@ -1,17 +1,29 @@
 """Label propagation by the name of a method: one algorithm, the best one, or several together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from lib.graph.filters import find_filter
+from lib.labels.confidence import from_scores
+from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
-from lib.propagation.algorithms import ALGORITHMS, EmbeddingGraph, check_parameters, run_algorithm
-from lib.propagation.checks import Labeling
-from lib.propagation.choose import LEAST_HELD_OUT, average, choose, committee, cross_validate
+from lib.propagation.algorithms import ALGORITHMS, OF_FILTERS, run_algorithm
+from lib.propagation.choose import (
+    LEAST_HELD_OUT,
+    average,
+    choose,
+    committee,
+    cross_validate,
+)
+from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.labelings import Labeling
+from lib.propagation.normalized_cut import DEFAULT_FILTER
 
 METHODS = (*ALGORITHMS, "auto", "ensemble")
+OF_CROSS_VALIDATION = ("candidates", "least_held_out", "seed")
 
 
 @dataclass(frozen=True)
@@ -19,18 +31,64 @@ class Propagation:
     """What a method says of every image.
 
     Attributes:
-        scores: N x C logits, for `lib.labels.pseudo_labels.from_scores`: softmax makes probabilities of them.
-        confidence: the measure published for the method, a key of `lib.labels.pseudo_labels.CONFIDENCES`.
+        scores: N x C logits, whose softmax are probabilities.
+        confidence: the measure published for the method, a key of `lib.labels.confidence.CONFIDENCES`.
         meta: the method and what it chose, plain types.
     """
 
     scores: Tensor
-    confidence: str
-    meta: dict[str, Any] = field(default_factory=dict)
+    confidence: str = "margin"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def pseudo_labels(
+        self,
+        split: Split,
+        meta: Mapping[str, Any] | None = None,
+        *,
+        temperature: float = 1.0,
+        confidence: str | None = None,
+        probabilities: bool = True,
+    ) -> PseudoLabels:
+        """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does.
+
+        Args:
+            split: which images are labeled.
+            meta: what made the features; the choices of the method are added as `propagation` and
+                `confidence`.
+            temperature: temperature of the probabilities and of the confidence.
+            confidence: a key of `lib.labels.confidence.CONFIDENCES`; None for the method's own.
+            probabilities: False leaves them out, as the published ImageNet files do.
+
+        Raises:
+            ValueError: as `lib.labels.confidence.from_scores`.
+        """
+        confidence = confidence or self.confidence
+        own = {"propagation": dict(self.meta), "confidence": confidence}
+        return from_scores(
+            self.scores,
+            split,
+            {**(meta or {}), **own},
+            temperature=temperature,
+            confidence=confidence,
+            probabilities=probabilities,
+        )
+
+
+def check_parameters(method: str, parameters: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown method, or naming the parameters that it does not have."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: take one of {', '.join(METHODS)}")
+    known = ALGORITHMS[method].parameters if method in ALGORITHMS else OF_CROSS_VALIDATION
+    strange = [name for name in parameters if name not in known]
+    if strange:
+        raise ValueError(f"{method} has no parameter {', '.join(strange)}")
+    if method == "filter":
+        own = {name: value for name, value in parameters.items() if name in OF_FILTERS}
+        find_filter(parameters.get("filter", DEFAULT_FILTER), **own)
 
 
 def propagate(
-    metric: EmbeddingGraph,
+    graph: EmbeddingGraph,
     method: str,
     split: Split,
     labels: Tensor,
@@ -39,50 +97,38 @@ def propagate(
     class_prior: Tensor | Sequence[float] | None = None,
     **parameters: Any,
 ) -> Propagation:
-    """Scores of every image from the labeled ones.
+    """Spread a few labels to every image.
 
     Args:
-        metric: features and graph; hand the same one in for every method and number of labels.
+        graph: features and their graph; hand in the same one for every method and number of labels.
         method: one of `METHODS`. `auto` is the candidate that cross-validation on the labeled images
             prefers, `ensemble` the mean of the calibrated probabilities of the best three algorithms.
         split: which images are labeled.
         labels: their L class numbers; no other label is ever read.
         num_classes: C.
         class_prior: C shares that the predicted classes shall take up.
-        parameters: of the algorithm; for `auto` and `ensemble` those of `cross_validate`.
+        parameters: parameters of the algorithm; for `auto` and `ensemble` those of `cross_validate`.
 
     Raises:
         ValueError: for an unknown method or parameter, or labels that do not fit.
     """
+    check_parameters(method, parameters)
     labeling = Labeling(split.labeled, labels)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: take one of {', '.join(METHODS)}")
+
+    def run(name: str, given: Mapping[str, Any]) -> Tensor:
+        return run_algorithm(
+            graph, name, [labeling], num_classes, class_prior=class_prior, **given
+        )[0]
+
     if method in ALGORITHMS:
-        scores = run_algorithm(
-            metric, method, [labeling], num_classes, class_prior=class_prior, **parameters
-        )[0]
+        scores = run(method, parameters)
         return Propagation(scores, ALGORITHMS[method].confidence, {"method": method, **parameters})
-    check_parameters(method, cross_validate, parameters)
-    common = {"class_prior": class_prior, **parameters}
     if method == "auto":
-        common.setdefault("least_held_out", LEAST_HELD_OUT)
-    verdicts = cross_validate(metric, labeling, num_classes, **common)
+        parameters = {"least_held_out": LEAST_HELD_OUT, **parameters}
+    verdicts = cross_validate(graph, labeling, num_classes, class_prior=class_prior, **parameters)
     chosen = [choose(verdicts)] if method == "auto" else committee(verdicts)
-    answers = [
-        run_algorithm(
-            metric,
-            verdict.candidate.method,
-            [labeling],
-            num_classes,
-            class_prior=class_prior,
-            **verdict.candidate.parameters,
-        )[0]
-        for verdict in chosen
-    ]
+    answers = [run(v.candidate.method, v.candidate.parameters) for v in chosen]
     temperatures = [verdict.temperature for verdict in chosen]
     scores = answers[0] / temperatures[0] if method == "auto" else average(answers, temperatures)
     meta = {"method": method, "chosen": [str(verdict.candidate) for verdict in chosen]}
-    return Propagation(scores, "margin", meta)
-
-
-__all__ = ["METHODS", "EmbeddingGraph", "Labeling", "Propagation", "propagate"]
+    return Propagation(scores, meta=meta)

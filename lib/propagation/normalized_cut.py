@@ -1,44 +1,118 @@
 """Constrained normalized cut: each class against the rest, in the spectral embedding or by a filter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.graph.filters import WITHOUT_NULL, GraphOperator, Seeds, filter_each
-from lib.graph.spectral import Spectrum
-from lib.propagation.checks import Labeling, check_every_class, check_labels
+from lib.graph.filters import (
+    FILTERS,
+    LabelVectors,
+    apply_filter,
+    filter_by_eigenvectors,
+    find_filter,
+)
+from lib.graph.operator import GraphOperator
+from lib.graph.spectrum import Spectrum
+from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.labelings import Labeling, check_every_class, check_labels
 
-ROWS = 8192  # finished at a time: a float64 copy of all scores would not fit
-CLAMP_STRENGTH = 1000.0  # of smoothness, in labeled images, where seeds are clamped; measured
+NUM_EIGENVECTORS = 200  # published, the constant one included
+CLAMP_STRENGTH = (
+    1000.0  # weight of smoothness against clamped constraints, in labeled images; measured
+)
+DEFAULT_FILTER = "smoothed-step"
+FILTER_BY = ("auto", "products", "eigenvectors")
+SPECTRUM_PRODUCTS = 50  # products with one column that an eigenvector costs, about; measured
+MUCH_CHEAPER = 4  # times, so that trying is cheap where the eigenvectors do not do
+EXACT_ENOUGH = 0.01  # share of a column that may be left out
+ROWS = 8192  # rows finished at a time: a float64 copy of all scores would not fit
 
 
 def constraint_vectors(
-    degree: np.ndarray, labeled: Tensor, labels: Tensor, num_classes: int
-) -> np.ndarray:
-    """One constraint vector per class, unit columns, float64: its values at the labeled images, L x C.
+    degrees: np.ndarray, labeled: Tensor, labels: Tensor, num_classes: int
+) -> LabelVectors:
+    """Compute the constraint vector s of each class: unit columns, zero outside of the labeled images.
 
-    Elsewhere it is zero. Class c against the other labels: with p the degrees at its labeled images, q
-    those at the other labeled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r). It is
-    orthogonal to sqrt(degree), the solution that separates nothing.
+    Class c stands against the other labels. With p the degrees at its labeled images, q those at the other
+    labeled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r), scaled to norm 1. It is orthogonal
+    to sqrt(degree), the solution that separates nothing.
+
+    Args:
+        degrees: d, N, all positive.
+        labeled: L indexes of the labeled images.
+        labels: their L class numbers.
+        num_classes: C.
+
+    Returns:
+        S at the labeled images, L x C, float64.
 
     Raises:
-        ValueError: if a class has no labeled image, or all labels are of one class.
+        ValueError: for labels that do not fit, a class without any, or a single class.
     """
-    indexes, classes = labeled.numpy(), labels.numpy()
+    check_labels(len(degrees), labeled, labels, num_classes)
     check_every_class(labels, num_classes, "normalized cut")
-    mass = degree[indexes]
-    own = classes[:, None] == np.arange(num_classes)
-    r = (mass @ own) / (mass @ ~own)
-    values = np.where(own, np.sqrt(mass[:, None] / r), -np.sqrt(mass[:, None] * r))
-    return values / np.linalg.norm(values, axis=0)
+    d = degrees[labeled.numpy()]
+    own = labels.numpy()[:, None] == np.arange(num_classes)
+    r = (d @ own) / (d @ ~own)
+    s = np.where(own, np.sqrt(d[:, None] / r), -np.sqrt(d[:, None] * r))
+    return LabelVectors(labeled, torch.from_numpy(s / np.linalg.norm(s, axis=0)))
+
+
+def constrained_solution(
+    spectrum: Spectrum, constraints: LabelVectors, *, clamp: bool = False
+) -> Tensor:
+    """Compute Z = U diag(1 / lambda) U^T S, the constrained normalized cut (section 3.2 of the paper).
+
+    Args:
+        spectrum: lambda and the eigenvectors U of the graph of all images.
+        constraints: S, from `constraint_vectors`.
+        clamp: fit the values of S at the labeled images instead of adding its columns up (ridge regression
+            on the eigenvectors, penalty sum_k lambda_k a_k^2; after Belkin and Niyogi 2004), and give
+            every labeled image its own label. This is better with many labels, worse with few.
+
+    Returns:
+        Z, N x C float32, each column scaled to norm sqrt(N), then minus the maximum of its row: the winner
+        has 0. An image in a component without any label has 0 for every class.
+    """
+    labeled, s = constraints.nodes.numpy(), constraints.values.numpy()
+    u = spectrum.vectors[labeled].astype(np.float64)  # S is zero in all other rows
+    if clamp:
+        coefficients = _fitted(u, spectrum.values, s, np.sqrt(spectrum.degrees[labeled]))
+    else:
+        coefficients = (u.T @ s) / spectrum.values[:, None]
+    z = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
+    between = None
+    if spectrum.num_components > 1:
+        gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
+        between = between_components(spectrum, constraints, gain)
+    z = _finish(z, spectrum, constraints.nodes, between)
+    if clamp:
+        z[labeled] = z.min()
+        z[labeled, s.argmax(axis=1)] = 0
+    return z
+
+
+def _fitted(
+    vectors: np.ndarray, values: np.ndarray, constraints: np.ndarray, root: np.ndarray
+) -> np.ndarray:
+    """Fit coordinates along the eigenvectors, k x C, to the constraints at the labeled images.
+
+    Both are taken as functions of the images, D^-1/2 u, where `root` is D^1/2.
+    """
+    design, wanted = vectors / root[:, None], constraints / root[:, None]
+    typical = np.square(design).sum() / max(design.size, 1)
+    # The floor keeps the system solvable where no eigenvector reaches a labeled image.
+    penalty = np.diag(values) * max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
+    return np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
 
 
 def between_components(
-    graph: Spectrum | GraphOperator, seeds: np.ndarray, indexes: np.ndarray, gain: float
+    graph: Spectrum | GraphOperator, constraints: LabelVectors, gain: float
 ) -> np.ndarray:
-    """Scores of whole components of a disconnected graph: components x C, to be multiplied with `null`.
+    """Compute scores of whole components of a disconnected graph: components x C, to multiply `null` with.
 
     The null vectors tell the components apart, and their eigenvalue 0 cannot be divided by. They get
     half the smallest positive eigenvalue instead (`gain` is its inverse): belonging to a component counts
@@ -47,14 +121,14 @@ def between_components(
     label stay at 0.
     """
     components, null = np.asarray(graph.components), np.asarray(graph.null)
-    weights = graph.degrees if isinstance(graph, Spectrum) else graph.seed_degrees
-    inside = torch.from_numpy(null[indexes, None] * seeds)
+    indexes, s = constraints.nodes.numpy(), constraints.values.numpy()
+    inside = torch.from_numpy(null[indexes, None] * s)
     of = torch.from_numpy(components[indexes]).long()
-    coefficients = inside.new_zeros(graph.num_components, seeds.shape[1])
+    coefficients = inside.new_zeros(graph.num_components, s.shape[1])
     coefficients = coefficients.index_add_(0, of, inside).numpy()
     labeled = np.zeros(graph.num_components)
     labeled[components[indexes]] = 1
-    everywhere = np.sqrt(np.bincount(components, weights=weights)) * labeled
+    everywhere = np.sqrt(np.bincount(components, weights=graph.degrees)) * labeled
     everywhere /= np.linalg.norm(everywhere)
     coefficients *= labeled[:, None]
     coefficients -= everywhere[:, None] * (everywhere @ coefficients)
@@ -62,22 +136,19 @@ def between_components(
 
 
 def _finish(
-    scores: Tensor,
-    graph: Spectrum | GraphOperator,
-    indexes: np.ndarray,
-    between: np.ndarray | None = None,
+    scores: Tensor, graph: Spectrum | GraphOperator, labeled: Tensor, between: np.ndarray | None
 ) -> Tensor:
-    """Columns of norm sqrt(N), then minus the row's largest; 0 where no label reaches. In place.
+    """Scale columns to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place.
 
     Args:
         scores: N x C float32.
-        graph: whose components and null vectors count.
-        indexes: of the labeled images.
-        between: of `between_components`, to be added.
+        graph: its components and null vectors.
+        labeled: indexes of the labeled images.
+        between: result of `between_components`, to be added.
     """
     components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
     holds = torch.zeros(graph.num_components, dtype=torch.bool)
-    holds[components[indexes]] = True
+    holds[components[labeled]] = True
     squares = torch.zeros(scores.shape[1], dtype=torch.float64)
     for start in range(0, len(scores), ROWS):
         part, own = scores[start : start + ROWS], components[start : start + ROWS]
@@ -92,122 +163,117 @@ def _finish(
     return scores
 
 
-def _coefficients(
-    spectrum: Spectrum, seeds: np.ndarray, indexes: np.ndarray, clamp: bool
-) -> np.ndarray:
-    """Coordinates of the solution along the eigenvectors, k x C."""
-    rows = spectrum.vectors[indexes].astype(np.float64)
-    if not clamp:
-        return (rows.T @ seeds) / spectrum.values[:, None]
-    # as functions of the images (D^-1/2 v), fitted to the seeds' values at the labeled ones
-    root = np.sqrt(spectrum.degrees[indexes])[:, None]
-    design, wanted = rows / root, seeds / root
-    typical = np.square(design).sum() / max(design.size, 1)
-    # the floor keeps it solvable where no eigenvector reaches a labeled image
-    penalty = np.diag(spectrum.values) * max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
-    return np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
-
-
 def propagate_normalized_cut(
-    spectrum: Spectrum,
-    labeled: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    clamp: bool = False,
-) -> Tensor:
-    """Scores Z = V diag(1/lambda) V^T s of the constrained normalized cut (section 3.2 of the paper).
-
-    Args:
-        spectrum: of the graph of all images; computed once for every number of labels.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
-        num_classes: C.
-        clamp: fit the seeds' values at the labeled images instead of adding the seeds up (ridge
-            regression on the eigenvectors, penalty sum_k lambda_k a_k^2; after Belkin and Niyogi 2004), and
-            give every labeled image its own label. Better with many labels, worse with few.
-
-    Returns:
-        N x C float32, each column scaled to norm sqrt(N), then minus the row's largest: the winner
-        has 0. An image in a component without any label has 0 for every class.
-
-    Raises:
-        ValueError: for labels that do not fit, or a class without any.
-    """
-    check_labels(len(spectrum.vectors), labeled, labels, num_classes)
-    seeds = constraint_vectors(spectrum.degrees, labeled, labels, num_classes)
-    indexes = labeled.numpy()
-    # V^T s needs the labeled rows only: s is zero elsewhere
-    coefficients = _coefficients(spectrum, seeds, indexes, clamp)
-    scores = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
-    between = None
-    if spectrum.num_components > 1:
-        gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
-        between = between_components(spectrum, seeds, indexes, gain)
-    answer = _finish(scores, spectrum, indexes, between)
-    if clamp:
-        answer[labeled] = answer.min()
-        answer[labeled, labels] = 0
-    return answer
-
-
-def propagate_filters(
-    operator: GraphOperator,
+    graph: EmbeddingGraph,
     labelings: Sequence[Labeling],
     num_classes: int,
     *,
-    filter: str = "smoothed-step",
-    apply: Callable[..., list[Tensor]] = filter_each,
-    **parameters: float,
+    num_eigenvectors: int = NUM_EIGENVECTORS,
+    clamp: bool = False,
 ) -> list[Tensor]:
-    """`propagate_filter` for many sets of labels, whose columns share their products.
+    """Compute Z of the constrained normalized cut for each set of labels, as published.
 
     Args:
-        operator, num_classes, filter, parameters: as there.
-        labelings: labeled images and their classes, for each answer.
-        apply: `lib.graph.filters.filter_each`, or what gives the same answers.
+        graph: features and their graph.
+        labelings: labeled images and their classes, one pair for each answer.
+        num_classes: C.
+        num_eigenvectors: how many to use, with the constant one.
+        clamp: as in `constrained_solution`.
+
+    Raises:
+        ValueError: as `constraint_vectors`, or for fewer than two eigenvectors.
     """
+    _check_num_eigenvectors(num_eigenvectors)
+    spectrum = graph.spectrum(num_eigenvectors - 1)
+    answers = []
     for labeled, labels in labelings:
-        check_labels(len(operator.null), labeled, labels, num_classes)
-    seeds = [constraint_vectors(operator.seed_degrees, *one, num_classes) for one in labelings]
-    columns = [
-        Seeds(labeled, torch.from_numpy(values))
-        for (labeled, _), values in zip(labelings, seeds, strict=True)
-    ]
-    answers = apply(operator, columns, filter, **parameters)
-    for (labeled, _), values, scores in zip(labelings, seeds, answers, strict=True):
-        between = None
-        if operator.num_components > 1 and filter in WITHOUT_NULL:
-            gain = 2 / operator.smallest_eigenvalue
-            between = between_components(operator, values, labeled.numpy(), gain)
-        _finish(scores, operator, labeled.numpy(), between)
+        constraints = constraint_vectors(spectrum.degrees, labeled, labels, num_classes)
+        answers.append(constrained_solution(spectrum, constraints, clamp=clamp))
     return answers
 
 
 def propagate_filter(
-    operator: GraphOperator,
-    labeled: Tensor,
-    labels: Tensor,
+    graph: EmbeddingGraph,
+    labelings: Sequence[Labeling],
     num_classes: int,
     *,
-    filter: str = "smoothed-step",
+    filter: str = DEFAULT_FILTER,
+    filter_by: str = "products",
+    num_eigenvectors: int = NUM_EIGENVECTORS,
     **parameters: float,
-) -> Tensor:
-    """Scores g(L) s with the seeds s of the normalized cut, without eigenvectors.
+) -> list[Tensor]:
+    """Compute Z = g(L) S for each set of labels: the constraints of the normalized cut, filtered.
+
+    Products with S cost the same whatever the spectrum, and in proportion to the number of classes;
+    eigenvectors cost the same for any number of classes, but hold only the part of the answer before the
+    last of them. The smoothed step at 0.2 on N = 20,000 of `scripts/benchmarks/propagation.py`'s mixture,
+    one busy core, 199 eigenvectors (their time in brackets), and the images that get the same label either
+    way:
+
+        classes    products    eigenvectors    same labels    left out, bound
+             10      0.7 s     0.1 s (+ 7.5)        100.0%              0.06%
+            100      1.8 s     0.1 s (+ 3.0)         99.9%              1.5%
+           1000     28.8 s     1.6 s (+ 6.2)         93.6%              9.0%
+
+    Where eigenvectors are cheaper, 199 of them give another answer. So "auto" takes them only where they are
+    much cheaper *and* the bound of what they leave out is small, and it is not the default.
 
     Args:
-        operator: of the graph of all images.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
+        graph: features and their graph.
+        labelings: labeled images and their classes, one pair for each answer.
         num_classes: C.
         filter: a key of `lib.graph.filters.FILTERS`.
-        parameters: of that filter.
+        filter_by: a name in `FILTER_BY`.
+        num_eigenvectors: how many to filter by, with the constant one.
+        parameters: parameters of the filter.
 
     Returns:
-        N x C float32, scaled as those of `propagate_normalized_cut`.
+        N x C float32 for each set, scaled as in `constrained_solution`.
 
     Raises:
-        ValueError: for labels that do not fit, a class without any, or an unknown filter.
+        ValueError: as `constraint_vectors` and `find_filter`, or for an unknown way to filter.
     """
-    one = [Labeling(labeled, labels)]
-    return propagate_filters(operator, one, num_classes, filter=filter, **parameters)[0]
+    _check_num_eigenvectors(num_eigenvectors)
+    if filter_by not in FILTER_BY:
+        raise ValueError(f"unknown way {filter_by!r} to filter: take one of {', '.join(FILTER_BY)}")
+    found, complete = find_filter(filter, **parameters)
+    operator = graph.operator
+    constraints = [constraint_vectors(operator.degrees, *one, num_classes) for one in labelings]
+    work = len(labelings) * num_classes * found.num_products(**complete)
+    much_work = work > MUCH_CHEAPER * SPECTRUM_PRODUCTS * num_eigenvectors
+    answers = None
+    if filter_by == "eigenvectors" or (filter_by == "auto" and much_work):
+        allowed = inf if filter_by == "eigenvectors" else EXACT_ENOUGH
+        answers = _by_eigenvectors(graph, num_eigenvectors, allowed, constraints, filter, complete)
+    if answers is None:
+        answers = apply_filter(operator, constraints, filter, **complete)
+    for one, scores in zip(constraints, answers, strict=True):
+        between = None
+        if operator.num_components > 1 and not FILTERS[filter].keeps_null:
+            between = between_components(operator, one, 2 / operator.smallest_eigenvalue)
+        _finish(scores, operator, one.nodes, between)
+    return answers
+
+
+def _by_eigenvectors(
+    graph: EmbeddingGraph,
+    num_eigenvectors: int,
+    allowed: float,
+    constraints: Sequence[LabelVectors],
+    filter: str,
+    parameters: dict[str, float],
+) -> list[Tensor] | None:
+    """Filter through eigenvectors; None if they may leave out more than `allowed` of a column."""
+    spectrum = graph.spectrum(num_eigenvectors - 1)
+    answers, bound = filter_by_eigenvectors(spectrum, constraints, filter, **parameters)
+    if bound <= allowed:
+        return answers
+    graph.cache.log(
+        f"{num_eigenvectors} eigenvectors may leave out {bound:.0%} of a column: by products instead"
+    )
+    return None
+
+
+def _check_num_eigenvectors(num_eigenvectors: int) -> None:
+    if num_eigenvectors < 2:
+        raise ValueError(f"{num_eigenvectors} eigenvectors: the first is constant, give 2 at least")

@@ -18,9 +18,8 @@ from lib.graph.affinity import (
     build_graph,
     chosen_preset,
     graph_meta,
-    load_graph,
-    save_graph,
 )
+from lib.graph.files import load_graph, save_graph
 from lib.graph.neighbors import Neighbors, nearest_neighbors
 
 

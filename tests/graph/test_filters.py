@@ -8,6 +8,7 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
+from graphs import alone, filter_columns, graph_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,17 +16,14 @@ import lib.graph.filters
 from lib.graph.affinity import build_graph
 from lib.graph.filters import (
     FILTERS,
-    WITHOUT_NULL,
-    Seeds,
+    LabelVectors,
+    apply_filter,
     chebyshev_filter,
-    conjugate_gradients,
     filter_by_eigenvectors,
-    filter_columns,
-    filter_each,
-    graph_operator,
     step_coefficients,
 )
-from lib.graph.spectral import laplacian_spectrum, project
+from lib.graph.operator import conjugate_gradients, graph_operator
+from lib.graph.spectrum import laplacian_spectrum
 from lib.propagation.normalized_cut import propagate_filter
 
 RESPONSE = {  # g(lambda); without a value at 0 where the null space is left out
@@ -146,8 +144,11 @@ def test_tiles_and_stacking_change_nothing(name, monkeypatch):
     whole = filter_columns(operator, columns, name)
     monkeypatch.setattr(lib.graph.filters, "TILE", 3)
     everywhere = torch.arange(90)
-    seeds = [Seeds(everywhere, columns[:, :2]), Seeds(everywhere.flip(0), columns[:, 2:].flip(0))]
-    parts = filter_each(operator, seeds, name)
+    vectors = [
+        LabelVectors(everywhere, columns[:, :2]),
+        LabelVectors(everywhere.flip(0), columns[:, 2:].flip(0)),
+    ]
+    parts = apply_filter(operator, vectors, name)
     assert [p.shape[1] for p in parts] == [2, 5]
     scale = float(whole.abs().max())
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-3 * scale, rtol=0)
@@ -171,7 +172,7 @@ def test_a_product_by_rows_gives_the_same(name):
         operator.components,
         operator.null,
         operator.root_degrees,
-        operator.seed_degrees,
+        operator.degrees,
     )
     torch.testing.assert_close(
         filter_columns(spread, columns, name), filter_columns(operator, columns, name)
@@ -179,14 +180,14 @@ def test_a_product_by_rows_gives_the_same(name):
     assert set(widths) == {3}
 
 
-def test_columns_are_zero_where_no_seed_is():
+def test_columns_are_zero_where_no_label_is():
     features, _ = blobs(2, 20)
     operator = graph_operator(build_graph(features, num_neighbors=8))
-    few = Seeds(torch.tensor([3, 17]), torch.tensor([[1.0, 0.0], [2.0, -1.0]]))
+    few = LabelVectors(torch.tensor([3, 17]), torch.tensor([[1.0, 0.0], [2.0, -1.0]]))
     columns = torch.zeros(40, 2)
     columns[few.nodes] = few.values
     torch.testing.assert_close(
-        filter_each(operator, [few], "heat")[0], filter_columns(operator, columns, "heat")
+        apply_filter(operator, [few], "heat")[0], filter_columns(operator, columns, "heat")
     )
 
 
@@ -197,7 +198,9 @@ def test_null_vectors_are_projected_out_exactly(sizes, seed):
     operator = graph_operator(sp.csr_matrix(W.astype(np.float32)), self_loops="drop")
     columns = torch.randn(len(W), 4, generator=torch.Generator().manual_seed(seed))
     within = operator.without_null(columns)
-    left = project(operator.null.numpy(), operator.components.numpy(), within.numpy())
+    basis = torch.zeros(len(W), operator.num_components)
+    basis[torch.arange(len(W)), operator.components] = operator.null
+    left = basis.T @ within
     np.testing.assert_allclose(left, 0, atol=1e-5)
     torch.testing.assert_close(operator.without_null(within), within, atol=1e-5, rtol=0)
 
@@ -243,16 +246,16 @@ def test_unknown_self_loops_are_refused():
 def test_all_eigenvectors_give_what_products_give_and_nothing_is_left_out(name):
     W = random_graph([30, 8, 1], 2)
     matrix = sp.csr_matrix(W.astype(np.float32))
-    seeds = [
-        Seeds(torch.tensor([3, 30, 38]), torch.randn(3, 4)),
-        Seeds(torch.tensor([5]), torch.ones(1, 1)),
+    vectors = [
+        LabelVectors(torch.tensor([3, 30, 38]), torch.randn(3, 4)),
+        LabelVectors(torch.tensor([5]), torch.ones(1, 1)),
     ]
     operator = graph_operator(matrix, self_loops="drop")
     with pytest.warns(UserWarning, match="3 components"):
         spectrum = laplacian_spectrum(matrix, 38, self_loops="drop")
-    exact, bound = filter_by_eigenvectors(spectrum, seeds, name)
+    exact, bound = filter_by_eigenvectors(spectrum, vectors, name)
     assert bound < 1e-2
-    for one, two in zip(exact, filter_each(operator, seeds, name), strict=True):
+    for one, two in zip(exact, apply_filter(operator, vectors, name), strict=True):
         torch.testing.assert_close(one, two, atol=3e-3 * float(two.abs().max()), rtol=0)
 
 
@@ -260,24 +263,24 @@ def test_all_eigenvectors_give_what_products_give_and_nothing_is_left_out(name):
 @given(seed=st.integers(0, 10**6), name=st.sampled_from(sorted(FILTERS)), k=st.integers(1, 25))
 def test_what_few_eigenvectors_leave_out_is_within_the_bound(seed, name, k):
     matrix = sp.csr_matrix(random_graph([30], seed).astype(np.float32))
-    seeds = [Seeds(torch.tensor([3, 17]), torch.randn(2, 2))]
+    vectors = [LabelVectors(torch.tensor([3, 17]), torch.randn(2, 2))]
     spectrum = laplacian_spectrum(matrix, k, self_loops="drop")
-    part, bound = filter_by_eigenvectors(spectrum, seeds, name)
-    whole = filter_each(graph_operator(matrix, self_loops="drop"), seeds, name)[0]
+    part, bound = filter_by_eigenvectors(spectrum, vectors, name)
+    whole = apply_filter(graph_operator(matrix, self_loops="drop"), vectors, name)[0]
     left_out = ((whole - part[0]).norm(dim=0) / part[0].norm(dim=0)).max()
     assert float(left_out) <= bound + 5e-3
 
 
 @pytest.mark.parametrize("weight", [1e-8, 1e-10])
-@pytest.mark.parametrize("name", WITHOUT_NULL)
+@pytest.mark.parametrize("name", [name for name in FILTERS if not FILTERS[name].keeps_null])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_components_that_nearly_fall_apart_give_finite_scores(name, weight):
     clique = np.ones((6, 6)) - np.eye(6)
     affinity = scipy.linalg.block_diag(clique, clique, clique)
     affinity[0, 6] = affinity[6, 0] = weight
-    operator = graph_operator(sp.csr_matrix(affinity.astype(np.float32)))
+    graph = graph_of(affinity, self_loops="published")
     labeled, labels = torch.tensor([0, 6, 12]), torch.arange(3)
-    scores = propagate_filter(operator, labeled, labels, 3, filter=name)
+    scores = alone(propagate_filter, graph, labeled, labels, 3, filter=name)
     assert torch.isfinite(scores).all()
-    assert operator.smallest_eigenvalue > 0
+    assert graph.operator.smallest_eigenvalue > 0
     assert scores[12:].argmax(dim=1).tolist() == [2] * 6  # the component that is apart

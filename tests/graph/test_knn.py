@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lib.graph.knn
 import lib.propagation.knn
 from lib.graph.knn import classify, top_k_accuracy
-from lib.propagation import propagate_knn
+from lib.propagation.knn import knn_probabilities
 
 
 def naive_votes(query, bank, labels, num_classes, k, temperature=0.1):
@@ -63,10 +63,10 @@ def test_small_temperature_does_not_overflow():
 def test_block_size_changes_nothing(monkeypatch):
     features, targets = blobs(3, 20)
     labeled = torch.arange(0, 60, 2)
-    whole = propagate_knn(features, labeled, targets[labeled], 3, k=7)
+    whole = knn_probabilities(features, labeled, targets[labeled], 3, k=7)
     for module in (lib.graph.knn, lib.propagation.knn):
         monkeypatch.setattr(module, "BLOCK_BYTES", 4 * len(labeled) * 4)
-    blocks = propagate_knn(features, labeled, targets[labeled], 3, k=7)
+    blocks = knn_probabilities(features, labeled, targets[labeled], 3, k=7)
     torch.testing.assert_close(blocks, whole)
 
 
@@ -81,7 +81,7 @@ def test_second_call_does_not_use_the_labels_of_the_first():
 def test_labeled_image_has_no_vote_on_itself():
     features, targets = blobs(3, 12, spread=0.6)
     labeled = torch.tensor([30, 2, 17, 9, 21, 4, 33, 8, 25, 11])
-    scores = propagate_knn(features, labeled, targets[labeled], 3, k=4)
+    scores = knn_probabilities(features, labeled, targets[labeled], 3, k=4)
     for i in range(36):
         voters = labeled[labeled != i]
         expected = naive_votes(features[i], features[voters], targets[voters], 3, 4)
@@ -91,13 +91,13 @@ def test_labeled_image_has_no_vote_on_itself():
 def test_excluded_image_leaves_no_vote_even_where_all_others_vote_too():
     # a similarity of 0 in place of exclusion would still vote, and win over the opposite ones
     features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
-    scores = propagate_knn(features, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), 2)
+    scores = knn_probabilities(features, torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), 2)
     assert scores[0].tolist() == [0, 1]
 
 
 def test_the_only_labeled_image_is_uniform_and_labels_all_others():
     features, _ = blobs(2, 4)
-    scores = propagate_knn(features, torch.tensor([3]), torch.tensor([1]), 2)
+    scores = knn_probabilities(features, torch.tensor([3]), torch.tensor([1]), 2)
     assert scores[3].tolist() == [0.5, 0.5]
     assert scores[torch.arange(8) != 3].tolist() == [[0, 1]] * 7
 
@@ -105,7 +105,7 @@ def test_the_only_labeled_image_is_uniform_and_labels_all_others():
 def test_class_without_a_label_gets_no_votes():
     features, targets = blobs(3, 20)
     labeled = (targets != 1).nonzero()[:10, 0]
-    scores = propagate_knn(features, labeled, targets[labeled], 3)
+    scores = knn_probabilities(features, labeled, targets[labeled], 3)
     assert (scores[:, 1] == 0).all()
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(60))
 
@@ -114,7 +114,7 @@ def test_propagation_uses_at_most_200_neighbors():
     features, _ = blobs(2, 150, spread=2.0)
     labeled = torch.arange(299)
     labels = torch.arange(299) % 2
-    scores = propagate_knn(features, labeled, labels, 2)[299]
+    scores = knn_probabilities(features, labeled, labels, 2)[299]
     expected = naive_votes(features[299], features[:299], labels, 2, 200)
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert scores.tolist() != naive_votes(features[299], features[:299], labels, 2, 299)
@@ -136,7 +136,7 @@ def test_impossible_propagation_says_why(options, words):
     features, _ = blobs(3, 20)
     call = {"labeled": torch.tensor([1, 5]), "labels": torch.tensor([0, 1])} | options
     with pytest.raises(ValueError, match=words):
-        propagate_knn(features, num_classes=3, **call)
+        knn_probabilities(features, num_classes=3, **call)
 
 
 def test_bank_without_any_label_is_refused():

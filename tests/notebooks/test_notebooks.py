@@ -14,9 +14,10 @@ from PIL import Image
 from runs import CPU, call, fake_venv, finetuning, make_folder, pretraining, run_shell
 
 from datasets import build_datasets
-from lib.features.extraction import extract, load_embedding, load_or_extract
+from lib.features.extraction import extract, load_or_extract
+from lib.features.networks import load_embedding
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph, propagate
 from lib.report.curves import accuracy_coverage
@@ -135,7 +136,7 @@ def test_files_have_the_published_keys_and_kinds(executed, name, count):
     }
     assert {k: (tuple(state[k].shape), state[k].dtype) for k in expected} == expected
     train, _ = build_datasets("patches", "")
-    pseudo = pseudo_labels.load(file)
+    pseudo = pseudo_files.load(file)
     pseudo.require_fit(3000, 10, count, train.digest)
     assert pseudo.meta["options"]["algorithm"] == name
     assert pseudo.meta["classes"] == list(train.classes)
@@ -151,7 +152,7 @@ def test_the_table_holds_the_precision_of_the_files(executed, name):
     folder, notebook = executed[name]
     train, _ = build_datasets("patches", "")
     for count in (10, 50):
-        pseudo = pseudo_labels.load(folder / f"{count}.pth.tar")
+        pseudo = pseudo_files.load(folder / f"{count}.pth.tar")
         correct = (pseudo.labels == train.targets[pseudo.indexes]).double()
         auc = (correct.cumsum(0) / torch.arange(1, len(correct) + 1)).mean()
         row = f"{count:6d}  {100 * correct.mean():8.2f}%  {100 * auc:5.2f}%"
@@ -177,8 +178,8 @@ def test_another_method_spreads_the_labels_of_the_same_images(executed, metric, 
     words = {"dataset": "patches", "checkpoint": str(metric), "num_labeled": [50]}
     words |= {"method": "poisson", "save_path": str(tmp_path)}
     notebook = run_notebook(name, tmp_path / "out.ipynb", **words)
-    pseudo = pseudo_labels.load(tmp_path / "50.pth.tar")
-    published = pseudo_labels.load(executed[name][0] / "50.pth.tar")
+    pseudo = pseudo_files.load(tmp_path / "50.pth.tar")
+    published = pseudo_files.load(executed[name][0] / "50.pth.tar")
     assert pseudo.meta["propagation"]["method"] == "poisson"
     assert torch.equal(pseudo.labeled, published.labeled)
     assert not torch.equal(pseudo.labels, published.labels)
@@ -192,7 +193,7 @@ def test_another_method_spreads_the_labels_of_the_same_images(executed, metric, 
 
 
 def test_the_votes_of_the_knn_notebook_are_those_of_its_parameters(metric, executed):
-    pseudo = pseudo_labels.load(executed["knn"][0] / "50.pth.tar")
+    pseudo = pseudo_files.load(executed["knn"][0] / "50.pth.tar")
     found = load_or_extract(checkpoint_file=metric, dataset="patches")
     similarities = (
         found.features[pseudo.indexes].double() @ found.features[pseudo.labeled].double().T
@@ -267,7 +268,7 @@ def test_without_true_labels_curves_are_left_out_and_files_written(unlabeled, tm
     train, _ = build_datasets("folder", data, image_size=16)
     colors = [train.classes.index(Path(p).parent.name) for p in train.paths]
     for count in ("8", "all"):
-        pseudo = pseudo_labels.load(out / f"{count}.pth.tar")
+        pseudo = pseudo_files.load(out / f"{count}.pth.tar")
         assert sorted(pseudo.indexes.tolist()) == list(range(8, 68))
         assert pseudo.labels.tolist() == [colors[i] for i in pseudo.indexes.tolist()]
 

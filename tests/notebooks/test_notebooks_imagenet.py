@@ -12,10 +12,10 @@ from PIL import Image
 from runs import call, fake_venv, make_folder, run_shell
 from test_notebooks import assert_picture, defaults, outputs, printed, run_notebook
 
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.files import checkpoint
 from lib.graph.knn import classify
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph, propagate
 from lib.report import plots
@@ -68,7 +68,7 @@ def test_chunks_hold_every_unlabeled_image_once_in_no_order_of_classes(cache, in
     assert {p.name for p in folder.iterdir()} == {f"3_{i}.pth.tar" for i in range(3)}
     targets = checkpoint.load(cache["train"])["labels"]
     split = labeled_split(targets, LABELS, CLASSES)
-    parts = [pseudo_labels.load(folder / f"3_{i}.pth.tar") for i in range(3)]
+    parts = [pseudo_files.load(folder / f"3_{i}.pth.tar") for i in range(3)]
     assert sorted(torch.cat([p.indexes for p in parts]).tolist()) == sorted(
         split.unlabeled.tolist()
     )
@@ -90,7 +90,7 @@ def test_the_same_parameters_give_the_same_bytes(cache, tmp_path, monkeypatch, n
         parts = sorted((tmp_path / place).rglob("2_*.pth.tar"))
         written.add(b"".join(path.read_bytes() for path in parts))
     assert len(written) == 1
-    meta = pseudo_labels.load(parts[-1]).meta
+    meta = pseudo_files.load(parts[-1]).meta
     assert {"options", "versions", "git_commit", "data_digest"} <= meta.keys()
     assert meta["options"]["seed"] == 0
 
@@ -143,7 +143,7 @@ def test_nearest_neighbors_and_what_they_say_of_validation_images(cache, tmp_pat
     right = (votes.argmax(dim=1) == val["val_labels"]).double().mean()
     assert f"kNN accuracy of 60 other images: top-1 {100 * right:.2f}%" in printed(notebook)
     folder = tmp_path / f"num_labeled_{LABELS}"
-    pseudo = pseudo_labels.merged([pseudo_labels.load(folder / f"2_{i}.pth.tar") for i in (0, 1)])
+    pseudo = pseudo_labels.merged([pseudo_files.load(folder / f"2_{i}.pth.tar") for i in (0, 1)])
     assert pseudo.meta["propagation"] == {"method": "knn", "k": 5, "temperature": 0.1}
     assert pseudo.meta["classes"] == []  # the feature file names none
     votes = classify(
@@ -188,7 +188,7 @@ def walk(data: Path, output: Path, size: int, steps: int, chunks: int, **paramet
 def test_from_pictures_to_predictions_in_chunks(tmp_path):
     data = make_folder(tmp_path / "pictures")
     output = walk(data, tmp_path, 64, 2, 2, num_neighbors=5, num_eigenvectors=8)
-    parts = [pseudo_labels.load(output / "num_labeled_all" / f"2_{i}.pth.tar") for i in (0, 1)]
+    parts = [pseudo_files.load(output / "num_labeled_all" / f"2_{i}.pth.tar") for i in (0, 1)]
     assert sorted(torch.cat([p.indexes for p in parts]).tolist()) == list(range(40, 52))
     assert all(part.meta["data_digest"] for part in parts)
     assert all(part.meta["classes"] == ["blue", "gray", "green", "red"] for part in parts)
@@ -251,7 +251,7 @@ def test_the_whole_path_at_224_pixels_in_ten_chunks_and_in_one_graph(tmp_path):
     call(make_pictures, "--output", data, "--labeled", 4, "--unlabeled", 20, "--test", 5)
     few = {"num_neighbors": 5, "num_eigenvectors": 12}
     walk(data, tmp_path, 224, 20, 10, **few)
-    chunks = [pseudo_labels.load(p) for p in (tmp_path / "num_labeled_all").iterdir()]
+    chunks = [pseudo_files.load(p) for p in (tmp_path / "num_labeled_all").iterdir()]
     assert len(chunks) == 10
     run_notebook(
         *("nc-imagenet", tmp_path / "one.ipynb"),
@@ -263,5 +263,5 @@ def test_the_whole_path_at_224_pixels_in_ten_chunks_and_in_one_graph(tmp_path):
         save_path=str(tmp_path),
         **few,
     )
-    whole = pseudo_labels.load(tmp_path / "all.pth.tar")
+    whole = pseudo_files.load(tmp_path / "all.pth.tar")
     assert sorted(whole.indexes.tolist()) == sorted(torch.cat([c.indexes for c in chunks]).tolist())

@@ -10,7 +10,6 @@ import lib.propagation.choose
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import run_algorithm
-from lib.propagation.checks import Labeling
 from lib.propagation.choose import (
     CANDIDATES,
     MAX_FOLDS,
@@ -25,6 +24,7 @@ from lib.propagation.choose import (
     fit_temperature,
     make_folds,
 )
+from lib.propagation.labelings import Labeling
 
 KNN = Candidate("knn", {"k": 5})
 POISSON = Candidate("poisson")

@@ -10,7 +10,7 @@ from lib.files import checkpoint
 from lib.labels import pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation import EmbeddingGraph, propagate
-from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part, subset
+from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part
 from lib.report.curves import top_k_hits
 
 FEATURES, TARGETS = blobs(num_classes=5, per_class=40)
@@ -56,7 +56,7 @@ def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labeled_images(
 def test_a_subset_shares_the_choices_but_neither_graph_nor_spectrum():
     metric = EmbeddingGraph(FEATURES, "local-scale", 6, "drop")
     metric.spectrum(5)
-    part = subset(metric, torch.arange(50))
+    part = metric.subset(torch.arange(50))
     assert part.affinity.shape == (50, 50)
     assert part.spectrum(5).vectors.shape == (50, 5)
     assert (part.graph, part.num_neighbors, part.self_loops) == ("local-scale", 6, "drop")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, assert_ok, assert_refused, blobs, run_script
 
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.features.extraction import FeatureSet
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
-from lib.propagation.workers import ROWS, Share, rows_of
+from lib.labels import pseudo_files
+from lib.propagation.workers import ROWS, rows_of
 from lib.runtime import distributed
 
 METHODS = {
@@ -78,7 +78,7 @@ def test_two_processes_give_the_labels_of_one(folders, name):
     made = [f for f in files(one) if not f.startswith("work")]
     assert len(made) == (3 if name == "chunks" else 1)
     for file in made:
-        alone, together = pseudo_labels.load(one / file), pseudo_labels.load(two / file)
+        alone, together = pseudo_files.load(one / file), pseudo_files.load(two / file)
         assert alone.meta["propagation"] == together.meta["propagation"]
         by_image = alone.indexes.argsort(), together.indexes.argsort()
         assert torch.equal(alone.labels[by_image[0]], together.labels[by_image[1]])
@@ -101,7 +101,7 @@ def test_the_graph_of_two_processes_is_the_graph_of_one(folders):
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [7, 100, 2 * 7 * ROWS, 5000])
 def test_every_row_is_that_of_one_process(n, size):
-    parts = [rows_of(Share(rank, size), n) for rank in range(size)]
+    parts = [rows_of(rank, size, n) for rank in range(size)]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
     assert all(part.start < part.stop for part in parts)
     if n >= 2 * size * ROWS:
@@ -115,8 +115,8 @@ def test_torchrun_starts_the_script(features, folders, tmp_path):
     words = (*words, "--num-labeled", LABELS, *METHODS["poisson"])
     printed = assert_ok(run_script(*launcher, "scripts/propagate.py", *words, OMP_NUM_THREADS="1"))
     assert printed.count("760 x 16 features, 4 classes") == 1  # rank 0 alone prints
-    alone = pseudo_labels.load(folders[0] / "poisson" / f"{LABELS}.pth.tar")
-    together = pseudo_labels.load(tmp_path / f"{LABELS}.pth.tar")
+    alone = pseudo_files.load(folders[0] / "poisson" / f"{LABELS}.pth.tar")
+    together = pseudo_files.load(tmp_path / f"{LABELS}.pth.tar")
     by_image = alone.indexes.argsort(), together.indexes.argsort()
     assert torch.equal(alone.labels[by_image[0]], together.labels[by_image[1]])
 
@@ -125,19 +125,17 @@ def test_torchrun_starts_the_script(features, folders, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ("--method", "filter", "--filter", "heat", "--time", "-1"),
-            "must be positive",
-        ),  # rank 0 alone
-        (
-            ("--method", "knn", "--k", "0"),
-            "must be positive",
-        ),  # all of them, in the midst of a task
+        # Rank 0 alone notices it.
+        (("--method", "filter", "--cutoff", "3"), "give 0 < cut-off < 2"),
+        # All processes notice it, in the midst of a task.
+        (("--method", "nc", "--search", "faiss"), "FAISS is not installed"),
     ],
 )
 def test_a_mistake_ends_all_processes_with_one_message(features, tmp_path, words, message):
     options = ("--features", features, "--num-labeled", LABELS, "--save-path", tmp_path)
-    result = run_script("scripts/propagate.py", *options, *words, "--gpus", "cpu,cpu")
+    (tmp_path / "faiss.py").write_text("raise ImportError")
+    command = ("scripts/propagate.py", *options, *words, "--gpus", "cpu,cpu")
+    result = run_script(*command, PYTHONPATH=str(tmp_path))
     assert_refused(result, message)
 
 

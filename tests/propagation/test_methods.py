@@ -10,38 +10,39 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
+from graphs import alone, graph_of, normalized_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lib.propagation.algorithms
+import lib.propagation.embedding_graph
+import lib.propagation.normalized_cut
 from lib.graph.affinity import build_graph
-from lib.graph.filters import graph_operator
-from lib.graph.spectral import laplacian_spectrum
-from lib.labels.pseudo_labels import entropy_confidence, from_probabilities, from_scores
+from lib.graph.operator import graph_operator
+from lib.graph.spectrum import laplacian_spectrum
+from lib.labels.confidence import entropy_confidence, from_probabilities, from_scores
 from lib.labels.split import Split, labeled_split
-from lib.propagation import (
-    METHODS,
-    EmbeddingGraph,
-    propagate,
-    propagate_filter,
-    propagate_normalized_cut,
-    propagate_poisson,
-    propagate_spreading,
-)
-from lib.propagation.algorithms import ALGORITHMS, log_shares, run_algorithm
-from lib.propagation.cache import GraphCache
-from lib.propagation.checks import Labeling
-from lib.propagation.priors import match_prior
-
-DIFFUSIONS = {
-    "filter": lambda graph, *labeled: propagate_filter(graph, *labeled, filter="pseudo-inverse"),
-    "spreading": propagate_spreading,
-    "poisson": propagate_poisson,
-}
+from lib.propagation import METHODS, EmbeddingGraph, Labeling, propagate
+from lib.propagation.algorithms import ALGORITHMS, run_algorithm
+from lib.propagation.diffusion import label_spreading, propagate_poisson
+from lib.propagation.embedding_graph import GraphCache
+from lib.propagation.normalized_cut import propagate_filter
+from lib.propagation.scores import log_shares, match_prior
 
 
-def operator_of(dense, self_loops="drop"):
-    return graph_operator(sp.csr_matrix(dense.astype(np.float32)), self_loops=self_loops)
+def spread(graph, labeled, labels, num_classes, alpha=0.99):
+    return alone(label_spreading, graph.operator, labeled, labels, num_classes, alpha=alpha)
+
+
+def learn(graph, labeled, labels, num_classes):
+    return alone(propagate_poisson, graph, labeled, labels, num_classes)
+
+
+def invert(graph, labeled, labels, num_classes):
+    kind = {"filter": "pseudo-inverse"}
+    return alone(propagate_filter, graph, labeled, labels, num_classes, **kind)
+
+
+DIFFUSIONS = {"filter": invert, "spreading": spread, "poisson": learn}
 
 
 def components_of_random_weights(sizes, seed):
@@ -63,7 +64,7 @@ def task(num_classes=3, per_class=25, num_labeled=9, spread=0.4, seed=0):
 def test_spreading_equals_the_dense_formula(seed, alpha):
     W = components_of_random_weights([14], seed)
     labeled, labels = torch.tensor([3, 8, 1, 12]), torch.tensor([0, 1, 2, 1])
-    scores = propagate_spreading(operator_of(W), labeled, labels, 3, alpha=alpha)
+    scores = spread(graph_of(W), labeled, labels, 3, alpha=alpha)
     root = 1 / np.sqrt(W.sum(axis=1))
     Y = np.zeros((14, 3))
     Y[labeled, labels] = 1
@@ -78,7 +79,7 @@ def test_poisson_equals_the_dense_formula(seed, unbalanced):
     W = components_of_random_weights([15], seed)
     labeled = torch.tensor([3, 8, 1, 12, 5])
     labels = torch.tensor([0, 1, 2, 1, 1] if unbalanced else [0, 1, 2, 0, 1])
-    scores = propagate_poisson(operator_of(W), labeled, labels, 3).double().numpy()
+    scores = learn(graph_of(W), labeled, labels, 3).double().numpy()
     onehot = np.eye(3)[labels]
     source = np.zeros((15, 3))
     source[labeled] = onehot - onehot.mean(axis=0)
@@ -98,8 +99,7 @@ def test_poisson_does_not_depend_on_self_loops():
     assert not torch.allclose(kept(torch.eye(60)), dropped(torch.eye(60)))
     # D - W has no self-loops; only the weights of the mean differ, which move whole columns
     one, two = (
-        propagate_poisson(graph_operator(W, self_loops=c), labeled, targets[labeled], 3)
-        for c in ("keep", "drop")
+        learn(graph_of(W, self_loops=c), labeled, targets[labeled], 3) for c in ("keep", "drop")
     )
     one, two = (z - z.mean(dim=0) for z in (one, two))
     torch.testing.assert_close(one / one.norm(), two / two.norm(), atol=2e-3, rtol=0)
@@ -112,10 +112,9 @@ def test_pseudo_inverse_filter_equals_the_normalized_cut_with_all_eigenvectors(s
     W = build_graph(features, num_neighbors=8)
     spectrum = laplacian_spectrum(W, 79, self_loops=self_loops)
     assert spectrum.num_components == 1
-    operator = graph_operator(W, self_loops=self_loops)
     torch.testing.assert_close(
-        propagate_filter(operator, labeled, targets[labeled], 4, filter="pseudo-inverse"),
-        propagate_normalized_cut(spectrum, labeled, targets[labeled], 4),
+        invert(graph_of(W, self_loops=self_loops), labeled, targets[labeled], 4),
+        normalized_cut(spectrum, labeled, targets[labeled], 4),
         atol=5e-3,
         rtol=0,
     )
@@ -130,7 +129,7 @@ def test_component_with_labels_of_one_class_is_labeled_with_it(name, sizes, seed
     W = components_of_random_weights(sizes, seed)
     first = np.cumsum([0, *sizes[:-2]])
     classes = np.array([0, 1, *rng.integers(0, 2, len(first) - 2)])
-    scores = DIFFUSIONS[name](operator_of(W), torch.from_numpy(first), torch.from_numpy(classes), 2)
+    scores = DIFFUSIONS[name](graph_of(W), torch.from_numpy(first), torch.from_numpy(classes), 2)
     assert torch.isfinite(scores).all()
     assert scores[:-4].argmax(dim=1).tolist() == np.repeat(classes, sizes[:-1]).tolist()
     assert (scores[-4:] == scores[-4:, :1]).all()
@@ -142,7 +141,7 @@ def test_component_with_labels_of_two_classes_is_divided_inside(name):
     W = scipy.linalg.block_diag(clique, clique, clique)
     W[5, 6] = W[6, 5] = 0.5
     labeled, labels = torch.tensor([0, 11, 12]), torch.tensor([0, 1, 1])
-    scores = DIFFUSIONS[name](operator_of(W), labeled, labels, 2)
+    scores = DIFFUSIONS[name](graph_of(W), labeled, labels, 2)
     assert scores.argmax(dim=1).tolist() == [0] * 6 + [1] * 12
 
 
@@ -224,8 +223,8 @@ def test_clamped_images_keep_their_labels_and_the_others_are_smooth():
     labels = targets[labeled].clone()
     labels[0] = (labels[0] + 1) % 3  # a wrong one, whose neighbors disagree
     spectrum = laplacian_spectrum(build_graph(features, num_neighbors=10), 12)
-    free = propagate_normalized_cut(spectrum, labeled, labels, 3)
-    clamped = propagate_normalized_cut(spectrum, labeled, labels, 3, clamp=True)
+    free = normalized_cut(spectrum, labeled, labels, 3)
+    clamped = normalized_cut(spectrum, labeled, labels, 3, clamp=True)
     assert free[labeled[0]].argmax() != labels[0]
     assert torch.equal(clamped[labeled].argmax(dim=1), labels)
     assert (clamped.argmax(dim=1) == targets).float().mean() > 0.9
@@ -236,13 +235,11 @@ def test_clamped_images_keep_their_labels_and_the_others_are_smooth():
 def test_clamping_where_no_eigenvector_reaches_a_label_is_finite():
     W = sp.csr_matrix(np.eye(4, dtype=np.float32))
     spectrum = laplacian_spectrum(W)
-    scores = propagate_normalized_cut(
-        spectrum, torch.tensor([0, 1]), torch.tensor([0, 1]), 2, clamp=True
-    )
+    scores = normalized_cut(spectrum, torch.tensor([0, 1]), torch.tensor([0, 1]), 2, clamp=True)
     assert torch.isfinite(scores).all()
     assert scores[:2].argmax(dim=1).tolist() == [0, 1]
     W = sp.csr_matrix(scipy.linalg.block_diag(np.eye(2), np.ones((3, 3))).astype(np.float32))
-    scores = propagate_normalized_cut(
+    scores = normalized_cut(
         laplacian_spectrum(W), torch.tensor([0, 1]), torch.tensor([0, 1]), 2, clamp=True
     )
     assert torch.isfinite(scores).all()
@@ -351,7 +348,7 @@ def test_graph_and_spectrum_are_made_once_for_all(monkeypatch):
 
         return wrapper
 
-    module = lib.propagation.algorithms
+    module = lib.propagation.embedding_graph
     monkeypatch.setattr(module, "build_graph", counted("graph", module.build_graph))
     monkeypatch.setattr(
         module, "laplacian_spectrum", counted("spectrum", module.laplacian_spectrum)
@@ -373,7 +370,7 @@ def test_graph_and_spectrum_are_made_once_for_all(monkeypatch):
 
 def test_a_spectrum_that_is_read_from_its_file_needs_no_product(tmp_path):
     metric, _, _ = task()
-    first, second = (replace(metric, cache=GraphCache(tmp_path), _largest=[]) for _ in range(2))
+    first, second = (replace(metric, cache=GraphCache(tmp_path)) for _ in range(2))
     computed, read = first.spectrum(9), second.spectrum(9)
     np.testing.assert_array_equal(read.vectors, computed.vectors)
     assert "product" in vars(first)
@@ -393,10 +390,10 @@ def test_a_filter_through_eigenvectors_is_chosen_only_where_it_is_cheap_and_exac
     through_few = scores("eigenvectors", time=0.5, num_eigenvectors=4)
     assert (scores("products", time=0.5) - through_few).abs().max() > 0.1  # it is another answer
     assert torch.equal(scores("auto", num_eigenvectors=4), products)  # cheap with three classes
-    monkeypatch.setattr(lib.propagation.algorithms, "SPECTRUM_PRODUCTS", 1)
+    monkeypatch.setattr(lib.propagation.normalized_cut, "SPECTRUM_PRODUCTS", 1)
     assert torch.equal(scores("auto", time=0.5, num_eigenvectors=4), scores("products", time=0.5))
     assert "by products instead" in said[-1]
-    monkeypatch.setattr(lib.propagation.algorithms, "SPECTRUM_PRODUCTS", 0.1)
+    monkeypatch.setattr(lib.propagation.normalized_cut, "SPECTRUM_PRODUCTS", 0.1)
     chosen = scores("auto", num_eigenvectors=75)
     assert torch.equal(chosen, scores("eigenvectors", num_eigenvectors=75))
     torch.testing.assert_close(chosen, products, atol=2e-2, rtol=0)
@@ -406,7 +403,7 @@ def test_the_default_is_the_published_normalized_cut():
     metric, split, targets = task()
     found = propagate(metric, "nc", split, targets[split.labeled], 3)
     spectrum = laplacian_spectrum(metric.affinity, 199)
-    expected = propagate_normalized_cut(spectrum, split.labeled, targets[split.labeled], 3)
+    expected = normalized_cut(spectrum, split.labeled, targets[split.labeled], 3)
     assert torch.equal(found.scores, expected)
     assert found.confidence == "margin"
 
@@ -449,9 +446,7 @@ def test_spreading_of_a_class_without_a_label_gives_it_to_nobody():
     some = targets[split.labeled] != 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scores = propagate_spreading(
-            metric.operator, split.labeled[some], targets[split.labeled][some], 3
-        )
+        scores = spread(metric, split.labeled[some], targets[split.labeled][some], 3)
     assert (scores[:, 1] == 0).all()
 
 
@@ -462,11 +457,11 @@ def test_large_graphs_are_multiplied_in_an_order_of_their_own_with_the_same_answ
     features, targets = blobs(4, 60)
     split = labeled_split(targets, 8, 4)
     plain = propagate(EmbeddingGraph(features), method, split, targets[split.labeled], 4)
-    monkeypatch.setattr(lib.propagation.algorithms, "SORTED_FROM", 100)
+    monkeypatch.setattr(lib.propagation.embedding_graph, "SORTED_FROM", 100)
     asked = []
-    near_order = lib.propagation.algorithms.near_order
+    near_order = lib.propagation.embedding_graph.near_order
     monkeypatch.setattr(
-        lib.propagation.algorithms, "near_order", lambda *a: asked.append(1) or near_order(*a)
+        lib.propagation.embedding_graph, "near_order", lambda *a: asked.append(1) or near_order(*a)
     )
     ordered = propagate(EmbeddingGraph(features), method, split, targets[split.labeled], 4)
     assert asked

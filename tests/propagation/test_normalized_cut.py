@@ -9,15 +9,15 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
+from graphs import normalized_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lib.graph.spectral
+import lib.graph.spectrum
 from lib.graph.affinity import PRESETS, build_graph
-from lib.graph.spectral import laplacian_spectrum
-from lib.labels.pseudo_labels import from_scores
+from lib.graph.spectrum import laplacian_spectrum
+from lib.labels.confidence import from_scores
 from lib.labels.split import labeled_split
-from lib.propagation import propagate_normalized_cut
 from lib.propagation.normalized_cut import between_components, constraint_vectors
 
 K = {"cifar": 12, "local-scale": 10, "imagenet": 30}
@@ -82,7 +82,7 @@ def assert_same_scores(scores, expected, atol):
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_scores_equal_a_literal_implementation(preset, solver, monkeypatch):
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 10**6 if solver == "dense" else 0)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 10**6 if solver == "dense" else 0)
     features, targets = blobs(5, 40, spread=0.35)
     labeled = labeled_split(targets, 20, 5).labeled
     num_eigenvectors = 60
@@ -90,7 +90,7 @@ def test_scores_equal_a_literal_implementation(preset, solver, monkeypatch):
     spectrum = laplacian_spectrum(W, num_eigenvectors - 1)
     assert spectrum.num_components == 1
 
-    scores = propagate_normalized_cut(spectrum, labeled, targets[labeled], 5)
+    scores = normalized_cut(spectrum, labeled, targets[labeled], 5)
 
     expected = literal_scores(
         literal_affinity(features, preset, K[preset]),
@@ -108,9 +108,7 @@ def test_keeping_the_self_loops_is_another_result_than_published():
     labeled = labeled_split(targets, 20, 5).labeled
     W = build_graph(features, "cifar", num_neighbors=12)
     published, keep = (
-        propagate_normalized_cut(
-            laplacian_spectrum(W, 59, self_loops=choice), labeled, targets[labeled], 5
-        )
+        normalized_cut(laplacian_spectrum(W, 59, self_loops=choice), labeled, targets[labeled], 5)
         for choice in ("published", "keep")
     )
     assert (published - keep).abs().max() > 0.05
@@ -118,30 +116,32 @@ def test_keeping_the_self_loops_is_another_result_than_published():
 
 @pytest.mark.parametrize("self_loops", ["keep", "drop"])
 def test_degrees_with_and_without_self_loops_are_not_mixed(self_loops):
-    # seeds weighed with the Laplacian's own degrees have no part along its null vector
+    # constraints weighed with the Laplacian's own degrees have no part along its null vector
     features, targets = blobs(4, 20)
     labeled = labeled_split(targets, 12, 4).labeled
     spectrum = laplacian_spectrum(build_graph(features), 10, self_loops=self_loops)
-    seeds = constraint_vectors(spectrum.degrees, labeled, targets[labeled], 4)
-    np.testing.assert_allclose(spectrum.null[labeled] @ seeds, 0, atol=1e-12)
+    constraints = constraint_vectors(spectrum.degrees, labeled, targets[labeled], 4)
+    np.testing.assert_allclose(spectrum.null[labeled] @ constraints.values.numpy(), 0, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(2, 5), per_class=st.integers(1, 4))
-def test_seed_vectors_equal_the_published_formula(seed, num_classes, per_class):
+def test_constraint_vectors_equal_the_published_formula(seed, num_classes, per_class):
     rng = np.random.default_rng(seed)
     degree = rng.uniform(0.5, 20, 40)
     labeled = torch.from_numpy(rng.permutation(40)[: num_classes * per_class])
     labels = torch.arange(num_classes).repeat(per_class)
-    seeds = constraint_vectors(degree, labeled, labels, num_classes)
+    constraints = constraint_vectors(degree, labeled, labels, num_classes).values.numpy()
     for label in range(num_classes):
         u = np.zeros(40)
         u[labeled] = np.where(labels == label, 1, -1)
         p, q = degree * (np.abs(u) + u) / 2, degree * (np.abs(u) - u) / 2
         r = p.sum() / q.sum()
         s = np.sqrt(p / r) - np.sqrt(q * r)
-        np.testing.assert_allclose(seeds[:, label], (s / np.linalg.norm(s))[labeled], atol=1e-12)
-    np.testing.assert_allclose(np.sqrt(degree)[labeled] @ seeds, 0, atol=1e-10)
+        np.testing.assert_allclose(
+            constraints[:, label], (s / np.linalg.norm(s))[labeled], atol=1e-12
+        )
+    np.testing.assert_allclose(np.sqrt(degree)[labeled] @ constraints, 0, atol=1e-10)
 
 
 def two_cliques(m, bridge=True):
@@ -154,9 +154,9 @@ def two_cliques(m, bridge=True):
 @pytest.mark.parametrize("self_loops", ["published", "keep", "drop"])
 @pytest.mark.parametrize("solver", ["dense", "sparse"])
 def test_two_cliques_joined_by_one_edge_are_told_apart(solver, self_loops, monkeypatch):
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 10**6 if solver == "dense" else 0)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 10**6 if solver == "dense" else 0)
     spectrum = laplacian_spectrum(two_cliques(20), 5, self_loops=self_loops)
-    scores = propagate_normalized_cut(spectrum, torch.tensor([3, 30]), torch.tensor([0, 1]), 2)
+    scores = normalized_cut(spectrum, torch.tensor([3, 30]), torch.tensor([0, 1]), 2)
     assert scores.argmax(dim=1).tolist() == [0] * 20 + [1] * 20
     # the bridge's own nodes are the least certain of their sides
     margin = -scores.amin(dim=1)
@@ -167,7 +167,7 @@ def test_winner_has_score_zero_and_the_others_less():
     features, targets = blobs()
     labeled = labeled_split(targets, 10, 5).labeled
     spectrum = laplacian_spectrum(build_graph(features), 50)
-    scores = propagate_normalized_cut(spectrum, labeled, targets[labeled], 5)
+    scores = normalized_cut(spectrum, labeled, targets[labeled], 5)
     assert scores.dtype == torch.float32
     assert (scores.amax(dim=1) == 0).all()
     assert (scores.argmax(dim=1) == targets).float().mean() > 0.95
@@ -179,7 +179,7 @@ def test_component_without_a_label_has_confidence_zero_and_nothing_is_infinite()
     )
     with pytest.warns(UserWarning, match="3 components"):
         spectrum = laplacian_spectrum(W, 199)
-    scores = propagate_normalized_cut(spectrum, torch.tensor([0, 7]), torch.tensor([1, 0]), 2)
+    scores = normalized_cut(spectrum, torch.tensor([0, 7]), torch.tensor([1, 0]), 2)
     assert torch.isfinite(scores).all()
     assert scores[:13].argmax(dim=1).tolist() == [1] * 6 + [0] * 7
     assert (scores[13:] == 0).all()
@@ -206,9 +206,7 @@ def test_component_with_labels_of_one_class_is_labeled_with_it(sizes, seed, self
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spectrum = laplacian_spectrum(W, 199, self_loops=self_loops)
-    scores = propagate_normalized_cut(
-        spectrum, torch.from_numpy(first), torch.from_numpy(classes), 2
-    )
+    scores = normalized_cut(spectrum, torch.from_numpy(first), torch.from_numpy(classes), 2)
     assert torch.isfinite(scores).all()
     assert scores.argmax(dim=1).tolist() == np.repeat(classes, sizes).tolist()
 
@@ -218,7 +216,7 @@ def test_component_with_labels_of_two_classes_is_divided_inside():
     with pytest.warns(UserWarning, match="2 components"):
         spectrum = laplacian_spectrum(sp.csr_matrix(W), 199)
     labeled, labels = torch.tensor([0, 15, 16]), torch.tensor([0, 1, 1])
-    scores = propagate_normalized_cut(spectrum, labeled, labels, 2)
+    scores = normalized_cut(spectrum, labeled, labels, 2)
     assert scores.argmax(dim=1).tolist() == [0] * 8 + [1] * 8 + [1] * 5
 
 
@@ -231,19 +229,19 @@ def test_vectors_mixed_over_equal_components_reach_no_component_without_a_label(
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((15, 15)))[0]
     mixed = (spectrum.vectors @ rotation[:, :7]).astype(np.float32)
     spectrum = replace(spectrum, values=spectrum.values[:7], vectors=mixed)
-    scores = propagate_normalized_cut(spectrum, torch.tensor([0, 7]), torch.tensor([1, 0]), 2)
+    scores = normalized_cut(spectrum, torch.tensor([0, 7]), torch.tensor([1, 0]), 2)
     assert (scores[12:] == 0).all()
 
 
 def test_no_class_is_preferred_by_a_component_of_large_degree():
-    # the published seeds, weighed with self-loops, have a part along sqrt(degree) left
+    # the published constraints, weighed with self-loops, have a part along sqrt(degree) left
     W = scipy.linalg.block_diag(np.ones((3, 3)), np.full((8, 8), 0.5)).astype(np.float32)
     W[0, 0] = 5
     with pytest.warns(UserWarning, match="2 components"):
         spectrum = laplacian_spectrum(sp.csr_matrix(W), 4)
     labeled, labels = torch.tensor([0, 1, 5]), torch.tensor([0, 1, 1])
-    seeds = constraint_vectors(spectrum.degrees, labeled, labels, 2)
-    inside = between_components(spectrum, seeds, labeled.numpy(), 2 / spectrum.values[0])
+    constraints = constraint_vectors(spectrum.degrees, labeled, labels, 2)
+    inside = between_components(spectrum, constraints, 2 / spectrum.values[0])
     between = spectrum.null[:, None] * inside[spectrum.components]
     mass = np.array([W[:3].sum(), W[3:].sum()])
     direction = np.sqrt(mass)[spectrum.components] * spectrum.null
@@ -257,7 +255,7 @@ def test_isolated_images_keep_their_own_label_and_give_none():
     with pytest.warns(UserWarning, match="4 components"):
         spectrum = laplacian_spectrum(sp.csr_matrix(W), 199, self_loops="drop")
     labeled, labels = torch.tensor([0, 11, 12]), torch.tensor([0, 1, 1])
-    scores = propagate_normalized_cut(spectrum, labeled, labels, 2)
+    scores = normalized_cut(spectrum, labeled, labels, 2)
     assert torch.isfinite(scores).all()
     assert scores[:12].argmax(dim=1).tolist() == [0] * 6 + [1] * 6
     assert (scores[13:] == 0).all()
@@ -276,7 +274,7 @@ def test_degenerate_features_give_finite_scores(preset, kind):
         features[:30] = 0
     labeled = labeled_split(targets, 6, 3).labeled
     spectrum = laplacian_spectrum(build_graph(features, preset), 199)
-    scores = propagate_normalized_cut(spectrum, labeled, targets[labeled], 3)
+    scores = normalized_cut(spectrum, labeled, targets[labeled], 3)
     assert torch.isfinite(scores).all()
     pseudo = from_scores(scores, labeled_split(targets, 6, 3))
     assert torch.isfinite(pseudo.confidence).all()
@@ -298,8 +296,8 @@ def test_permuted_images_give_the_permuted_scores(seed):
         # all eigenvectors, so that none is cut off inside a cluster of near-equal values
         one = laplacian_spectrum(build_graph(features, num_neighbors=10), 74)
         two = laplacian_spectrum(build_graph(features[order], num_neighbors=10), 74)
-    scores = propagate_normalized_cut(one, labeled, labels, 3)
-    permuted = propagate_normalized_cut(two, place[labeled], labels, 3)
+    scores = normalized_cut(one, labeled, labels, 3)
+    permuted = normalized_cut(two, place[labeled], labels, 3)
     torch.testing.assert_close(permuted, scores[order], atol=5e-3, rtol=0)
 
 
@@ -309,8 +307,8 @@ def test_order_of_the_labels_changes_nothing():
     spectrum = laplacian_spectrum(build_graph(features), 30)
     back = labeled.flip(0)
     torch.testing.assert_close(
-        propagate_normalized_cut(spectrum, back, targets[back], 3),
-        propagate_normalized_cut(spectrum, labeled, targets[labeled], 3),
+        normalized_cut(spectrum, back, targets[back], 3),
+        normalized_cut(spectrum, labeled, targets[labeled], 3),
         atol=1e-5,
         rtol=1e-5,
     )
@@ -319,7 +317,7 @@ def test_order_of_the_labels_changes_nothing():
 def test_spectrum_without_vectors_still_tells_components_apart():
     with pytest.warns(UserWarning, match="3 components"):
         spectrum = laplacian_spectrum(sp.csr_matrix(np.eye(3, dtype=np.float32)))
-    scores = propagate_normalized_cut(spectrum, torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
+    scores = normalized_cut(spectrum, torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
     assert scores.argmax(dim=1)[:2].tolist() == [0, 1]
     assert (scores[2] == 0).all()
 
@@ -342,7 +340,7 @@ def test_labels_that_do_not_fit_are_refused(labeled, labels, num_classes, words)
     spectrum = laplacian_spectrum(two_cliques(20), 5)
     labeled, labels = (torch.tensor(x, dtype=torch.int64) for x in (labeled, labels))
     with pytest.raises(ValueError, match=words):
-        propagate_normalized_cut(spectrum, labeled, labels, num_classes)
+        normalized_cut(spectrum, labeled, labels, num_classes)
 
 
 def test_presets_differ_in_more_than_their_number_of_neighbors():

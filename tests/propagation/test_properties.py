@@ -9,16 +9,19 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
+from graphs import normalized_cut
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import lib.graph.eigensolver
 import lib.graph.filters
-import lib.graph.spectral
+import lib.graph.laplacian
+import lib.graph.spectrum
 from lib.graph.filters import FILTERS
-from lib.graph.spectral import laplacian_spectrum
-from lib.labels.pseudo_labels import from_scores
+from lib.graph.spectrum import laplacian_spectrum
+from lib.labels.confidence import from_scores
 from lib.labels.split import Split, labeled_split
-from lib.propagation import METHODS, EmbeddingGraph, propagate, propagate_normalized_cut
+from lib.propagation import METHODS, EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS
 
 FEW = settings(
@@ -68,7 +71,7 @@ def test_permuting_the_images_permutes_their_labels(method, seed):
     n = len(metric.features)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     place = order.argsort()
-    moved = replace(metric, features=metric.features[order], _largest=[])
+    moved = replace(metric, features=metric.features[order])
     # all eigenvectors: none is cut off inside a cluster of near-equal values
     more = {"num_eigenvectors": n} if method == "nc" else {}
     one = answer(metric, method, split, labels, 3, **more)
@@ -94,7 +97,7 @@ def test_signs_and_rotations_inside_equal_eigenvalues_change_nothing(seed, clamp
         turned[:, group] = turned[:, group] @ rotation.astype(np.float32)
     labeled, labels = torch.tensor([0, 7, 13, 18]), torch.tensor([0, 1, 2, 1])
     one, two = (
-        propagate_normalized_cut(s, labeled, labels, 3, clamp=clamp)
+        normalized_cut(s, labeled, labels, 3, clamp=clamp)
         for s in (spectrum, replace(spectrum, vectors=turned))
     )
     torch.testing.assert_close(one, two, atol=2e-3, rtol=0)
@@ -110,8 +113,9 @@ def test_the_size_of_blocks_changes_nothing(method, seed, tile, block, monkeypat
         patch.setattr(lib.graph.filters, "TILE", tile)
         patch.setattr(lib.propagation.normalized_cut, "ROWS", tile)
         patch.setattr(lib.propagation.diffusion, "ROWS", tile)
-        patch.setattr(lib.graph.spectral, "ROWS", tile)
-        small = replace(metric, search={"block_bytes": block}, _largest=[])
+        patch.setattr(lib.graph.laplacian, "ROWS", tile)
+        patch.setattr(lib.graph.eigensolver, "ROWS", tile)
+        small = replace(metric, search={"block_bytes": block})
         assert_same_labels(one, answer(small, method, split, labels, 3))
 
 
@@ -122,9 +126,9 @@ def test_dense_and_sparse_eigenvectors_agree(seed):
     answers = []
     for below, solver in ((10**6, "auto"), (0, "arpack"), (0, "block")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lib.graph.spectral, "DENSE_BELOW", below)
-            patch.setattr(lib.graph.spectral, "BLOCK_FROM", 0)
-            own = replace(metric, solver={"solver": solver, "tolerance": 1e-6}, _largest=[])
+            patch.setattr(lib.graph.spectrum, "DENSE_BELOW", below)
+            patch.setattr(lib.graph.spectrum, "BLOCK_FROM", 0)
+            own = replace(metric, solver={"solver": solver, "tolerance": 1e-6})
             # cut where the gap is widest: which vectors of a cluster come first is nobody's choice
             values = own.spectrum(59).values
             k = 5 + int(np.diff(values[5:25]).argmax()) + 1

@@ -1,17 +1,32 @@
-"""Predicted class sizes that match given ones: per-class offsets on the scores."""
+"""Scores made comparable: as logarithms of shares, and with class sizes that match a prior."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-ROUNDS = 20  # of offsets at each temperature
-TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # in units of the scores' spread
+ROUNDS = 20  # steps of the offsets at each temperature
+TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # in units of the spread of the scores
 PASSES = 10  # over the classes, to make the sizes exact
+ROWS = 8192  # rows worked on at a time where a copy of all scores would not fit
+LEAST_PROBABILITY = 1e-6  # of a class whose score is 0, so that its logarithm is finite
+
+
+def log_shares(scores: Tensor) -> Tensor:
+    """Turn non-negative scores, N x C, into finite logarithms of their shares of the row, in place.
+
+    Iscen et al. 2019 normalize the rows of label spreading in this way. A row of zeros becomes uniform.
+    """
+    num_classes = scores.shape[1]
+    for rows in scores.split(ROWS):
+        sums = rows.sum(dim=1, keepdim=True)
+        shares = torch.where(sums > 0, rows / sums.clamp_min(1e-37), 1 / num_classes)
+        rows.copy_(((1 - num_classes * LEAST_PROBABILITY) * shares + LEAST_PROBABILITY).log())
+    return scores
 
 
 def check_prior(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
-    """Class shares as C float64 that sum to 1; uniform for None.
+    """Return class shares as C float64 numbers that sum to 1; uniform for None.
 
     Raises:
         ValueError: if they are not C positive finite numbers.
@@ -27,10 +42,10 @@ def check_prior(prior: Tensor | Sequence[float] | None, num_classes: int) -> Ten
 
 
 def _smooth_offsets(scores: Tensor, shares: Tensor) -> Tensor:
-    """Offsets o that maximize sum_c share_c o_c - mean_i T logsumexp_c((z_ic + o_c) / T), T falling.
+    """Find offsets o that maximize sum_c share_c o_c - mean_i T logsumexp_c((z_ic + o_c) / T), T falling.
 
-    The dual of transporting the rows to classes of the given sizes at least loss of score; Sinkhorn's
-    iteration climbs it (Cuturi 2013).
+    This is the dual of transporting the rows to classes of the given sizes at least loss of score;
+    Sinkhorn's iteration climbs it (Cuturi 2013).
     """
     spread = float((scores - scores.mean(dim=1, keepdim=True)).std())
     offsets = torch.zeros_like(shares)
@@ -45,7 +60,7 @@ def _smooth_offsets(scores: Tensor, shares: Tensor) -> Tensor:
 
 
 def _exact_offsets(scores: Tensor, shares: Tensor, offsets: Tensor) -> Tensor:
-    """The best of offsets that give one class after the other exactly its size."""
+    """Find the best of the offsets that give one class after the other exactly its size."""
     sizes = (shares * len(scores)).round().long().clamp(1, len(scores) - 1)
     best, least = offsets, float("inf")
     for _ in range(PASSES):
@@ -71,8 +86,8 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
     Args:
         scores: N x C.
         prior: C shares, or None for equal ones.
-        rows: indexes of the images to count; rows whose scores are all equal (no label reaches them) are
-            left out, and keep their scores.
+        rows: indexes of the images to count. Rows whose scores are all equal (no label reaches them) are
+            not counted, and keep their scores.
 
     Returns:
         N x C scores.

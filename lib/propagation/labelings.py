@@ -1,4 +1,4 @@
-"""What every algorithm asks of its labels."""
+"""Labeled images with their classes, and what every algorithm asks of them."""
 
 from typing import NamedTuple
 
@@ -34,3 +34,10 @@ def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
             f"{algorithm} needs two classes, and a labeled image of each; none of class "
             f"{empty.tolist()}. Give a label of it, or take knn"
         )
+
+
+def others(num_images: int, labeled: Tensor) -> Tensor:
+    """Return the indexes of the images that are not among `labeled`."""
+    unlabeled = torch.ones(num_images, dtype=torch.bool)
+    unlabeled[labeled] = False
+    return unlabeled.nonzero()[:, 0]

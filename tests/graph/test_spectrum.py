@@ -10,27 +10,27 @@ import torch
 from conftest import blobs
 from scipy.sparse.linalg import ArpackError
 
-import lib.graph.spectral
+import lib.graph.spectrum
+from lib.graph import eigensolver
 from lib.graph.affinity import build_graph
-from lib.graph.spectral import (
+from lib.graph.eigensolver import largest_eigenvectors
+from lib.graph.laplacian import (
     csr_operator,
     degrees,
-    laplacian_spectrum,
-    largest_eigenvectors,
     normalized_affinity,
     null_projection,
     null_space,
-    project,
     reordered,
     reordered_operator,
 )
+from lib.graph.spectrum import laplacian_spectrum
 
 
 @pytest.fixture(params=["dense", "arpack", "block"])
 def solver(request, monkeypatch):
     """All ways to the eigenvectors, whatever the size of the graph."""
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 10**6 if request.param == "dense" else 0)
-    monkeypatch.setattr(lib.graph.spectral, "BLOCK_FROM", 0 if request.param == "block" else 10**6)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 10**6 if request.param == "dense" else 0)
+    monkeypatch.setattr(lib.graph.spectrum, "BLOCK_FROM", 0 if request.param == "block" else 10**6)
     return request.param
 
 
@@ -183,8 +183,8 @@ def test_repeated_eigenvalues_never_bring_the_null_space_back(monkeypatch):
         chosen = [0, *range(len(values) - k + 1, len(values))]
         return values[chosen], vectors[:, chosen]
 
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 0)
-    monkeypatch.setattr(lib.graph.spectral, "eigsh", forgetful)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 0)
+    monkeypatch.setattr(lib.graph.spectrum, "eigsh", forgetful)
     with pytest.warns(UserWarning, match="10 components"):
         spectrum = laplacian_spectrum(cliques(*[2] * 10, self_loops=False), 8)
     np.testing.assert_allclose(spectrum.values, [2] * 7, atol=1e-5)
@@ -195,8 +195,8 @@ def test_failure_of_the_solver_is_an_error_that_says_what_to_do(monkeypatch):
     def failing(*_, **__):
         raise ArpackError(3)
 
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 0)
-    monkeypatch.setattr(lib.graph.spectral, "eigsh", failing)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 0)
+    monkeypatch.setattr(lib.graph.spectrum, "eigsh", failing)
     with pytest.raises(ValueError, match="take more neighbors per image"):
         laplacian_spectrum(cliques(20), 5)
 
@@ -211,7 +211,7 @@ def test_more_vectors_than_there_are_are_cut_down():
 @pytest.mark.parametrize("kind", ["blobs", "constant"])
 def test_same_seed_gives_the_same_bytes(kind, monkeypatch):
     # on constant features Lanczos runs into an invariant space and restarts at random
-    monkeypatch.setattr(lib.graph.spectral, "DENSE_BELOW", 0)
+    monkeypatch.setattr(lib.graph.spectrum, "DENSE_BELOW", 0)
     features, _ = blobs(3, 50)
     if kind == "constant":
         features = features[:1].repeat(150, 1)
@@ -230,14 +230,6 @@ def test_memory_stays_far_below_a_dense_matrix():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2000 * 2000 * 4 / 2
-
-
-def test_project_equals_the_dense_product():
-    rng = np.random.default_rng(0)
-    components, null, columns = np.array([0, 1, 0, 2, 1]), rng.random(5), rng.random((5, 3))
-    basis = np.zeros((5, 3))
-    basis[np.arange(5), components] = null
-    np.testing.assert_allclose(project(null, components, columns), basis.T @ columns)
 
 
 def test_unknown_choice_of_self_loops_says_what_there_is():
@@ -296,15 +288,15 @@ def test_basis_within_its_bound_restarts_and_arrives_at_the_same_eigenvalues(
     overlapping, monkeypatch
 ):
     W, values, _ = overlapping
-    sizes, krylov = [], lib.graph.spectral._Krylov
+    sizes, krylov = [], eigensolver._Krylov
 
     class Watched(krylov):
         def rotate(self, coordinates):
             sizes.append(coordinates.shape)
             super().rotate(coordinates)
 
-    monkeypatch.setattr(lib.graph.spectral, "_Krylov", Watched)
-    monkeypatch.setattr(lib.graph.spectral, "BLOCK", 8)
+    monkeypatch.setattr(eigensolver, "_Krylov", Watched)
+    monkeypatch.setattr(eigensolver, "BLOCK", 8)
     spectrum = laplacian_spectrum(W, 40, solver="block", basis_bytes=1, tolerance=1e-3)
     np.testing.assert_allclose(spectrum.values, values[:40], rtol=1e-3)
     assert len(sizes) >= 2  # a restart, and the end
@@ -352,13 +344,13 @@ def test_null_projection_takes_the_null_vectors_out():
 
 def test_large_graphs_take_the_block_solver_and_small_ones_arpack(monkeypatch):
     W = build_graph(blobs(5, 100)[0])
-    called, by_blocks = [], lib.graph.spectral._by_blocks
+    called, by_blocks = [], lib.graph.spectrum._by_blocks
     monkeypatch.setattr(
-        lib.graph.spectral, "_by_blocks", lambda *a: called.append(len(a[1])) or by_blocks(*a)
+        lib.graph.spectrum, "_by_blocks", lambda *a: called.append(len(a[1])) or by_blocks(*a)
     )
     laplacian_spectrum(W, 5)
     assert called == []
-    monkeypatch.setattr(lib.graph.spectral, "BLOCK_FROM", 500)
+    monkeypatch.setattr(lib.graph.spectrum, "BLOCK_FROM", 500)
     laplacian_spectrum(W, 5)
     assert called == [500]
 
@@ -408,8 +400,8 @@ def test_products_in_another_order_are_the_same_products():
 
 
 def test_eigenvectors_that_are_not_accurate_are_announced(monkeypatch):
-    monkeypatch.setattr(lib.graph.spectral, "RESTARTS", 0)
+    monkeypatch.setattr(eigensolver, "RESTARTS", 0)
     graph = build_graph(blobs(5, 200, spread=2.0)[0], "cifar", num_neighbors=5)
     with pytest.warns(UserWarning, match="known to a residual of"):
         found = laplacian_spectrum(graph, 60, solver="block", basis_bytes=1)
-    assert found.residual > lib.graph.spectral.LARGE_RESIDUAL
+    assert found.residual > lib.graph.spectrum.LARGE_RESIDUAL

@@ -1,0 +1,128 @@
+"""Files of graphs and spectra: plain tensors with a meta record, checked when they are read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from lib.files import checkpoint, provenance
+from lib.graph.spectrum import Spectrum
+
+SPECTRUM = {  # entries of a spectrum file and their numbers of dimensions
+    "values": 1,
+    "vectors": 2,
+    "components": 1,
+    "null": 1,
+    "degrees": 1,
+}
+
+
+def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:
+    """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`.
+
+    Raises:
+        ValueError: if the file cannot be written; an old one stays.
+    """
+    state = {
+        "crow": torch.from_numpy(affinity.indptr),
+        "col": torch.from_numpy(affinity.indices),
+        "values": torch.from_numpy(affinity.data),
+        "shape": list(affinity.shape),
+        "meta": provenance.made_by() | dict(meta),
+    }
+    checkpoint.save(state, path)
+
+
+def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
+    """Read a graph of `save_graph` and its `meta`.
+
+    Raises:
+        ValueError: if the file is missing or does not hold a graph: a square, symmetric CSR matrix of
+            finite, non-negative float32 weights.
+    """
+    keys = ("crow", "col", "values", "shape", "meta")
+    state = checkpoint.load_dict(path, *keys)
+    crow, col, values, shape, meta = (state[key] for key in keys)
+    problem = _csr_problem(crow, col, values, shape)
+    if not problem and not isinstance(meta, dict):
+        problem = "its meta is no record"
+    if problem:
+        raise ValueError(f"{path} holds no graph: {problem}; delete it to build it again")
+    graph = sp.csr_matrix((values.numpy(), col.numpy(), crow.numpy()), tuple(shape))
+    # Both products read the same arrays, where a transposed copy would double them.
+    probe = np.random.default_rng(0).random(len(crow) - 1, dtype=np.float32)
+    if not np.allclose(graph @ probe, graph.T @ probe, rtol=1e-3, atol=1e-30):
+        raise ValueError(f"{path} holds no graph: it is not symmetric; delete it to build it again")
+    return graph, meta
+
+
+def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
+    """Say what keeps these from being a square CSR matrix of weights; empty if nothing does."""
+    vectors = (crow, col, values)
+    if not all(
+        isinstance(v, Tensor) and v.layout == torch.strided and v.ndim == 1 for v in vectors
+    ):
+        return "crow, col and values must be vectors"
+    if any(v.dtype not in (torch.int32, torch.int64) for v in (crow, col)) or (
+        values.dtype != torch.float32
+    ):
+        return "crow and col must be integers, values float32"
+    n = len(crow) - 1
+    if n < 1 or not isinstance(shape, list) or shape != [n, n]:
+        return f"a shape of {shape} for {n} rows"
+    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or (crow.diff() < 0).any():
+        return "crow does not rise from 0 to the number of entries"
+    if len(col) != len(values) or (len(col) and not (0 <= int(col.min()) <= int(col.max()) < n)):
+        return "a column out of range, or not one per value"
+    if not torch.isfinite(values).all() or (values < 0).any():
+        return "a weight is negative, NaN or infinite"
+    return ""
+
+
+def save_spectrum(spectrum: Spectrum, path: str | Path, meta: Mapping[str, Any]) -> None:
+    """Write a spectrum as plain tensors, `residual`, and the record `meta`.
+
+    Raises:
+        ValueError: if the file cannot be written; an old one stays.
+    """
+    tensors = {name: torch.from_numpy(getattr(spectrum, name)) for name in SPECTRUM}
+    meta = provenance.made_by() | dict(meta)
+    checkpoint.save({**tensors, "residual": spectrum.residual, "meta": meta}, path)
+
+
+def load_spectrum(path: str | Path) -> tuple[Spectrum, dict[str, Any]]:
+    """Read a spectrum of `save_spectrum` and its `meta`.
+
+    Raises:
+        ValueError: if the file is missing or does not hold a spectrum.
+    """
+    state = checkpoint.load_dict(path, *SPECTRUM, "residual", "meta")
+    problem = _spectrum_problem(state)
+    if problem:
+        raise ValueError(f"{path} holds no spectrum: {problem}; delete it to compute it again")
+    arrays = {name: state[name].numpy() for name in SPECTRUM}
+    return Spectrum(**arrays, residual=float(state["residual"])), state["meta"]
+
+
+def _spectrum_problem(state: Mapping[str, Any]) -> str:
+    """Say what keeps these entries from being a spectrum; empty if nothing does."""
+    for name, dimensions in SPECTRUM.items():
+        entry = state[name]
+        if not isinstance(entry, Tensor) or entry.ndim != dimensions:
+            return f"{name} is no tensor of {dimensions} dimensions"
+        if entry.is_floating_point() and not torch.isfinite(entry).all():
+            return f"{name} holds NaN or infinity"
+    n, k = state["vectors"].shape
+    if len(state["values"]) != k or any(len(state[e]) != n for e in ("components", "null")):
+        return f"its entries are not those of {n} images and {k} eigenvectors"
+    if len(state["degrees"]) != n or state["components"].is_floating_point():
+        return "degrees or components do not fit"
+    if (state["values"] <= 0).any() or (state["degrees"] <= 0).any():
+        return "an eigenvalue or a degree is not positive"
+    if not isinstance(state["residual"], float) or not isinstance(state["meta"], dict):
+        return "residual or meta is of the wrong kind"
+    return ""

@@ -1,0 +1,196 @@
+"""Features with everything that is built from them once: affinity matrix, operator and spectrum."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from torch import Tensor
+
+from lib.files.cache import load_or_compute
+from lib.graph.affinity import GraphPreset, build_graph, features_digest
+from lib.graph.cells import near_order
+from lib.graph.files import load_spectrum, save_spectrum
+from lib.graph.laplacian import (
+    Operator,
+    csr_operator,
+    normalized_affinity,
+    reordered,
+    reordered_operator,
+    self_loop_choice,
+)
+from lib.graph.neighbors import nearest_neighbors
+from lib.graph.operator import GraphOperator, graph_operator
+from lib.graph.spectrum import Spectrum, laplacian_spectrum
+from lib.propagation.workers import Workers
+
+KINDS = ("graph", "spectrum")
+SUFFIX = ".pth.tar"
+SORTED_FROM = 200_000  # images from which products are made in an order of their own, on a CPU
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class GraphCache:
+    """Files that keep graph and spectrum, so that a run that was killed continues with them.
+
+    A file is read in place of computing while it was made from the same, and replaced otherwise. In
+    `folder` there is one file of each kind for the same features.
+
+    Attributes:
+        folder: folder of files named by the digest of the features; empty keeps nothing.
+        graph: another file for the graph.
+        reuse: False computes anew, whatever is there.
+        log: receives one line about what was read or computed.
+    """
+
+    folder: str | Path = ""
+    graph: str | Path = ""
+    reuse: bool = True
+    log: Callable[[str], None] = _ignore
+
+    def file(self, kind: str, features: Tensor) -> str | Path:
+        """Name the file of the `kind` ("graph", "spectrum") of N x D features; empty if it is not kept."""
+        if kind == "graph" and self.graph:
+            return self.graph
+        if not self.folder:
+            return ""
+        return Path(self.folder) / f"{kind}-{features_digest(features)}{SUFFIX}"
+
+    def discard(self) -> None:
+        """Remove what is kept in `folder`, and the folder where nothing else lies in it."""
+        if not self.folder:
+            return
+        for kind in KINDS:
+            for file in Path(self.folder).glob(f"{kind}-*"):
+                if file.name.removesuffix(".tmp").endswith(SUFFIX):
+                    file.unlink()
+        with contextlib.suppress(OSError):  # another file lies there, or nothing was kept
+            Path(self.folder).rmdir()
+
+
+@dataclass(frozen=True)
+class EmbeddingGraph:
+    """Features, and what is built from them: each once, however many algorithms and label counts ask.
+
+    Attributes:
+        features: N x D unit vectors, on the device of the work.
+        graph: preset of the affinity matrix, see `lib.graph.affinity.build_graph`.
+        num_neighbors: replaces the preset's number.
+        self_loops: a key of `lib.graph.laplacian.SELF_LOOPS`.
+        given: an affinity matrix made before, in place of a new one.
+        search: options of `lib.graph.neighbors.nearest_neighbors`: `method`, `precision`, `block_bytes`.
+        solver: options of `lib.graph.spectrum.laplacian_spectrum`: `solver`, `basis_bytes`, `tolerance`.
+        cache: files that keep graph and spectrum.
+        workers: processes that share the work; None for this one alone.
+    """
+
+    features: Tensor
+    graph: str | GraphPreset = "cifar"
+    num_neighbors: int | None = None
+    self_loops: str = "published"
+    given: sp.csr_matrix | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
+    solver: Mapping[str, Any] = field(default_factory=dict)
+    cache: GraphCache = field(default_factory=GraphCache)
+    workers: Workers | None = None
+    # The number of eigenvectors asked for, and the largest spectrum so far; `replace` starts without one.
+    _largest: list[tuple[int, Spectrum]] = field(
+        init=False, default_factory=list, repr=False, compare=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def subset(self, members: Tensor) -> "EmbeddingGraph":
+        """Take the features of some images, with the same choices for a graph of their own."""
+        return replace(self, features=self.features[members], given=None)
+
+    @cached_property
+    def affinity(self) -> sp.csr_matrix:
+        """Affinity matrix W, N x N."""
+        if self.given is not None:
+            return self.given
+        return build_graph(
+            self.features,
+            self.graph,
+            num_neighbors=self.num_neighbors,
+            **self.search,
+            path=self.cache.file("graph", self.features),
+            reuse=self.cache.reuse,
+            log=self.cache.log,
+            search=self.workers.nearest_neighbors if self.workers else nearest_neighbors,
+        )
+
+    @cached_property
+    def product(self) -> Operator:
+        """Products with S = D^-1/2 W D^-1/2, for the filters and the eigenvectors."""
+        in_laplacian, _ = self_loop_choice(self.self_loops)
+        s = normalized_affinity(self.affinity, self_loops=in_laplacian)
+        divide = self.workers.divide if self.workers else csr_operator
+        if len(self) < SORTED_FROM or self.features.device.type != "cpu":
+            return divide(s, self.features.device)
+        order = near_order(self.features)  # the rows of x that neighbors need are then in the cache
+        return reordered_operator(divide(reordered(s, order.numpy()), "cpu"), order)
+
+    @cached_property
+    def operator(self) -> GraphOperator:
+        """Operator that the filters work on."""
+        return graph_operator(
+            self.affinity,
+            self_loops=self.self_loops,
+            product=self.product,
+            device=self.features.device,
+        )
+
+    def spectrum(self, num_vectors: int) -> Spectrum:
+        """Return the first `num_vectors` eigenvectors of L: cut from those computed before, where they do."""
+        # The number that was asked for counts: the solver may have found fewer, and there are no more.
+        if not self._largest or self._largest[0][0] < num_vectors:
+            self._largest[:] = [(num_vectors, self._load_or_compute_spectrum(num_vectors))]
+        whole = self._largest[0][1]
+        return replace(
+            whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
+        )
+
+    def _load_or_compute_spectrum(self, num_vectors: int) -> Spectrum:
+        path = self.cache.file("spectrum", self.features)
+        # A file of more eigenvectors does not do: the first of them differ in their last bits.
+        key = {"num_vectors": num_vectors, "self_loops": self.self_loops, **self.solver}
+        if path:
+            key["graph_digest"] = graph_digest(self.affinity)
+
+        def compute() -> tuple[Spectrum, dict[str, Any]]:
+            found = laplacian_spectrum(
+                self.affinity,
+                num_vectors,
+                self_loops=self.self_loops,
+                product=self.product,
+                device=self.features.device,
+                **self.solver,
+            )
+            return found, {}
+
+        reuse = self.cache.reuse
+        loaded = load_or_compute(path, key, compute, load_spectrum, save_spectrum, reuse=reuse)
+        found = loaded.value
+        self.cache.log(
+            f"{len(found.values)} eigenvectors: {loaded.origin()}; residual {found.residual:.1e}"
+        )
+        return found
+
+
+def graph_digest(affinity: sp.csr_matrix) -> str:
+    """Digest an affinity matrix: 16 hexadecimal digits of the SHA-256 of its arrays."""
+    digest = hashlib.sha256()
+    for part in (affinity.indptr, affinity.indices, affinity.data):
+        digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()[:16]
