@@ -1,16 +1,16 @@
-"""Phase 2 against a literal rendering of the published steps, in the same run.
+"""Compare phase 2 with a literal rendering of the published steps, in the same run.
 
-    python scripts/benchmark_propagation.py --features DIR/ckpt.cifar.folder.features.pth.tar
+    python scripts/benchmarks/propagation.py --features DIR/ckpt.cifar.folder.features.pth.tar
 
-Every variant runs in a process of its own, so that its peak memory is its own, on the same features and
-the same labeled images. Without --features: a synthetic mixture of --images points. Prints seconds, peak
-memory, the precision of the pseudo-labels at each number of labels, and on what share of the images a
-variant agrees with the literal one; writes the same to --output. With several --images: how time and
-memory grow, as exponents of N and, with --picture, as a picture.
+Every variant runs in its own process, so that its peak memory can be measured, on the same features and
+the same labeled images. Without --features these are a synthetic mixture of --images points. The script
+prints seconds, peak memory, the precision of the pseudo-labels at each number of labels, and the share of
+images on which a variant agrees with the literal one, and writes the same to --output. With several --images
+it shows how time and memory grow, as exponents of N and, with --picture, as a picture.
 
-ImageNet's size, which the literal steps (4 N^2 bytes) cannot reach: one graph, 200 eigenvectors
+The literal steps (4 N^2 bytes) cannot reach the size of ImageNet. One graph, 200 eigenvectors:
 
-    python scripts/benchmark_propagation.py --images 1280000 --classes 1000 --num-neighbors 51 \\
+    python scripts/benchmarks/propagation.py --images 1280000 --classes 1000 --num-neighbors 51 \\
         --num-labeled 13000 51000 --variants nc
 """
 
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import scipy.sparse as sp
@@ -36,16 +36,17 @@ from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lib.cli import options
+from lib.cli import declared, options, start
 from lib.features import extraction
 from lib.files import provenance
 from lib.graph.affinity import affinity, chosen_preset
 from lib.graph.neighbors import METHODS as SEARCHES
 from lib.graph.neighbors import PRECISIONS, nearest_neighbors
 from lib.labels.split import Split, labeled_split
-from lib.propagation import EmbeddingGraph, propagate
-from lib.propagation.algorithms import ALGORITHMS, NUM_EIGENVECTORS, others, run_algorithm
-from lib.propagation.checks import Labeling
+from lib.propagation import EmbeddingGraph, Labeling, propagate
+from lib.propagation.algorithms import ALGORITHMS, run_algorithm
+from lib.propagation.labelings import others
+from lib.propagation.normalized_cut import NUM_EIGENVECTORS
 from lib.report import plots
 from lib.runtime import devices, profiling
 from lib.runtime.seeding import generator
@@ -62,19 +63,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", default="", metavar="FILE", help="feature file with labels")
     parser.add_argument(
         "--images",
-        type=int,
+        type=declared.positive_int,
         nargs="+",
         default=[],
         metavar="N",
         help="sizes: of the synthetic mixture (default 50000), or of random parts of the features (all)",
     )
-    parser.add_argument("--classes", type=int, default=10, help="classes of the synthetic mixture")
-    parser.add_argument("--num-labeled", type=int, nargs="+", default=COUNTS, help="label counts")
+    parser.add_argument(
+        "--classes", type=declared.positive_int, default=10, help="classes of the synthetic mixture"
+    )
+    parser.add_argument(
+        "--num-labeled", type=declared.positive_int, nargs="+", default=COUNTS, help="label counts"
+    )
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=DEFAULT, help="what to run"
     )
     parser.add_argument(
-        "--num-neighbors", type=int, default=20, help="of the graph (published: 20)"
+        "--num-neighbors",
+        type=declared.positive_int,
+        default=20,
+        help="of the graph (published: 20)",
     )
     parser.add_argument(
         "--search", choices=SEARCHES, default="auto", help="of the neighbors; ivf is approximate"
@@ -85,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus", default="cpu", metavar="DEVICE", help="0: our variants on that CUDA device; cpu"
     )
-    parser.add_argument("--rng-seed", type=int, default=0, help="seed of the split")
+    parser.add_argument("--rng-seed", type=declared.seed, default=0, help="seed of the split")
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     parser.add_argument(
         "--picture", default="", metavar="FILE", help="PNG of the growth over several --images"
@@ -96,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 def mixture(
     num_images: int, num_classes: int, dim: int = 128, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Unit vectors of overlapping classes of five clusters each; and their classes.
+    """Draw unit vectors of overlapping classes of five clusters each; return them and their classes.
 
     All directions are drawn with variances that fall as exp(-k / 15), which gives the cloud about the
     spread of a trained metric: on CIFAR-10 features of phase 1 the participation ratio of the covariance
@@ -117,7 +125,7 @@ def mixture(
 
 
 def literal(rows, splits, num_classes, num_neighbors, search) -> Answer:
-    """The normalized cut step by step as published: a dense N x N matrix, smallest eigenvalues."""
+    """Run the normalized cut step by step as published: a dense N x N matrix, smallest eigenvalues."""
     seconds, start = {}, time.perf_counter()
     n = len(rows)
     similarities = rows @ rows.T
@@ -151,37 +159,37 @@ def literal(rows, splits, num_classes, num_neighbors, search) -> Answer:
 
 
 def own(method: str, **parameters: float) -> Callable[..., Answer]:
-    """An algorithm of lib/, its graph and spectrum made anew."""
+    """Return a variant that runs an algorithm of lib/, its graph and spectrum made anew."""
 
     def run(rows, splits, num_classes, num_neighbors, search):
         seconds, start = {}, time.perf_counter()
-        metric, recall = EmbeddingGraph(rows), 1.0
+        graph, recall = EmbeddingGraph(rows), 1.0
         algorithm = ALGORITHMS.get(method)
         if algorithm is None or algorithm.needs_graph:
             preset = chosen_preset("cifar", num_neighbors=num_neighbors)
             found = nearest_neighbors(rows, num_neighbors, include_self=True, **search)
-            metric, recall = EmbeddingGraph(rows, given=affinity(found, preset)), found.recall
+            graph, recall = EmbeddingGraph(rows, given=affinity(found, preset)), found.recall
             del found
             seconds["graph"] = time.perf_counter() - start
             start = time.perf_counter()
         if method == "nc":
-            metric.spectrum(parameters.get("num_eigenvectors", NUM_EIGENVECTORS) - 1)
+            graph.spectrum(parameters.get("num_eigenvectors", NUM_EIGENVECTORS) - 1)
             seconds["spectrum"] = time.perf_counter() - start
             start = time.perf_counter()
         answers = {}
         if algorithm:
             sets = {n: Labeling(*split) for n, split in splits.items()}
-            # those that go through products share them, the others need not hold all scores at a time
+            # Algorithms that need products share them; the others need not hold all scores at a time.
             groups = [[n] for n in sets] if method in ("nc", "knn") else [list(sets)]
             for group in groups:
                 labelings = [sets[n] for n in group]
-                scores = run_algorithm(metric, method, labelings, num_classes, **parameters)
+                scores = run_algorithm(graph, method, labelings, num_classes, **parameters)
                 answers |= {n: one.argmax(dim=1) for n, one in zip(group, scores, strict=True)}
                 del scores
         else:
             for n, (labeled, labels) in splits.items():
                 split = Split(labeled, others(len(rows), labeled))
-                answers[n] = propagate(metric, method, split, labels, num_classes).scores.argmax(1)
+                answers[n] = propagate(graph, method, split, labels, num_classes).scores.argmax(1)
         seconds["labels"] = time.perf_counter() - start
         return seconds, answers, recall
 
@@ -189,7 +197,7 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
 
 
 def scikit_learn(rows, splits, num_classes, num_neighbors, search) -> Answer:
-    """LabelSpreading of scikit-learn with its kernel of nearest neighbors, once per number of labels."""
+    """Run LabelSpreading of scikit-learn with its kernel of nearest neighbors, once per number of labels."""
     from sklearn.semi_supervised import LabelSpreading
 
     start, answers = time.perf_counter(), {}
@@ -217,13 +225,13 @@ NOT_OURS = ("literal", "scikit-learn")
 
 
 def _forget_peak() -> None:
-    """Start the peak of this process anew, where Linux lets us: a child inherits its parent's."""
+    """Reset the peak memory of this process where Linux allows it: a child inherits that of its parent."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_mib() -> float:
-    """Largest resident memory of this process."""
+    """Return the largest resident memory of this process."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**10
@@ -244,7 +252,7 @@ def _measured(connection, name: str, device: torch.device, rows: Tensor, *proble
 
 
 def run_variant(name: str, *problem: object) -> dict:
-    """Seconds by step, memory in MiB (of the whole process, and above its start), answers."""
+    """Measure seconds by step and memory in MiB (of the process, and above its start); get the answers."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measured, args=(sender, name, *problem))
@@ -267,7 +275,7 @@ def precision(answers: Tensor, targets: Tensor, unlabeled: Tensor) -> float:
 
 
 def problems(args: argparse.Namespace) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Features and targets of every size, and the number of classes."""
+    """Load or draw features and targets of every size; also return the number of classes."""
     if not args.features:
         sizes = args.images or [50000]
         return [mixture(n, args.classes) for n in sizes], args.classes
@@ -284,7 +292,7 @@ def problems(args: argparse.Namespace) -> tuple[list[tuple[Tensor, Tensor]], int
 
 
 def fits(name: str, num_images: int) -> bool:
-    """Whether a variant's matrix fits the memory; says so where it does not."""
+    """Tell whether a variant is installed and its matrix fits the memory; print why not."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     if name == "scikit-learn" and importlib.util.find_spec("sklearn") is None:
         print("scikit-learn  is not installed: pip install scikit-learn")
@@ -296,7 +304,7 @@ def fits(name: str, num_images: int) -> bool:
 
 
 def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes: int) -> dict:
-    """Every variant on one set of features, as a table."""
+    """Measure every variant on one set of features, and print a table."""
     drawn = {n: labeled_split(targets, n, num_classes, args.rng_seed) for n in args.num_labeled}
     splits = {n: (s.labeled, targets[s.labeled]) for n, s in drawn.items()}
     search = {"method": args.search, "precision": args.search_precision}
@@ -306,7 +314,7 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
     for name in args.variants:
         if not fits(name, len(rows)):
             continue
-        device = devices.select(args.gpus).device
+        device = devices.select(args.gpus).torch_device
         run = run_variant(name, device, rows, splits, num_classes, args.num_neighbors, search)
         answers = run.pop("answers")
         literal_answers = answers if name == "literal" else literal_answers
@@ -334,7 +342,7 @@ def measure(args: argparse.Namespace, rows: Tensor, targets: Tensor, num_classes
 
 
 def compare(found: dict, rows: Tensor, gpus: str) -> dict[str, float]:
-    """Ratios to the literal steps, and the floor of an exact graph in float32 on this machine."""
+    """Print ratios to the literal steps, and the floor of an exact graph in float32 on this machine."""
     rate = profiling.matrix_rate(devices.select(gpus, "fp32"))
     floor = 2 * len(rows) ** 2 * rows.shape[1] / rate
     print(f"floor of an exact graph: 2 N^2 D at {rate / 1e9:.0f} GFLOP/s = {floor:.1f} s")
@@ -350,7 +358,7 @@ def compare(found: dict, rows: Tensor, gpus: str) -> dict[str, float]:
 
 
 def growth(runs: dict[int, dict]) -> dict[str, dict[str, float]]:
-    """Exponents of N that time and memory grow with, least squares on logarithms, by variant."""
+    """Fit the exponents of N that time and memory grow with, by least squares on logarithms, by variant."""
     exponents: dict[str, dict[str, float]] = {}
     names = [name for name in VARIANTS if sum(name in found for found in runs.values()) > 1]
     for name in names:
@@ -383,4 +391,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -1,13 +1,13 @@
 """Every propagation algorithm on the same features, labeled images and graph: a table of precisions.
 
-    python scripts/benchmark_algorithms.py --features checkpoint/NAME/ckpt.cifar.folder.features.pth.tar
+    python scripts/benchmarks/algorithms.py --features checkpoint/NAME/ckpt.cifar.folder.features.pth.tar
 
 Rows are algorithms, columns are numbers of labels; an entry is the mean over --splits draws of the labeled
 images of the precision of the pseudo-labels of all other images, in percent, and its standard deviation.
 The graph and its spectrum are made once, before the clock starts; seconds are those of one draw at one
-number of labels, all draws of a row sharing their products. `auto` and `ensemble` see the labeled images
-only. scikit-learn's LabelSpreading (a row of its own) is measured where scikit-learn is installed. With
---images a random part of the features: minutes become seconds.
+number of labels, where all draws of a row share their products. `auto` and `ensemble` see the labeled images
+only. scikit-learn's LabelSpreading (a row of its own) is measured where scikit-learn is installed.
+--images takes a random part of the features, so that minutes become seconds.
 """
 
 import argparse
@@ -20,19 +20,18 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 
-from lib.cli import options
+from lib.cli import declared, options, start
 from lib.features import extraction
 from lib.files import provenance
-from lib.graph.spectral import SELF_LOOPS
+from lib.graph.laplacian import SELF_LOOPS
 from lib.labels.split import Split, labeled_split
-from lib.propagation import EmbeddingGraph, propagate
+from lib.propagation import EmbeddingGraph, Labeling, propagate
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
-from lib.propagation.checks import Labeling
 from lib.runtime import devices
 from lib.runtime.seeding import generator
 
@@ -69,19 +68,25 @@ Draw = tuple[int, Split]  # number of labels, which ones
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
     parser.add_argument("--features", required=True, metavar="FILE", help="features with labels")
-    parser.add_argument("--images", type=int, default=0, help="take this many of them; 0: all")
-    parser.add_argument("--num-labeled", type=int, nargs="+", default=COUNTS, help="label counts")
-    parser.add_argument("--splits", type=int, default=5, help="draws of each, seeds 0, 1, ...")
+    parser.add_argument(
+        "--images", type=declared.not_negative_int, default=0, help="take this many of them; 0: all"
+    )
+    parser.add_argument(
+        "--num-labeled", type=declared.positive_int, nargs="+", default=COUNTS, help="label counts"
+    )
+    parser.add_argument(
+        "--splits", type=declared.positive_int, default=5, help="draws of each, seeds 0, 1, ..."
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--self-loops", choices=SELF_LOOPS, default="published", help="of the graph"
+        "--self-loops", choices=SELF_LOOPS, default="published", help="self-loops of the graph"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     return parser
 
 
 def scikit_learn(rows: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
-    """Predicted classes of LabelSpreading with its own graph of 20 neighbors."""
+    """Predict classes by LabelSpreading with its own graph of 20 neighbors."""
     from sklearn.semi_supervised import LabelSpreading
 
     known = torch.full((len(rows),), -1)
@@ -91,20 +96,20 @@ def scikit_learn(rows: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
 
 
 def answers(
-    name: str, metric: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
+    name: str, graph: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
 ) -> tuple[list[Tensor], list[str]]:
-    """Predicted classes for every draw, and what `auto` and `ensemble` chose."""
+    """Predict the classes for every draw; also return what `auto` and `ensemble` chose."""
     method, parameters = METHODS[name]
     if parameters.get("class_prior") == "uniform":
         parameters = parameters | {"class_prior": [1 / num_classes] * num_classes}
     labelings = [Labeling(split.labeled, targets[split.labeled]) for _, split in draws]
     if method in ALGORITHMS:
-        found = run_algorithm(metric, method, labelings, num_classes, **parameters)
+        found = run_algorithm(graph, method, labelings, num_classes, **parameters)
         return [logits.argmax(dim=1) for logits in found], []
     if not method:
-        return [scikit_learn(metric.features, *one) for one in labelings], []
+        return [scikit_learn(graph.features, *one) for one in labelings], []
     found = [
-        propagate(metric, method, split, labels, num_classes)
+        propagate(graph, method, split, labels, num_classes)
         for (_, split), (_, labels) in zip(draws, labelings, strict=True)
     ]
     chosen = [" + ".join(one.meta["chosen"]) for one in found]
@@ -112,11 +117,11 @@ def answers(
 
 
 def measure(
-    name: str, metric: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
+    name: str, graph: EmbeddingGraph, draws: list[Draw], targets: Tensor, num_classes: int
 ) -> dict[str, object]:
-    """Precisions in percent by number of labels, seconds per draw, and choices."""
+    """Measure precisions in percent by number of labels, seconds per draw, and choices."""
     start = time.perf_counter()
-    predicted, chosen = answers(name, metric, draws, targets, num_classes)
+    predicted, chosen = answers(name, graph, draws, targets, num_classes)
     seconds = (time.perf_counter() - start) / len(draws)
     precision: dict[int, list[float]] = {}
     choices: dict[int, list[str]] = {}
@@ -137,29 +142,28 @@ def table_row(name: str, found: dict) -> str:
 
 
 def prepare(args: argparse.Namespace) -> tuple[EmbeddingGraph, Tensor, int, dict[str, float]]:
-    """Features with their graph and spectrum, targets, classes, and the seconds these took."""
+    """Make features with their graph and spectrum; return targets, classes and the seconds of each step."""
     rows, targets, meta = extraction.read(args.features)
     if targets is None:
         raise ValueError(f"{args.features} holds no labels to measure precision with")
     if args.images:
         kept = torch.randperm(len(rows), generator=generator(0, "sample"))[: args.images]
         rows, targets = rows[kept], targets[kept]
-    metric, seconds = EmbeddingGraph(rows, self_loops=args.self_loops), {}
+    graph, seconds = EmbeddingGraph(rows, self_loops=args.self_loops), {}
     for step, build in (
-        ("graph", lambda: metric.affinity),
-        ("operator", lambda: metric.operator),
-        ("spectrum", lambda: metric.spectrum(499)),
+        ("graph", lambda: graph.affinity),
+        ("operator", lambda: graph.operator),
+        ("spectrum", lambda: graph.spectrum(499)),
     ):
         start = time.perf_counter()
         build()
         seconds[step] = time.perf_counter() - start
-    return metric, targets, meta.get("num_classes", int(targets.max()) + 1), seconds
+    return graph, targets, meta.get("num_classes", int(targets.max()) + 1), seconds
 
 
 def main(args: argparse.Namespace) -> dict:
-    options.require_positive(args, "splits")
     device = devices.select("cpu")
-    metric, targets, num_classes, seconds = prepare(args)
+    graph, targets, num_classes, seconds = prepare(args)
     draws = [
         (count, labeled_split(targets, count, num_classes, seed))
         for count in args.num_labeled
@@ -175,8 +179,8 @@ def main(args: argparse.Namespace) -> dict:
             print("scikit-learn is not installed: its row is left out", file=sys.stderr)
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scikit-learn, that it has not converged
-            found[name] = measure(name, metric, draws, targets, num_classes)
+            warnings.simplefilter("ignore")  # scikit-learn warns that it has not converged
+            found[name] = measure(name, graph, draws, targets, num_classes)
         print(table_row(name, found[name]), flush=True)
     for name in found:
         for count, chosen in found[name]["chosen"].items():
@@ -188,4 +192,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

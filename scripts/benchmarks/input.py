@@ -1,12 +1,12 @@
-"""Images per second and core of our input pipeline against torchvision's, in the same run.
+"""Benchmark of our input pipeline in images per second and core, against torchvision's in the same run.
 
-    python scripts/benchmark_input.py                     # photographs that ship inside scikit-image
-    python scripts/benchmark_input.py --data-dir DIR      # DIR/train/<class>/*
+    python scripts/benchmarks/input.py                     # photographs that ship inside scikit-image
+    python scripts/benchmarks/input.py --data-dir DIR      # DIR/train/<class>/*
 
-The other side is torchvision.datasets.ImageFolder with the published transforms on Pillow images, in a
-DataLoader with as many processes; both work in one thread, in turns. Seconds are those of the processors
-unless there are workers, so that other programs on the machine matter little; ratios are medians over the
-rounds. The pixels of both sides are compared for the same random numbers.
+The baseline is torchvision.datasets.ImageFolder with the published transforms on Pillow images, in a
+DataLoader with as many processes. Both sides work in one thread, in turns. Without workers, seconds are CPU
+time, so that other programs on the machine matter little. Ratios are medians over the rounds. The pixels of
+both sides are compared for the same random numbers.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import skimage.data
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from datasets import FileSet, build_datasets
 from datasets.images import IMAGENET_STATS
 from datasets.transforms import Augmentation, RandomResizedCrop, instance_ops
-from lib.cli import options
+from lib.cli import declared, options, start
 from lib.files import provenance
 from lib.loading.batches import Batches, in_order
 from lib.runtime import devices
@@ -42,9 +42,9 @@ from lib.runtime.seeding import generator
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 SHAPES = ((500, 375), (375, 500))  # width and height of a typical ImageNet photograph
-QUALITY = 96  # of JPEG: about as many bytes per pixel as ImageNet's files
+QUALITY = 96  # JPEG quality that gives about as many bytes per pixel as ImageNet's files
 
-Pass = Callable[[], Iterable]  # once over the images, as batches
+Pass = Callable[[], Iterable]  # function that goes once over the images, in batches
 RESIZED, SHOWN = 256, 224
 
 
@@ -54,17 +54,33 @@ def build_parser() -> argparse.ArgumentParser:
         "--data-dir", default="", metavar="DIR", help="photographs, DIR/train/<class>/*"
     )
     parser.add_argument(
-        "--images", type=int, default=300, help="photographs to make without --data-dir"
+        "--images",
+        type=declared.positive_int,
+        default=300,
+        help="photographs to make without --data-dir",
     )
-    parser.add_argument("-b", "--batch-size", type=int, default=64, help="images at a time")
-    parser.add_argument("-j", "--num-workers", type=int, default=0, help="processes on either side")
-    parser.add_argument("--rounds", type=int, default=5, help="passes of each side, taken in turns")
+    parser.add_argument(
+        "-b", "--batch-size", type=declared.positive_int, default=64, help="images at a time"
+    )
+    parser.add_argument(
+        "-j",
+        "--num-workers",
+        type=declared.not_negative_int,
+        default=0,
+        help="processes on either side",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=declared.positive_int,
+        default=5,
+        help="passes of each side, taken in turns",
+    )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     return parser
 
 
 def make_photographs(folder: Path, count: int) -> None:
-    """`count` JPEG files of 500 x 375 pixels: places of photographs, in landscape and portrait."""
+    """Write `count` JPEG files of 500 x 375 pixels: crops of photographs, in landscape and portrait."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOGRAPHS]
     for i in range(count):
@@ -104,7 +120,7 @@ def published_evaluation() -> transforms.Compose:
 
 
 def passes(folder: Path, data: FileSet, args: argparse.Namespace, device: Device) -> dict:
-    """Both sides of each comparison, as functions that go once over the images."""
+    """Return both sides of each comparison, as functions that go once over the images."""
     common = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     theirs = {
         name: DataLoader(
@@ -124,7 +140,7 @@ def passes(folder: Path, data: FileSet, args: argparse.Namespace, device: Device
     plain = Augmentation((), data.stats)
     return {
         "training": (lambda: theirs["training"], lambda: training.epoch(0)),
-        # where a GPU does the colors, this is what is left to the processors
+        # the part of the CPU when a GPU does the colors
         "training, colors on a GPU": (lambda: theirs["training"], lambda: cropping.epoch(0)),
         "evaluation": (
             lambda: theirs["evaluation"],
@@ -141,9 +157,9 @@ def images_per_second(once: Pass, count: int, clock: Callable[[], float]) -> flo
 
 
 def measure(pair: tuple[Pass, Pass], count: int, args: argparse.Namespace, name: str) -> dict:
-    """Medians of images per second of both sides, and of their ratio, over rounds in turns."""
+    """Measure both sides in turns; return the medians of images per second and of their ratio."""
     clock = time.perf_counter if args.num_workers else time.process_time
-    for once in pair:  # the first pass starts workers and fills caches
+    for once in pair:  # warm-up: the first pass starts workers and fills caches
         images_per_second(once, count, clock)
     rates = [
         [images_per_second(once, count, clock) for once in pair]
@@ -160,18 +176,18 @@ def measure(pair: tuple[Pass, Pass], count: int, args: argparse.Namespace, name:
     }
 
 
-def _crop(path: Path, row: list[float]) -> Image.Image:
+def _crop(path: Path, params: list[float]) -> Image.Image:
     with Image.open(path) as file:
         image = file.convert("RGB")
-    box = RandomResizedCrop.box(row, image.size[::-1])
-    return functional.resized_crop(image, *box, [SHOWN, SHOWN])
+    top, left, height, width = RandomResizedCrop.box(params, image.size[::-1])
+    return functional.resized_crop(image, top, left, height, width, [SHOWN, SHOWN])
 
 
 def _colors(
-    image: Image.Image | torch.Tensor, rows: list[list[float]]
+    image: Image.Image | torch.Tensor, params: list[list[float]]
 ) -> Image.Image | torch.Tensor:
-    """What torchvision makes of a crop, with the numbers of our operations."""
-    jitter, gray, flip = rows
+    """Apply torchvision's operations to a crop, with the parameters of ours."""
+    jitter, gray, flip = params
     adjust = (
         functional.adjust_brightness,
         functional.adjust_contrast,
@@ -185,10 +201,10 @@ def _colors(
 
 
 def compare_pixels(data: FileSet, device: Device, count: int = 32) -> dict[str, dict[str, float]]:
-    """Differences for the same random numbers, in steps of 255, over one batch.
+    """Measure differences of one batch for the same random numbers, in steps of 1/255.
 
-    Pillow cuts down to whole bytes after every operation, and to 256 hues; torchvision's operations on
-    float tensors, started from the same crop, do not.
+    Pillow rounds down to whole bytes after every operation, and to 256 hues; torchvision's operations on
+    float tensors, applied to the same crop, do not.
     """
     count, ops, ones = min(count, len(data)), instance_ops(), ((0.0,) * 3, (1.0,) * 3)
     whole, cropping = (Augmentation(chosen, ones) for chosen in (ops, ops[:1]))
@@ -198,11 +214,11 @@ def compare_pixels(data: FileSet, device: Device, count: int = 32) -> dict[str, 
     drawn = whole.sample_params(count, generator(0, "augmentation", 0))
     found: dict[str, list[torch.Tensor]] = {}
     for k, index in enumerate(batch.indexes.tolist()):
-        crop, *rows = (values[k].tolist() for values in drawn)
+        crop, *params = (values[k].tolist() for values in drawn)
         image, ours = _crop(data.root / data.paths[index], crop), batch.images[k]
-        floats = _colors(crops.images[k], rows)
+        floats = _colors(crops.images[k], params)
         found.setdefault("crop", []).append(crops.images[k] - functional.to_tensor(image))
-        found.setdefault("colors", []).append(ours - functional.to_tensor(_colors(image, rows)))
+        found.setdefault("colors", []).append(ours - functional.to_tensor(_colors(image, params)))
         found.setdefault("colors in floats", []).append(ours - floats)
     shown = next(in_order(data, Augmentation((), ones), device, batch_size=count))
     central = transforms.Compose(published_evaluation().transforms[:3])
@@ -242,8 +258,6 @@ def benchmark(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace) -> dict:
-    options.require_positive(args, "images", "batch_size", "rounds")
-    options.require_not_negative(args, "num_workers")
     torch.set_num_threads(1)
     if args.data_dir:
         found = benchmark(Path(args.data_dir), args)
@@ -258,4 +272,4 @@ def main(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -1,20 +1,20 @@
-"""Images per second of training, ours against a literal rendering of the published step, in the same run.
+"""Benchmark of training in images per second, against a literal copy of the published step in the same run.
 
-    python scripts/benchmark_training.py                       # all four scripts
-    python scripts/benchmark_training.py --tasks pretrain-cifar finetune-cifar --rounds 9
+    python scripts/benchmarks/training.py                       # all four scripts
+    python scripts/benchmarks/training.py --tasks pretrain-cifar finetune-cifar --rounds 9
 
 Variants, each in a process of its own; they take turns, and while one works the others rest:
 
     literal    float32 in contiguous order, Pillow transforms in workers, the losses as published, six
                TensorBoard scalars and a wait for the device at every step
-    ours       what the script does by default, progress line and log included
+    ours       the script's default, with its meters and progress line
     compiled   the same with --compile
-    bare       forward, loss, backward and optimizer step of ours on one batch that is there already
+    bare       our forward, loss, backward and optimizer step on one batch that is already on the device
 
-Images are made up: small ones are random bytes, large ones 500 x 375 JPEG files cut from photographs that
-ship inside scikit-image. Prints medians over the rounds, ratios within a round with the least and the
-largest, the share of the hardware's matrix rate, and peak memory (resident, without that of the workers; on
-a GPU also the device's); the same goes to --output as JSON.
+Small images are random bytes, large ones 500 x 375 JPEG files cut from photographs that ship inside
+scikit-image. The script prints medians over the rounds, ratios within a round with the smallest and the
+largest, MFU, and peak memory (resident, without that of the workers; on a GPU also the device's), and writes
+them to --output as JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -54,33 +54,36 @@ from datasets.transforms import (
     finetune_ops,
     instance_ops,
 )
-from lib.cli import options
+from lib.cli import declared, options, start
 from lib.files import provenance
 from lib.loading.batches import Batches
+from lib.objectives.classification import Classification
+from lib.objectives.instance import InstanceDiscrimination, instance_discrimination
 from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
-from lib.training import engine, pretraining
 from lib.training.meters import AverageMeter, Throughput
+from lib.training.optimizer import sgd
+from lib.training.step import Step, train_steps
 from models import build_model
 
-benchmark_input = options.load_script("scripts/benchmark_input.py")
+benchmark_input = start.load_script("scripts/benchmarks/input.py")
 PHOTOGRAPHS = 256
 PRINT_EVERY = 10  # steps
-LAST_WORDS_S = 30.0  # for a process to end by itself
+LAST_WORDS_S = 30.0  # time for a process to end by itself
 NUM_CLASSES = {32: 10, 224: 1000}
 BASELINE, OURS, BARE = "literal", "ours", "bare"
 
-Advance = Callable[[int], None]  # trains so many steps
+Advance = Callable[[int], None]  # function that trains a number of steps
 
 
 @dataclass(frozen=True)
 class Task:
-    """One script under its published settings.
+    """One script with its published settings.
 
     Attributes:
         num_images: rows of the memory bank, 0 in phase 3.
-        batch_size: published; `on_cpu` is what a CPU gets, whose speed per image hardly depends on it.
-        steps: of one visit, on a GPU; `steps_on_cpu` on a CPU.
+        batch_size: published batch size; a CPU, whose speed per image hardly depends on it, gets `on_cpu`.
+        steps: steps of one visit on a GPU; `steps_on_cpu` on a CPU.
     """
 
     script: str
@@ -103,7 +106,16 @@ TASKS = {
     "pretrain-cifar": Task("unsupervised/cifar.py", "wrn-28-2", 32, 128, 128, 60, 10, 50_000),
     "finetune-cifar": Task("cifar-semi.py", "wrn-28-2", 32, 128, 128, 60, 10),
     "pretrain-imagenet": Task(
-        *("unsupervised/imagenet.py", "resnet18", 224, 256, 32, 10, 2, 1_281_167, 4096, 0.07)
+        "unsupervised/imagenet.py",
+        "resnet18",
+        224,
+        256,
+        32,
+        10,
+        2,
+        num_images=1_281_167,
+        nce_k=4096,
+        nce_t=0.07,
     ),
     "finetune-imagenet": Task("imagenet-semi.py", "resnet50", 224, 256, 32, 10, 2),
 }
@@ -113,7 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="scripts")
     parser.add_argument(
-        *("--variants", "-v"),
+        "--variants",
+        "-v",
         nargs="+",
         choices=VARIANTS,
         default=[BASELINE, OURS, BARE],
@@ -121,11 +134,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--arch", default="", help="another network for all tasks")
     parser.add_argument(
-        "-b", "--batch-size", type=int, default=0, help="0: as published, 32 for ImageNet on a CPU"
+        "-b",
+        "--batch-size",
+        type=declared.not_negative_int,
+        default=0,
+        help="0: as published, 32 for ImageNet on a CPU",
     )
-    parser.add_argument("--steps", type=int, default=0, help="of one visit; 0: chosen by the task")
-    parser.add_argument("--rounds", type=int, default=5, help="visits of each variant, in turns")
-    parser.add_argument("-j", "--num-workers", type=int, default=2, help="processes that read")
+    parser.add_argument(
+        "--steps",
+        type=declared.not_negative_int,
+        default=0,
+        help="steps of one visit; 0: chosen by the task",
+    )
+    parser.add_argument(
+        "--rounds", type=declared.positive_int, default=5, help="visits of each variant, in turns"
+    )
+    parser.add_argument(
+        "-j", "--num-workers", type=declared.not_negative_int, default=2, help="processes that read"
+    )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     options.add_compute(parser)
     return parser
@@ -135,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Pictures(Dataset):
-    """Small images one by one, with Pillow."""
+    """Small images, transformed one by one with Pillow."""
 
     def __init__(self, data: ImageSet, transform: Callable) -> None:
         self.pixels, self.targets = data.images.permute(0, 2, 3, 1).numpy(), data.targets.tolist()
@@ -154,7 +180,7 @@ class _Files(ImageFolder):
 
 
 class _LinearAverage(torch.autograd.Function):
-    """All similarities, and the bank updated inside backward."""
+    """Similarities to all rows; backward updates the bank."""
 
     @staticmethod
     def forward(ctx, x, y, memory, temperature, momentum):
@@ -172,7 +198,7 @@ class _LinearAverage(torch.autograd.Function):
 
 
 class _NCEAverage(torch.autograd.Function):
-    """Similarities to drawn rows, as probabilities; the rows are gathered once more in backward."""
+    """Probabilities of drawn rows; backward gathers the rows once more."""
 
     @staticmethod
     def forward(ctx, x, y, memory, drawn, z, temperature, momentum):
@@ -201,7 +227,7 @@ def _update(memory: Tensor, x: Tensor, y: Tensor, momentum: float) -> None:
 
 
 def _draw(prob: Tensor, alias: Tensor, count: int) -> Tensor:
-    """`count` numbers by the alias method, of equal probability here."""
+    """Draw `count` numbers by the alias method, here with equal probabilities."""
     place = torch.randint(len(prob), (count,), device=prob.device)
     keep = torch.bernoulli(prob[place]).long()
     return place * keep + alias[place] * (1 - keep)
@@ -257,7 +283,7 @@ def _classic_finetuning() -> transforms.Compose:
 
 
 def literal(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> Advance:
-    """The published loop: float32, one image at a time, a wait and six scalars at every step."""
+    """Build the published loop: float32, one image at a time, a wait and six scalars at every step."""
     transform = _classic_transform(task)
     data = _Files(folder / "train", transform) if task.is_imagenet else None
     loader = DataLoader(
@@ -271,19 +297,21 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, device: Device) 
     )
     items = itertools.chain.from_iterable(loader for _ in itertools.count())
     outputs = 128 if task.num_images else NUM_CLASSES[task.image_size]
-    words = {"normalize": bool(task.num_images), "imagenet": task.is_imagenet}
-    net = build_model(task.architecture, outputs, **words).to(device.torch_device)
+    net = build_model(
+        task.architecture,
+        outputs,
+        normalize=bool(task.num_images),
+        imagenet=task.is_imagenet,
+    ).to(device.torch_device)
     nesterov = not task.is_imagenet
     sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=nesterov)
     supervised = nn.CrossEntropyLoss()
     contrastive = _published_loss(task, device.torch_device) if task.num_images else None
     writer, counter = SummaryWriter(tempfile.mkdtemp(dir=folder)), itertools.count()
-    Finalize(None, writer.close, exitpriority=100)  # its thread would outlive what it reads from
+    Finalize(None, writer.close, exitpriority=100)  # the writer's thread must end before its queue
     net.train()
     if device.torch_device.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            True  # or its convolutions would be slower than they need be
-        )
+        torch.backends.cudnn.benchmark = True  # a fair baseline needs the fastest convolutions
 
     def advance(steps: int) -> None:
         end = time.time()
@@ -317,7 +345,7 @@ def literal(task: Task, folder: Path, args: argparse.Namespace, device: Device) 
 
 
 def random_images(size: int) -> ImageSet:
-    """As many as CIFAR-10 has; their bytes do not matter to the speed."""
+    """Return as many random images as CIFAR-10 has; the speed does not depend on their bytes."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50_000, 3, size, size), dtype=torch.uint8, generator=rng)
     targets = torch.randint(NUM_CLASSES[size], (len(images),), generator=rng)
@@ -328,8 +356,14 @@ def random_images(size: int) -> ImageSet:
 def training_data(task: Task, folder: Path, args: argparse.Namespace) -> DataSet:
     if not task.is_imagenet:
         return random_images(task.image_size)
-    words = {"image_size": task.image_size, "num_workers": args.num_workers, "in_memory": False}
-    return build_datasets("folder", str(folder), **words)[0]
+    train, _ = build_datasets(
+        "folder",
+        str(folder),
+        image_size=task.image_size,
+        num_workers=args.num_workers,
+        in_memory=False,
+    )
+    return train
 
 
 def augmentation_of(task: Task, data: DataSet) -> Augmentation:
@@ -342,56 +376,45 @@ def augmentation_of(task: Task, data: DataSet) -> Augmentation:
     return Augmentation(ops, data.stats)
 
 
-def settings_of(task: Task, batch_size: int) -> pretraining.Settings:
-    return pretraining.Settings(
-        architecture=task.architecture,
-        low_dim=128,
-        lr=0.01,
-        lr_scheduler="cosine",
-        momentum=0.9,
-        weight_decay=5e-4,
-        batch_size=batch_size,
-        iter_size=1,
-        epochs=1,
-        rng_seed=0,
-        nce_k=task.nce_k,
-        nce_t=task.nce_t,
-        nce_m=0.5,
-        nce_loss="nce",
-        nce_z="moving-average",
-    )
-
-
 def _classifier(task: Task, device: Device) -> nn.Module:
     classes = NUM_CLASSES[task.image_size]
     return device.prepare(build_model(task.architecture, classes, imagenet=task.is_imagenet))
 
 
-def _pretraining_run(task: Task, batch_size: int, device: Device) -> pretraining.Run:
-    settings = settings_of(task, batch_size)
-    model = pretraining.build_network(settings, device, imagenet=task.is_imagenet)
-    return pretraining.start(model, settings, task.num_images, device, imagenet=task.is_imagenet)
+def _metric(task: Task, device: Device) -> tuple[nn.Module, InstanceDiscrimination]:
+    model = build_model(task.architecture, 128, normalize=True, imagenet=task.is_imagenet)
+    objective = instance_discrimination(
+        task.num_images,
+        128,
+        num_negatives=task.nce_k,
+        temperature=task.nce_t,
+        z_momentum=0.99,
+        bf16=device.bf16,
+    )
+    return device.prepare(model), objective.to(device.torch_device)
 
 
 def ours(
     task: Task, folder: Path, args: argparse.Namespace, device: Device, *, compiled: bool = False
 ) -> Advance:
-    """The script's own loop, its meters and its line every few steps."""
+    """Build the script's own loop, with its meters and its line every few steps."""
     data = training_data(task, folder, args)
-    words = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    batches = Batches(data, augmentation_of(task, data), device, **words)
+    batches = Batches(
+        data,
+        augmentation_of(task, data),
+        device,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
     if task.num_images:
-        run = _pretraining_run(task, args.batch_size, device)
-        model, parts = run.model, (run.bank, run.criterion, run.optimizer)
+        model, objective = _metric(task, device)
         endless = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
-        steps = engine.pretrain(model, *parts, endless, _constant, device, first_step=0)
     else:
         model = _classifier(task, device)
-        optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
-        endless = batches.stream(torch.arange(len(data)), 0, 10**6)
-        about = data.targets, torch.ones(len(data)), _constant, device
-        criterion = nn.CrossEntropyLoss(reduction="none")
-        steps = engine.finetune(model, criterion, optimizer, endless, *about, first_step=0)
+        objective = Classification(data.targets, torch.ones(len(data))).to(device.torch_device)
+        endless = batches.repeat(torch.arange(len(data)), 0, 10**6)
+    optimizer = sgd(model.parameters(), 0.01, 5e-4)
+    steps = train_steps(model, objective, optimizer, endless, _constant, device)
     if compiled:
         profiling.compile_network(model, profiling.COMPILE_MODES[0])
     return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
@@ -401,9 +424,7 @@ def _constant(_: int) -> float:
     return 0.01
 
 
-def _advance(
-    steps: Iterator[engine.Step], loss: AverageMeter, clock: Throughput, number: int
-) -> None:
+def _advance(steps: Iterator[Step], loss: AverageMeter, clock: Throughput, number: int) -> None:
     for step in itertools.islice(steps, number):
         loss.update(step.loss, step.batch_size)
         clock.count(step.batch_size)
@@ -412,18 +433,17 @@ def _advance(
 
 
 def bare(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> Advance:
-    """What is left when nothing has to be read, augmented, counted or remembered."""
+    """Build a loop that only computes: nothing is read, augmented, counted or stored."""
     images = torch.randn(args.batch_size, 3, task.image_size, task.image_size)
     images = images.to(device.torch_device, memory_format=torch.channels_last)
     indexes = torch.arange(args.batch_size, device=device.torch_device)
     if task.num_images:
-        run = _pretraining_run(task, args.batch_size, device)
-        model, optimizer = run.model, run.optimizer
-        loss = lambda v: run.criterion(v, indexes, run.bank.memory, 0)  # noqa: E731
+        model, objective = _metric(task, device)
+        loss = lambda v: objective.loss(v, indexes, objective.bank.memory, 0)  # noqa: E731
     else:
         model = _classifier(task, device)
-        optimizer = engine.sgd(model.parameters(), 0.01, 5e-4)
         loss = lambda z: F.cross_entropy(z.float(), indexes % z.shape[1])  # noqa: E731
+    optimizer = sgd(model.parameters(), 0.01, 5e-4)
     model.train()
 
     def advance(steps: int) -> None:
@@ -449,7 +469,7 @@ VARIANTS = {
 
 
 def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pipe) -> None:
-    """Train as many steps as the pipe asks for and answer with the seconds; at last with the peaks, MiB."""
+    """Train as many steps as the pipe asks for and send the seconds; at the end send peak memory in MiB."""
     torch.manual_seed(0)
     device = devices.select(args.gpus, args.precision)
     advance = VARIANTS[variant](task, folder, args, device)
@@ -461,7 +481,7 @@ def _worker(variant: str, task: Task, folder: Path, args: argparse.Namespace, pi
     peaks = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if device.torch_device.type == "cuda":
         peaks["device"] = torch.cuda.max_memory_allocated(device.torch_device) / 2**20
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for them where another process failed
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone if another process failed
         pipe.send(peaks)
 
 
@@ -483,15 +503,18 @@ class Runner:
             self.pipe.send(what)
             return self.pipe.recv()
         except (EOFError, OSError):
-            raise ValueError(f"the process of {self.process.name} ended, see above") from None
+            raise ValueError(
+                f"the process of {self.process.name} ended; its error is printed above"
+            ) from None
 
 
 def start_runners(task: Task, folder: Path, args: argparse.Namespace) -> dict[str, Runner]:
     context, runners = multiprocessing.get_context("spawn"), {}
     for variant in args.variants:
         here, there = context.Pipe()
-        words = (variant, task, folder, args, there)
-        process = context.Process(target=_worker, args=words, name=variant)
+        process = context.Process(
+            target=_worker, args=(variant, task, folder, args, there), name=variant
+        )
         process.start()
         there.close()
         runners[variant] = Runner(process, here)
@@ -499,7 +522,7 @@ def start_runners(task: Task, folder: Path, args: argparse.Namespace) -> dict[st
 
 
 def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, bar: tqdm) -> dict:
-    """Speeds of each variant, images/s by round, and its peaks."""
+    """Measure images/s of each variant by round, and its peak memory."""
     on_cpu = device.torch_device.type == "cpu"
     args = argparse.Namespace(**vars(args))
     args.batch_size = args.batch_size or (task.on_cpu if on_cpu else task.batch_size)
@@ -508,7 +531,7 @@ def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, 
     speeds: dict[str, list[float]] = {variant: [] for variant in runners}
     try:
         for runner in runners.values():
-            runner.ask(2)  # memory is allocated, algorithms are chosen, kernels compiled
+            runner.ask(2)  # the first steps allocate memory, choose algorithms and compile kernels
         for _ in range(args.rounds):
             for variant, runner in runners.items():
                 speeds[variant].append(steps * args.batch_size / runner.ask(steps))
@@ -516,7 +539,7 @@ def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, 
         peaks = {variant: runner.ask(None) for variant, runner in runners.items()}
     finally:
         for runner in runners.values():
-            runner.pipe.close()  # one that still waits for orders ends by that
+            runner.pipe.close()  # ends a process that still waits for orders
             runner.process.join(LAST_WORDS_S)
             runner.process.terminate()
             runner.process.join()
@@ -529,20 +552,20 @@ def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, 
 
 
 def ratio(found: dict, variant: str, over: str) -> tuple[float, float, float]:
-    """Median, least and largest over the rounds."""
+    """Return the median, smallest and largest ratio over the rounds."""
     pairs = zip(found["images_per_s"][variant], found["images_per_s"][over], strict=True)
     ratios = [one / other for one, other in pairs]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def with_share(task: Task, found: dict, rate: float, device: Device) -> dict:
-    """Adds the network's operations per image, and what share of `rate` each speed makes.
+    """Add the network's operations per image, and the MFU of each variant.
 
-    `rate` is in the format of ours: bfloat16, where the literal step computes in float32.
+    `rate` is measured in our format, bfloat16 on new hardware, also for the literal step in float32.
     """
     if task.num_images:
-        run = _pretraining_run(task, found["batch_size"], device)
-        model, more = run.model, run.criterion.flops(task.num_images, 128)
+        model, objective = _metric(task, device)
+        more = objective.flops_per_image()
     else:
         model, more = _classifier(task, device), 0.0
     per_image = more + profiling.training_flops(model, (3, task.image_size, task.image_size))
@@ -554,20 +577,19 @@ def with_share(task: Task, found: dict, rate: float, device: Device) -> dict:
 
 
 def table(results: dict[str, dict], variants: list[str]) -> str:
-    """Markdown, a row for each task and variant."""
+    """Format the results in Markdown, one row for each task and variant."""
     lines = [
-        "| task | variant | images/s | against literal | against bare | of the matrix rate | peak MiB |",
+        "| task | variant | images/s | against literal | against bare | MFU | peak MiB |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name, found in results.items():
         for variant in variants:
             cells = [name, variant, f"{statistics.median(found['images_per_s'][variant]):.0f}"]
             for other in (BASELINE, BARE):
-                known = other in variants and variant != other
-                words = (
-                    "{:.2f} ({:.2f}, {:.2f})".format(*ratio(found, variant, other)) if known else ""
-                )
-                cells.append(words)
+                cells.append("")
+                if other in variants and variant != other:
+                    median, least, largest = ratio(found, variant, other)
+                    cells[-1] = f"{median:.2f} ({least:.2f}, {largest:.2f})"
             cells.append(f"{100 * found['mfu'][variant]:.0f}%")
             cells.append(" / ".join(f"{peak:.0f}" for peak in found["peak_mib"][variant].values()))
             lines.append(f"| {' | '.join(cells)} |")
@@ -575,8 +597,6 @@ def table(results: dict[str, dict], variants: list[str]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    options.require_positive(args, "rounds")
-    options.require_not_negative(args, "steps", "batch_size", "num_workers")
     device = devices.select(args.gpus, args.precision)
     rate = profiling.matrix_rate(device)
     print(f"{device}; matrix rate {rate / 1e9:.0f} GFLOP/s")
@@ -592,7 +612,9 @@ def main(args: argparse.Namespace) -> None:
             bar.set_description(name)
             found = measure(task, Path(made), args, device, bar)
             results[name] = with_share(task, found, rate, device)
-            if args.output:  # after each: a run that is cut off leaves what it has measured
+            if (
+                args.output
+            ):  # written after each task, so that an interrupted run leaves its numbers
                 record = {"device": str(device), "matrix_rate": rate, "tasks": results}
                 record["meta"] = provenance.record(vars(args))
                 Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
@@ -600,4 +622,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -1,17 +1,18 @@
-"""Whether bf16 and the batched augmentation learn what float32 and Pillow do: curves.
+"""Compare what bf16 and the batched augmentation learn with what float32 and Pillow learn, by curves.
 
-    python scripts/compare_training.py --dataset folder --data-dir DIR --output-dir checkpoint/compare
+    python scripts/benchmarks/compare_training.py --dataset folder --data-dir DIR --output-dir OUT
 
-Trains both phases in some variants for each seed, by the scripts' own command lines, and reads their logs:
+The script trains both phases in several variants for each seed, and reads their logs:
 
     fp32             --precision fp32
     bf16             --precision bf16
     bf16, workers    --precision bf16 --loader workers: one image at a time with Pillow, as published
 
-Phase 1 is unsupervised/cifar.py; phase 3 is cifar-semi.py from scratch on all labels, whose loss is clearest.
-A seed gives all variants the same start and batches, and all but the workers the same augmentation. Prints
-mean and deviation over the seeds of the last loss and accuracy, the difference to the baseline, and the
-p-value of Welch's t-test; the picture has the whole curves. Runs that are finished are not repeated.
+Phase 1 is unsupervised/cifar.py. Phase 3 is cifar-semi.py from scratch on all labels, where losses differ
+most clearly. A seed gives all variants the same initial weights and batches, and all but the workers the same
+augmentation. The script prints mean and deviation over the seeds of the last loss and accuracy, the
+difference to the baseline, and the p-value of Welch's t-test; the picture shows the whole curves. Finished
+runs are not repeated.
 """
 
 import argparse
@@ -20,14 +21,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.cli import options
+from lib.cli import checks, declared, options, start
 from lib.files import provenance
 from lib.report import plots
 
@@ -40,7 +41,7 @@ COMPARED = (("bf16", "fp32"), ("bf16, workers", "bf16"))
 
 
 class Curve(NamedTuple):
-    """What is read of a log: which event's value, and what to call it."""
+    """A curve read from a log: its title, and the event and value that it shows."""
 
     title: str
     event: str
@@ -62,16 +63,29 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_model(parser)
     parser.set_defaults(dataset="patches", architecture="wrn-10-1")
     parser.add_argument(
-        "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="which"
+        "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="phases to train"
     )
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which"
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to train"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
-    parser.add_argument("--epochs", type=int, default=20, help="of phase 1")
-    parser.add_argument("--max-iters", type=int, default=400, help="steps of phase 3")
-    parser.add_argument("--lr", type=float, default=0.1, help="of both phases, one-cycle")
-    parser.add_argument("-b", "--batch-size", type=int, default=128, help="images per step")
+    parser.add_argument(
+        "--seeds", type=declared.positive_int, default=3, help="runs of each variant"
+    )
+    parser.add_argument(
+        "--epochs", type=declared.positive_int, default=20, help="epochs of phase 1"
+    )
+    parser.add_argument(
+        "--max-iters", type=declared.positive_int, default=400, help="steps of phase 3"
+    )
+    parser.add_argument(
+        "--lr",
+        type=declared.positive_float,
+        default=0.1,
+        help="highest learning rate of both phases (one-cycle)",
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=declared.positive_int, default=128, help="images per step"
+    )
     parser.add_argument(
         "--output-dir", default="checkpoint/compare", metavar="DIR", help="logs, picture, numbers"
     )
@@ -79,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def words_of(args: argparse.Namespace, phase: int, folder: Path) -> list[str]:
-    """The command line of a phase but for the variant and the seed."""
+    """Return the command line of a phase without variant and seed."""
     common = ["--dataset", args.dataset, "--data-dir", args.data_dir, "-j", args.num_workers]
     common += ["--image-size", args.image_size, "--arch", args.architecture, "-b", args.batch_size]
     common += ["--lr", args.lr, "--lr-scheduler", "one-cycle"]
@@ -94,28 +108,28 @@ def words_of(args: argparse.Namespace, phase: int, folder: Path) -> list[str]:
 
 
 def train(args: argparse.Namespace, phase: int, variant: str, seed: int) -> list[dict]:
-    """The lines of the log of one run, which is made unless it is there."""
+    """Train one run unless it is finished, and return the lines of its log."""
     name = f"phase{phase}-{variant.replace(', ', '-')}-{seed}"
     folder = Path(args.output_dir) / name
     done, log = folder / "done.json", folder / "log.jsonl"
     words = [*words_of(args, phase, folder), *VARIANTS[variant], "--rng-seed", str(seed)]
-    words.append(provenance.git_commit())  # runs of other code are not mixed
+    words.append(provenance.git_commit())  # repeats runs of other code
     if not (done.is_file() and json.loads(done.read_text()) == words):
         log.unlink(missing_ok=True)
-        script = options.load_script("unsupervised/cifar.py" if phase == 1 else "cifar-semi.py")
+        script = start.load_script("unsupervised/cifar.py" if phase == 1 else "cifar-semi.py")
         script.main(script.build_parser().parse_args(words[:-1]))
         done.write_text(json.dumps(words))
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 def read(lines: list[dict], curve: Curve) -> dict[int, float]:
-    """Value by step."""
+    """Return the values of a curve by step."""
     found = (line for line in lines if line["event"] == curve.event)
     return {line["step"]: line[curve.value] for line in found}
 
 
 def compare(values: dict[str, Tensor]) -> list[dict]:
-    """The last values of each variant, seeds x steps, against those of its baseline, where both are there."""
+    """Compare the last values (of seeds x steps) of each variant with its baseline, if both were run."""
     rows = []
     for variant, baseline in COMPARED:
         if not {variant, baseline} <= values.keys():
@@ -150,10 +164,9 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    options.require_positive(args, "seeds", "epochs", "max_iters", "lr", "batch_size")
     if args.seeds < 2:
-        raise ValueError("--seeds 1: the noise between seeds takes two of them at least")
-    output = options.writable_folder("--output-dir", args.output_dir)
+        raise ValueError("--seeds 1: the noise between seeds needs at least two")
+    output = checks.writable_folder("--output-dir", args.output_dir)
     runs = [(p, v, s) for s in range(args.seeds) for p in args.phases for v in args.variants]
     logs = {run: train(args, *run) for run in tqdm(runs, unit="run")}
     panels: dict[str, dict[str, tuple[list[int], Tensor]]] = {}
@@ -176,4 +189,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())
