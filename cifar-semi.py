@@ -10,77 +10,137 @@ The supervised baseline on the same labeled images, from the metric or (without 
 
     python cifar-semi.py --num-labeled 250 --resume checkpoint/instance_cifar10/ckpt.cifar.pth.tar
 
-Several GPUs, or processes on a CPU: `--gpus 0,1,2,3` or `--gpus cpu,cpu` (BatchNorm alone sees it: each
-process normalizes by its own rows); several machines:
+Several GPUs, or processes on a CPU: `--gpus 0,1,2,3` or `--gpus cpu,cpu`. Results change through BatchNorm
+alone: each process normalizes by its own rows. Several machines:
 `torchrun --nnodes 2 --nproc-per-node 4 ... cifar-semi.py ...`.
 
 Measure a trained classifier: `--eval --resume checkpoint/cifar10-semi/exp/ckpt.pth.tar`. Continue an
-interrupted run: the same command with --resume naming that run's own ckpt.pth.tar; a command that can be
-repeated until it is done has `--pretrained METRIC --resume auto`.
-Writes `ckpt.pth.tar` (last step) and `ckpt.best.pth.tar` (best test accuracy, as published: a choice
-made on the test images, so the last accuracy is the one to report) to --model-root/--exp-name,
-TensorBoard events and `log.jsonl` to --log-root/--exp-name.
+interrupted run: the same command with --resume naming that run's own ckpt.pth.tar. A command with
+`--pretrained METRIC --resume auto` can be repeated until the run is done.
+
+The script writes `ckpt.pth.tar` (last step) and `ckpt.best.pth.tar` (best test accuracy, as published) to
+--model-root/--exp-name, TensorBoard events and `log.jsonl` to --log-root/--exp-name. The best accuracy is
+chosen on the test images, so the last one is the one to report.
 """
 
 import argparse
 from pathlib import Path
 
 from datasets import build_datasets
-from datasets.transforms import finetune_ops
-from lib.cli import options
+from datasets.transforms import Augmentation, finetune_ops
+from lib.cli import checks, declared, options, start
 from lib.files import provenance
-from lib.runtime import distributed
+from lib.files.published import CLASSIFIERS
+from lib.loading.batches import Batches
+from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
-from lib.training import finetuning
-from lib.training.finetuning import RESUME_INVARIANTS, Files, Settings
+from lib.training import finetuning, training_set
+from lib.training.finetuning import BEST, LAST, RESUME_INVARIANTS, Settings, Tester
+from lib.training.log import main_log
+from lib.training.optimizer import sgd, trainable
+from lib.training.progress import RunProgress, step_arithmetic
+from lib.training.state import Checkpoints, TrainState
+from lib.training.step import train_steps
 
 __all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return options.finetuning_parser(
-        __doc__, resumes="this run's own checkpoint to continue, or weights as --pretrained"
-    )
+    return options.parser(__doc__, Settings)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    # 1. What is asked for, on what data; a bad pseudo-label file ends here
-    options.check_finetuning(args, build_parser())
-    settings = options.values(args, Settings)
-    folder = Path(args.model_root) / args.exp_name
-    device = options.select_training_device(args)
+    # 1. Data; bad pseudo-label files are refused here
+    checks.check_finetuning(args, build_parser())
+    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
     resume = finetuning.find_start(args.resume, folder)
-    parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    with distributed.main_first():  # it may have to download them
+    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    workers = distributed.own_workers(args.num_workers)
+    with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(
-            *(args.dataset, args.data_dir),
-            image_size=args.image_size,
-            num_workers=distributed.own_workers(args.num_workers),
+            args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
-    source = args.pseudo_file or args.pseudo_dir
+    tester = Tester(test, device, args.input_gray, args.num_workers)
 
-    # 2. The network; with --eval that is all it takes
+    # 2. Network; --eval measures it and ends here
     built, pretrained = finetuning.starting_weights(
         args.architecture, resume, args.pretrained, evaluating=args.eval
     )
-    model = finetuning.build_classifier(settings, train.num_classes, device, weights=built)
+    model = finetuning.build_classifier(
+        settings, train.num_classes, device, imagenet=False, weights=built
+    )
     if args.eval:
-        return finetuning.evaluate_file(resume or args.pretrained, model, test, device, settings)
+        return tester.measure_file(resume or args.pretrained, model)
 
-    # 3. What to train on, from which weights or where this run stopped
-    examples = finetuning.choose_training_set(train, parts, settings, source=source)
+    # 3. Training images, objective, optimizer; initial weights, or the run to resume
+    source = args.pseudo_file or args.pseudo_dir
+    chosen = training_set.choose_training_set(train, parts, settings, source=source)
+    objective = finetuning.build_objective(chosen, args.criterion, device)
+    parameters = trainable(model, head_only=args.finetune)
+    optimizer = sgd([*parameters, *objective.parameters()], args.lr, args.weight_decay)
     meta = provenance.record(vars(args), train.digest)
-    run = finetuning.Run(settings, device, model, train, test, examples, meta)
-    finetuning.begin(run, resume, pretrained)
-    print_main(f"{device}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
+    described = finetuning.describe_classifier(settings, train, imagenet=False)
+    facts = {"examples": chosen.digest}
+    state = TrainState(model, objective, optimizer, described, CLASSIFIERS, meta, facts)
+    finetuning.begin(state, resume, pretrained)
+    print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
+    files, is_new = Checkpoints(folder, LAST, BEST), not state.step
+    start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
 
-    # 4. Train, test, save
-    is_new = not run.progress.step
-    options.open_run_folder("--model-root", folder, finetuning.LAST, is_new=is_new)
-    command = options.resume_command(folder / finetuning.LAST)
-    files = Files(folder, Path(args.log_root) / args.exp_name, command)
-    return finetuning.train(run, files, finetune_ops())
+    # 4. Train; test and save every --eval-freq steps
+    batches = Batches(
+        train,
+        Augmentation(finetune_ops(), train.stats, gray=args.input_gray),
+        device,
+        batch_size=args.batch_size,
+        seed=args.rng_seed,
+        num_workers=workers,
+        loader=args.loader,
+    )
+    schedule = finetuning.schedule_of(settings, len(chosen.indexes))
+    shape = (1 if args.input_gray else 3, train.image_size, train.image_size)
+    arithmetic = step_arithmetic(model, objective, shape, device)
+    network = profiling.prepare_training(model, args.compile)
+    first, end = state.step * args.iter_size, args.max_iters * args.iter_size
+    steps = train_steps(
+        network,
+        objective,
+        optimizer,
+        batches.repeat(chosen.indexes, first, end),
+        schedule,
+        device,
+        first_step=state.step,
+        iter_size=args.iter_size,
+        full_steps=True,
+        head_only=args.finetune,
+    )
+    with (
+        main_log(log_folder) as write,
+        interruption.watch(args.stop_after) as stop,
+        profiling.traced(args.profile, log_folder, device) as after_step,
+        RunProgress(state, args.max_iters, batches, arithmetic, write) as progress,
+    ):
+        write("start", first_step=state.step, meta=meta)
+        for step in steps:
+            state.count(step)
+            progress.count(step)
+            after_step()
+            stopping, is_last = stop.requested(), state.step == args.max_iters
+            if is_last or state.step % args.print_freq == 0:
+                progress.report(step)
+            with progress.paused():
+                if is_last or state.step % args.eval_freq == 0:
+                    files.save(state, is_best=tester.measure_run(state, write))
+                elif stopping:
+                    files.save(state)
+            if stopping:
+                break
+        command = start.resume_command(files.last_file)
+        finetuning.finish(state, args.max_iters, write, files, stop.reason, command)
+    stop.exit()
+    return {"last": state.accuracy, "best": state.best}
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -1,4 +1,4 @@
-"""Phase 3 for ImageNet-sized folders: a classifier from a few labeled and the most confident other images.
+"""Phase 3 for ImageNet-sized folders: train on a few labeled and the most confident pseudo-labeled images.
 
 The published run with 1% of the labels (13,000; the pseudo-labels of phase 2 in ten chunks), on four GPUs:
 
@@ -7,19 +7,20 @@ The published run with 1% of the labels (13,000; the pseudo-labels of phase 2 in
         --pseudo-dir checkpoint/pseudos_imagenet/instance_imagenet_nc_resnet50/num_labeled_13000 \\
         --pseudo-ratio 0.1
 
-DIR holds train/<class>/*, val/<class>/* and, where there are images without labels, unlabeled/**; its
-images are read while training, never all at once. `scripts/finetune_imagenet.sh` has the settings for 1, 2
-and 4%. Without --pseudo-dir or --pseudo-file the labeled images are all there is: the supervised baseline.
+DIR holds train/<class>/*, val/<class>/* and, if there are images without labels, unlabeled/**. Images are
+read while training, never all at once. `scripts/finetune_imagenet.sh` has the settings for 1, 2 and 4%.
+Without --pseudo-dir or --pseudo-file the script trains the supervised baseline on the labeled images.
 
---batch-size is the total over all GPUs, whose number changes the results through BatchNorm alone: each
-process normalizes by its own rows. `--gpus 0,1`, `--gpus 0`, or
+--batch-size is the total over all GPUs. Their number changes the results through BatchNorm alone: each
+process normalizes by its own rows. Take `--gpus 0,1`, `--gpus 0`, or
 `torchrun --nnodes 2 --nproc-per-node 4 ... imagenet-semi.py ...` on several machines. On a CPU, without any
-data: `--gpus cpu,cpu --dataset patches --image-size 64 -b 64`. How fast the GPUs are: `--dummy`.
+data: `--gpus cpu,cpu --dataset patches --image-size 64 -b 64`. The speed of the GPUs: `--dummy`.
 
-`--pretrained` takes weights alone, of phase 1 or of a classifier; `--resume` continues a run of this script:
-weights, optimizer and step. Repeat a command with `--resume auto` until it is done.
+`--pretrained` loads weights alone, of phase 1 or of a classifier. `--resume` continues a run of this script:
+weights, optimizer and step. A command with `--resume auto` can be repeated until the run is done.
 Measure a classifier: `--eval --resume checkpoint/imagenet/exp/ckpt.pth.tar`.
-Writes `ckpt.pth.tar` (last step) and `ckpt.best.pth.tar` (best validation accuracy) to
+
+The script writes `ckpt.pth.tar` (last step) and `ckpt.best.pth.tar` (best validation accuracy) to
 --model-root/--exp-name, TensorBoard events and `log.jsonl` to --log-root/--exp-name.
 """
 
@@ -27,73 +28,60 @@ import argparse
 from pathlib import Path
 
 from datasets import build_datasets
-from datasets.transforms import RandomHorizontalFlip, RandomResizedCrop
-from lib.cli import options
+from datasets.transforms import Augmentation, RandomHorizontalFlip, RandomResizedCrop
+from lib.cli import checks, declared, options, start
 from lib.files import provenance
-from lib.runtime import distributed
+from lib.files.published import CLASSIFIERS
+from lib.loading.batches import Batches
+from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
-from lib.training import finetuning
-from lib.training.finetuning import RESUME_INVARIANTS, Files, Settings
+from lib.training import finetuning, training_set
+from lib.training.finetuning import BEST, LAST, RESUME_INVARIANTS, Settings, Tester
+from lib.training.log import main_log
+from lib.training.optimizer import sgd, trainable
+from lib.training.progress import RunProgress, step_arithmetic
 from lib.training.schedule import IMAGENET_FINETUNE_DROPS
-from models import IMAGENET_ARCHITECTURES
+from lib.training.settings import ImageNetFinetuning
+from lib.training.state import Checkpoints, TrainState
+from lib.training.step import train_steps
 
 __all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
 
-SMALLEST_CROP = 0.08  # share of the area, as everyone trains ImageNet classifiers
+SMALLEST_CROP = 0.08  # fraction of the area, usual for ImageNet classifiers
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.finetuning_parser(
-        __doc__,
-        resumes="this run's own checkpoint to continue",
-        architectures=", ".join(IMAGENET_ARCHITECTURES),
-    )
-    parser.set_defaults(
-        dataset="folder",
-        data_dir="",
-        image_size=224,
-        num_workers=32,
-        architecture="resnet18",
-        lr_scheduler="multi-step",
-        batch_size=256,
-        weight_decay=0.0,
-        max_iters=50000,
-        num_labeled=13000,
-        pseudo_ratio=0.1,
-        gpus="0,1,2,3",
-        print_freq=10,
-        model_root="./checkpoint/imagenet",
-        log_root="./tensorboard/imagenet",
-    )
+    parser = options.parser(__doc__, ImageNetFinetuning)
     options.add_dummy(parser)
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.check_finetuning(args, build_parser())
-    options.require_data_dir(args)
-    options.require_imagenet_network(args, "cifar-semi.py", external_too=True)
+    checks.check_finetuning(args, build_parser())
+    checks.require_data_dir(args)
+    checks.require_imagenet_network(args, "cifar-semi.py", external_too=True)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    # 1. What is asked for, on what data; a bad pseudo-label file ends here
+    # 1. Data; bad pseudo-label files are refused here
     check_options(args)
-    options.keep_dummy_apart(args, build_parser(), "model_root", "log_root")
-    settings = options.values(args, Settings)
-    folder = Path(args.model_root) / args.exp_name
-    device = options.select_training_device(args)
+    checks.keep_dummy_apart(args, build_parser(), "model_root", "log_root")
+    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
     resume = finetuning.find_start(args.resume, folder)
-    parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    with distributed.main_first():  # it may have to download them
+    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    workers = distributed.own_workers(args.num_workers)
+    with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(
-            *(args.dataset, args.data_dir),
+            args.dataset,
+            args.data_dir,
             image_size=args.image_size,
-            num_workers=distributed.own_workers(args.num_workers),
+            num_workers=workers,
             in_memory=False,
         )
-    source = args.pseudo_file or args.pseudo_dir
+    tester = Tester(test, device, args.input_gray, args.num_workers)
 
-    # 2. The network; with --eval that is all it takes
+    # 2. Network; --eval measures it and ends here
     built, pretrained = finetuning.starting_weights(
         args.architecture, resume, args.pretrained, evaluating=args.eval
     )
@@ -101,23 +89,79 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         settings, train.num_classes, device, imagenet=True, weights=built
     )
     if args.eval:
-        return finetuning.evaluate_file(resume or args.pretrained, model, test, device, settings)
+        return tester.measure_file(resume or args.pretrained, model)
 
-    # 3. What to train on, from which weights or where this run stopped
-    examples = finetuning.choose_training_set(train, parts, settings, source=source)
+    # 3. Training images, objective, optimizer; initial weights, or the run to resume
+    source = args.pseudo_file or args.pseudo_dir
+    chosen = training_set.choose_training_set(train, parts, settings, source=source)
+    objective = finetuning.build_objective(chosen, args.criterion, device)
+    parameters = trainable(model, head_only=args.finetune)
+    optimizer = sgd([*parameters, *objective.parameters()], args.lr, args.weight_decay)
     meta = provenance.record(vars(args), train.digest)
-    run = finetuning.Run(settings, device, model, train, test, examples, meta)
-    finetuning.begin(run, resume, pretrained, own_only=True)
-    print_main(f"{device}; {args.dataset}: {examples} of {len(train)}, {train.num_classes} classes")
+    described = finetuning.describe_classifier(settings, train, imagenet=True)
+    facts = {"examples": chosen.digest}
+    state = TrainState(model, objective, optimizer, described, CLASSIFIERS, meta, facts)
+    finetuning.begin(state, resume, pretrained, own_only=True)
+    print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
+    files, is_new = Checkpoints(folder, LAST, BEST), not state.step
+    start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
 
-    # 4. Train, test, save
-    is_new = not run.progress.step
-    options.open_run_folder("--model-root", folder, finetuning.LAST, is_new=is_new)
-    command = options.resume_command(folder / finetuning.LAST)
-    files = Files(folder, Path(args.log_root) / args.exp_name, command)
+    # 4. Train; test and save every --eval-freq steps
     ops = [RandomResizedCrop(SMALLEST_CROP), RandomHorizontalFlip()]
-    return finetuning.train(run, files, ops, drops=IMAGENET_FINETUNE_DROPS)
+    batches = Batches(
+        train,
+        Augmentation(ops, train.stats, gray=args.input_gray),
+        device,
+        batch_size=args.batch_size,
+        seed=args.rng_seed,
+        num_workers=workers,
+        loader=args.loader,
+    )
+    schedule = finetuning.schedule_of(settings, len(chosen.indexes), IMAGENET_FINETUNE_DROPS)
+    shape = (1 if args.input_gray else 3, train.image_size, train.image_size)
+    arithmetic = step_arithmetic(model, objective, shape, device)
+    network = profiling.prepare_training(model, args.compile)
+    first, end = state.step * args.iter_size, args.max_iters * args.iter_size
+    steps = train_steps(
+        network,
+        objective,
+        optimizer,
+        batches.repeat(chosen.indexes, first, end),
+        schedule,
+        device,
+        first_step=state.step,
+        iter_size=args.iter_size,
+        full_steps=True,
+        head_only=args.finetune,
+    )
+    with (
+        main_log(log_folder) as write,
+        interruption.watch(args.stop_after) as stop,
+        profiling.traced(args.profile, log_folder, device) as after_step,
+        RunProgress(state, args.max_iters, batches, arithmetic, write) as progress,
+    ):
+        write("start", first_step=state.step, meta=meta)
+        for step in steps:
+            state.count(step)
+            progress.count(step)
+            after_step()
+            stopping, is_last = stop.requested(), state.step == args.max_iters
+            if is_last or state.step % args.print_freq == 0:
+                progress.report(step)
+            with progress.paused():
+                if is_last or state.step % args.eval_freq == 0:
+                    if test is not None and not test.in_memory:
+                        files.save(state)  # testing may outlast the grace period of a SIGTERM
+                    files.save(state, is_best=tester.measure_run(state, write))
+                elif stopping:
+                    files.save(state)
+            if stopping:
+                break
+        command = start.resume_command(files.last_file)
+        finetuning.finish(state, args.max_iters, write, files, stop.reason, command)
+    stop.exit()
+    return {"last": state.accuracy, "best": state.best}
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -3,26 +3,24 @@
 from dataclasses import replace
 from pathlib import Path
 
-from torchvision.transforms.v2 import functional
-
 from datasets.cifar import CIFAR, load_cifar
 from datasets.dummy import TEST, TRAIN, load_dummy
 from datasets.files import FileSet
 from datasets.folder import load_folder
-from datasets.images import UNKNOWN, ImageSet
+from datasets.images import UNKNOWN, DataSet, ImageSet
 from datasets.patches import load_patches
+from datasets.resizing import Resizing
 
 __all__ = ["DATASETS", "UNKNOWN", "DataSet", "FileSet", "ImageSet", "build_datasets"]
 
-DataSet = ImageSet | FileSet
-DATASETS = (*CIFAR, "patches", "folder")  # what --dataset takes; `dummy` is for measuring only
+DATASETS = (*CIFAR, "patches", "folder")  # choices of --dataset; `dummy` is for measuring only
 
 
 def _resized(images: ImageSet, image_size: int) -> ImageSet:
     if images.image_size == image_size:
         return images
-    size = [image_size, image_size]
-    return replace(images, images=functional.resize(images.images, size, antialias=True))
+    resize = Resizing(image_size, squash=True)
+    return replace(images, images=resize(images.images, image_size))
 
 
 def build_datasets(
@@ -33,25 +31,25 @@ def build_datasets(
     num_workers: int = 2,
     in_memory: bool = True,
 ) -> tuple[DataSet, DataSet | None]:
-    """The training and the test images of a data set.
+    """Build the training set and the test set of a data set.
 
     Args:
-        name: one of `DATASETS`, or `dummy`: random images, nothing is read.
-        data_dir: where it lies, or is downloaded to; not used by `patches` and `dummy`.
+        name: one of `DATASETS`, or `dummy` for random images.
+        data_dir: folder that holds the data or receives the download; `patches` and `dummy` ignore it.
         image_size: side of the square images in pixels.
-        num_workers: processes that decode image files (`folder` in memory only).
+        num_workers: processes that decode image files (only for a `folder` in memory).
         in_memory: False leaves the images of a `folder` in their files, as a `FileSet`.
 
     Returns:
-        Training set and test set; the latter is None where a folder has no test images.
+        The training set, and the test set or None if a folder has no test images.
 
     Raises:
-        ValueError: for an unknown name, missing or unreadable data.
+        ValueError: if the name is unknown, or data is missing or unreadable.
     """
     if name not in (*DATASETS, "dummy"):
         raise ValueError(f"unknown data set {name!r}: take one of {', '.join(DATASETS)}")
     if image_size < 8:
-        raise ValueError(f"image size {image_size}: it must be 8 pixels at least")
+        raise ValueError(f"image size {image_size}: must be at least 8 pixels")
     if name == "folder":
         return load_folder(Path(data_dir), image_size, num_workers, in_memory)
     if name == "dummy":

@@ -11,7 +11,7 @@ CIFAR = {"cifar10": (CIFAR10, CIFAR10_STATS), "cifar100": (CIFAR100, CIFAR100_ST
 
 
 def load_cifar(name: str, data_dir: Path, train: bool) -> ImageSet:
-    """Read `cifar10` or `cifar100` below `data_dir`, downloading it the first time.
+    """Read `cifar10` or `cifar100` below `data_dir`, and download it the first time.
 
     Raises:
         ValueError: if it is neither there nor can be downloaded.

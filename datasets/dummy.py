@@ -1,4 +1,4 @@
-"""Random images with random labels, to measure computing without reading anything."""
+"""Random images with random labels, to measure the speed of training without reading files."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ DISTINCT = 256  # pictures held in memory; they stand for all images in turn
 
 @dataclass(frozen=True)
 class DummySet(ImageSet):
-    """Images of which only the first few are held: number i is `images[i % len(images)]`."""
+    """A set that holds only its first images: number i is `images[i % len(images)]`."""
 
     def __post_init__(self) -> None:
         assert len(self.targets) >= len(self.images)
@@ -24,7 +24,7 @@ class DummySet(ImageSet):
 
 
 def load_dummy(num_images: int, image_size: int, *, seed: int) -> DummySet:
-    """`num_images` random images of `CLASSES` classes, always the same ones."""
+    """Build `num_images` random images of `CLASSES` classes, always the same for a seed."""
     rng = torch.Generator().manual_seed(seed)
     shape = (min(num_images, DISTINCT), 3, image_size, image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)

@@ -1,7 +1,7 @@
-"""Images that stay in their files: decoded, cropped and resized to bytes by the loading workers.
+"""Images that stay in their files, and are decoded, cropped and resized to bytes by the loading workers.
 
-The only geometric operation, the first of the augmentation or the central cut of evaluation, happens here, on
-the decoded bytes; colors, flips and normalization follow in batches on the device. Pixels are those of
+Workers apply the random crop of the augmentation, or the central crop of evaluation, to the decoded bytes.
+Colors, flips and normalization follow in batches on the device. The pixels are those of
 torchvision.transforms.v2 on uint8 for the same crop.
 """
 
@@ -11,24 +11,23 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from datasets.images import Labeled, Stats
+from datasets.images import DataSet, Stats
+from datasets.resizing import MARGIN, Resizing
 from datasets.transforms import RandomResizedCrop
 
-MARGIN = 8 / 7  # evaluation shows the central 224 of 256 pixels, at any size in this proportion
-SURPLUS = 2  # a JPEG is decoded at a fraction of its size while this many times the pixels remain
+SURPLUS = 2  # a JPEG is decoded smaller only while its side stays this many times the output's
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -36,33 +35,17 @@ Box = tuple[float, float, float, float]  # top, left, height, width in pixels
 
 
 @dataclass(frozen=True)
-class Resizing:
-    """How evaluation resizes an image before it cuts the center out.
+class FileSet(DataSet):
+    """A set of image files of any sizes, which are read when they are needed.
 
     Attributes:
-        shorter: length of the shorter side; with `squash` of both.
-        interpolation: always with antialiasing.
-    """
-
-    shorter: int
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
-    squash: bool = False
-
-
-@dataclass(frozen=True)
-class FileSet(Labeled):
-    """A set of image files, of any size each, that are read when they are needed.
-
-    Attributes:
-        name: what the user typed after `--dataset`.
         root: folder that `paths` start from.
-        paths: file of each image, N.
-        targets: N, int64; class number, or `UNKNOWN`.
-        classes: class names; their number is the number of classes.
-        stats: mean and standard deviation per channel, for values in [0, 1].
-        image_size: side in pixels of the squares that are cut from the images.
-        resizing: before the central cut; None: of the shorter side to 256/224 of `image_size`.
+        paths: N files of the images.
+        image_size: side in pixels of the square crops.
+        resizing: resizing before the central crop; None takes 256/224 of `image_size` for the shorter side.
     """
+
+    in_memory: ClassVar[bool] = False
 
     name: str
     root: Path
@@ -77,10 +60,30 @@ class FileSet(Labeled):
         assert self.targets.dtype == torch.int64
         assert len(self.targets) == len(self.paths)
 
+    @property
+    def evaluation_resize(self) -> int:
+        return self.resizing.shorter if self.resizing else round(self.image_size * MARGIN)
+
+    @property
+    def portable_digest(self) -> str:
+        return ""  # images held in memory have another digest
+
+    def picture(self, index: int) -> Tensor:
+        data = (self.root / self.paths[index]).read_bytes()
+        return read_image(data, self.image_size, resizing=self.resizing)
+
+    def for_workers(self) -> "Reader":
+        return Reader(self)
+
+    def resized_by(self, resizing: Resizing) -> "FileSet":
+        return replace(self, resizing=resizing)
+
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that change with names, file sizes, labels; reading a million files costs
-        too much for more."""
+        """16 hexadecimal digits that change with names, file sizes and labels.
+
+        Reading the content of a million files would take too long.
+        """
         state = hashlib.sha256(f"{len(self)} {self.classes}".encode())
         state.update(self.targets.numpy().tobytes())
         for path in self.paths:
@@ -90,7 +93,7 @@ class FileSet(Labeled):
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB. Pillow's own conversion cuts deeper pixels off at 255: the picture would be white."""
+    """Convert to 8-bit RGB. Pillow's own conversion clips deeper pixels at 255, to a white picture."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -104,10 +107,10 @@ def _as_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class View:
-    """What is to be seen of an image: a box of its pixels, and the function that cuts and resizes it.
+    """A view of an image: the box of its pixels, and the function that crops and resizes it.
 
     Attributes:
-        resampling: Pillow's name of what `cut` resizes with.
+        resampling: Pillow's name of the method that `cut` resizes with.
     """
 
     box: Box
@@ -115,9 +118,9 @@ class View:
     resampling: Image.Resampling = Image.Resampling.BILINEAR
 
 
-def random_view(row: Sequence[float], size: tuple[int, int], image_size: int) -> View:
-    """The crop that a row of `RandomResizedCrop` means in an image of that height and width."""
-    top, left, height, width = RandomResizedCrop.box(row, size)
+def random_view(params: Sequence[float], size: tuple[int, int], image_size: int) -> View:
+    """Return the view of `RandomResizedCrop` with the random numbers `params`; size is height, width."""
+    top, left, height, width = RandomResizedCrop.box(params, size)
     output = [image_size, image_size]
 
     def cut(image: Image.Image) -> Tensor:
@@ -128,7 +131,7 @@ def random_view(row: Sequence[float], size: tuple[int, int], image_size: int) ->
 
 
 def central_view(size: tuple[int, int], image_size: int, resizing: Resizing | None = None) -> View:
-    """Evaluation: resized, the central S x S cut out; as published the shorter side to 256/224 of S."""
+    """Return the view of evaluation: resized (by default the shorter side to 256/224 S), central S x S."""
     resizing = resizing or Resizing(round(image_size * MARGIN))
     resized = [
         resizing.shorter if resizing.squash else resizing.shorter * side // min(size)
@@ -139,19 +142,17 @@ def central_view(size: tuple[int, int], image_size: int, resizing: Resizing | No
     top, left = (place * scale for place, scale in zip(first, scales, strict=True))
 
     def cut(image: Image.Image) -> Tensor:
-        interpolation = resizing.interpolation
-        whole = functional.resize(_as_tensor(image), resized, interpolation, antialias=True)
-        return functional.center_crop(whole, [image_size])
+        return resizing(_as_tensor(image), image_size)
 
     box = (top, left, image_size * scales[0], image_size * scales[1])
     return View(box, cut, Image.Resampling[resizing.interpolation.name])
 
 
 def _scale(image: Image.Image, orientation: int, view: View, image_size: int) -> int:
-    """1/8, 1/4 or 1/2 is how small a JPEG may be decoded for this view; 1 for other images."""
+    """Return 8, 4 or 2 if a JPEG may be decoded at that fraction of its size for this view, else 1."""
     surplus = min(view.box[2:]) / (SURPLUS * image_size)
     for scale in (8, 4, 2):
-        # a part of a pixel is left over at the right and below: to be turned, there must be none
+        # decoding leaves part of a pixel over at the right and below, which must not be turned
         whole = not (image.width % scale or image.height % scale)
         if image.format == "JPEG" and scale <= surplus and (whole or orientation == 1):
             return scale
@@ -159,7 +160,7 @@ def _scale(image: Image.Image, orientation: int, view: View, image_size: int) ->
 
 
 def _shrunk_view(image: Image.Image, view: View, scale: int, image_size: int) -> Tensor:
-    """The view, cut out of an image decoded at 1/scale of its size."""
+    """Crop the view from an image that was decoded at 1/scale of its size."""
     top, left, height, width = (value / scale for value in view.box)
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     side = (image_size, image_size)
@@ -169,51 +170,69 @@ def _shrunk_view(image: Image.Image, view: View, scale: int, image_size: int) ->
 def read_image(
     data: bytes,
     image_size: int,
-    row: Sequence[float] | None = None,
+    params: Sequence[float] | None = None,
     resizing: Resizing | None = None,
 ) -> Tensor:
-    """One view of an image file as 3 x S x S bytes, upright, RGB.
+    """Read one view of an image file as 3 x S x S bytes, upright and RGB.
 
     Args:
         data: content of the file.
         image_size: S.
-        row: random numbers of a `RandomResizedCrop`; without them the central view.
-        resizing: of the central view.
+        params: random numbers of a `RandomResizedCrop`; None takes the central view.
+        resizing: resizing for the central view.
     """
     with Image.open(io.BytesIO(data)) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
         size = image.size if orientation in SIDEWAYS else image.size[::-1]
         view = central_view(size, image_size, resizing)
-        if row is not None:
-            view = random_view(row, size, image_size)
+        if params is not None:
+            view = random_view(params, size, image_size)
         scale = _scale(image, orientation, view, image_size)
-        if scale > 1:  # most of the work of decoding is skipped
+        if scale > 1:  # draft mode skips most of the work of decoding
             image.draft("RGB", (image.width // scale, image.height // scale))
         upright = as_rgb(image if orientation == 1 else ImageOps.exif_transpose(image))
         return view.cut(upright) if scale == 1 else _shrunk_view(upright, view, scale, image_size)
 
 
-class Reader(Dataset):
-    """Reads the images of a set, many an item: what a DataLoader runs in its workers.
+class UnreadableImageError(Exception):
+    """The error of a file that cannot be read as an image, with its path and the reason."""
 
-    An item is asked for by (indexes, rows): which images, and the rows of random numbers of their crops, or
-    None. It is the images, B x 3 x S x S bytes, and what is wrong with those that cannot be read.
+
+class Reader(Dataset):
+    """Reader of a set's images in the workers of a DataLoader, many images for each item.
+
+    A request is (indexes, params): the images, and the random numbers of their crops or None. Its item is the
+    images, B x 3 x S x S bytes, and a message for each image that cannot be read.
     """
 
     def __init__(self, data: FileSet) -> None:
         self.root, self.image_size, self.resizing = data.root, data.image_size, data.resizing
-        # one array, not a million strings: each process that counts references copies their pages
+        # one array in place of a million strings, whose reference counts make each process copy them
         self.paths = np.array([os.fsencode(path) for path in data.paths])
 
+    def pil_image(self, index: int) -> Image.Image:
+        """Return a whole image as 8-bit RGB, upright.
+
+        Raises:
+            UnreadableImageError: naming the file and what is wrong with it.
+        """
+        path = self.root / os.fsdecode(self.paths[index])
+        try:
+            with Image.open(path) as image:
+                return as_rgb(ImageOps.exif_transpose(image))
+        except Exception as error:  # whatever a broken file makes a decoder raise is reported
+            reason = str(error) or type(error).__name__
+            raise UnreadableImageError(f"image {index}, {path}: {reason}") from error
+
     def __getitem__(self, request: tuple[Tensor, Tensor | None]) -> tuple[Tensor, list[str]]:
-        indexes, rows = request
+        indexes, params = request
         images = [torch.empty(0)] * len(indexes)
         problems = []
         for place, index in enumerate(indexes.tolist()):
             path = self.root / os.fsdecode(self.paths[index])
             try:
-                row = None if rows is None else rows[place].tolist()
-                images[place] = read_image(path.read_bytes(), self.image_size, row, self.resizing)
+                crop = None if params is None else params[place].tolist()
+                images[place] = read_image(path.read_bytes(), self.image_size, crop, self.resizing)
             except Exception as error:  # whatever a broken file makes a decoder raise is reported
                 problems.append(f"image {index}, {path}: {str(error) or type(error).__name__}")
         if problems or not images:
@@ -222,11 +241,11 @@ class Reader(Dataset):
 
 
 def surviving(loader: DataLoader) -> Iterator[Any]:
-    """The items of `loader`, whose processes read images.
+    """Yield the items of `loader`, whose processes read images.
 
     Raises:
-        ValueError: where the item of a dead process is missed. By itself torch raises wherever the program
-            is at that moment.
+        ValueError: if the item of a dead process is missing. torch alone would raise wherever the program is
+            at that moment.
     """
     handler, items = signal.getsignal(signal.SIGCHLD), None
     while True:

@@ -1,4 +1,4 @@
-"""The user's own images (see datasets/listing.py for the layout), decoded into memory or left in files."""
+"""Images of the user (datasets/listing.py has the layout), decoded into memory or left in their files."""
 
 import hashlib
 import io
@@ -9,28 +9,28 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional
 from tqdm import tqdm
 
 from datasets.files import FileSet, as_rgb, surviving
 from datasets.images import IMAGENET_STATS, ImageSet
 from datasets.listing import Files, list_folder
+from datasets.resizing import Resizing
 
-MEMORY_LIMIT = 8 * 2**30  # bytes of decoded images; more belongs to the ImageNet scripts
-FEW_FILES = 2000  # below this, starting worker processes costs more than it saves
+MEMORY_LIMIT = 8 * 2**30  # bytes of decoded images; larger sets need the ImageNet scripts
+FEW_FILES = 2000  # for fewer files, starting worker processes takes longer than it saves
 
 
 def decode(data: bytes, image_size: int) -> np.ndarray:
-    """One image file as 3 x S x S bytes: upright, RGB, shorter side resized to S, center cropped."""
+    """Decode an image file into 3 x S x S bytes: upright, RGB, shorter side resized to S, center cropped."""
     with Image.open(io.BytesIO(data)) as file:
         image = as_rgb(ImageOps.exif_transpose(file))
     if image.size != (image_size, image_size):
-        image = functional.center_crop(functional.resize(image, image_size), image_size)
+        image = Resizing(image_size)(image, image_size)
     return np.asarray(image).transpose(2, 0, 1).copy()
 
 
 class _Decoder(Dataset):
-    """Decodes one file an item; what cannot be read comes back as its message, never as an image."""
+    """Decoder of one file for each item; a file that cannot be read gives a message in place of an image."""
 
     def __init__(self, paths: list[str], image_size: int) -> None:
         self.paths, self.image_size = paths, image_size
@@ -39,7 +39,7 @@ class _Decoder(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str, bytes]:
-        """Place in `paths`, the image or what is wrong with it, and the digest of the file."""
+        """Return the place in `paths`, the image or the message, and the digest of the file."""
         try:
             data = Path(self.paths[index]).read_bytes()
             return index, decode(data, self.image_size), hashlib.sha256(data).digest()
@@ -58,7 +58,7 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
         The images, and a digest of the files' contents.
 
     Raises:
-        ValueError: naming every unreadable file (the first ten), or when the set would not fit.
+        ValueError: if files are unreadable, naming the first ten, or the images exceed `MEMORY_LIMIT`.
     """
     needed = len(paths) * 3 * image_size**2
     if needed > MEMORY_LIMIT:
@@ -96,26 +96,22 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
 def load_folder(
     root: Path, image_size: int, num_workers: int, in_memory: bool = True
 ) -> tuple[ImageSet | FileSet, ImageSet | FileSet | None]:
-    """The training images (labeled ones first) and the test images.
+    """Load the training images (labeled ones first), and the test images or None.
 
     Args:
-        in_memory: decode them all now; otherwise they are read when they are needed.
-
-    Returns:
-        The training set and the test set; None where there are no test images.
+        in_memory: whether to decode all images now, or to read them when they are needed.
 
     Raises:
-        ValueError: for a folder that `list_folder` refuses, or an unreadable image.
+        ValueError: if `list_folder` refuses the folder, or an image is unreadable.
     """
     listing = list_folder(root)
 
     def build(files: Files) -> ImageSet | FileSet:
-        targets = torch.tensor(files.targets, dtype=torch.int64)
-        facts = (targets, listing.classes, IMAGENET_STATS)
-        relative = tuple(path.removeprefix(f"{root}{os.sep}") for path in files.paths)
+        targets, classes = torch.tensor(files.targets, dtype=torch.int64), listing.classes
+        paths = tuple(path.removeprefix(f"{root}{os.sep}") for path in files.paths)
         if not in_memory:
-            return FileSet("folder", root, relative, *facts, image_size)
+            return FileSet("folder", root, paths, targets, classes, IMAGENET_STATS, image_size)
         images, contents = read_images(files.paths, image_size, num_workers)
-        return ImageSet("folder", images, *facts, relative, contents)
+        return ImageSet("folder", images, targets, classes, IMAGENET_STATS, paths, contents)
 
     return build(listing.train), None if listing.test is None else build(listing.test)

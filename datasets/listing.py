@@ -1,7 +1,7 @@
-"""Which image files a folder holds, and the class of each: by folders, or by a table beside them.
+"""List of the image files of a folder, and the class of each: by folders, or by a table beside them.
 
 DIR/train/<class>/**         labeled training images
-DIR/test/<class>/**          or DIR/val/<class>/**: images to measure on (optional)
+DIR/test/<class>/**          or DIR/val/<class>/**: test images (optional)
 DIR/unlabeled/**             training images without a label (optional)
 
 DIR/labels.csv               path,label[,split] with a path from DIR, an empty label where none is known, and
@@ -21,13 +21,13 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from datasets.images import UNKNOWN
 
 TABLE = "labels.csv"
-TESTS = ("test", "val")  # the first that is there
-NO_IMAGES = ("Thumbs.db", "desktop.ini", TABLE)  # what lies about in folders of images
+TESTS = ("test", "val")  # names of the test set; the first that exists is used
+NO_IMAGES = ("Thumbs.db", "desktop.ini", TABLE)  # other files that are common in image folders
 
 
 @dataclass
 class Files:
-    """Image files by their path, and the class number of each or `UNKNOWN`."""
+    """Paths of image files, and the class number of each or `UNKNOWN`."""
 
     paths: list[str] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Files:
 
 @dataclass
 class Listing:
-    """What a folder holds: class names, training files (labeled ones first), test files if any."""
+    """The content of a folder: class names, training files (labeled ones first), test files if any."""
 
     classes: tuple[str, ...]
     train: Files
@@ -48,10 +48,10 @@ class Listing:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Every image below `folder`, in an order that does not depend on the file system.
+    """List every image below `folder`, in an order that does not depend on the file system.
 
     Warns:
-        UserWarning: about files that are passed over, because they have another extension.
+        UserWarning: about files that are left out because they have another extension.
     """
     found, others = [], []
     for parent, _, files in os.walk(folder, followlinks=True):
@@ -62,15 +62,15 @@ def image_files(folder: Path) -> list[str]:
                 others.append(os.path.join(parent, name))
     if others:
         warnings.warn(
-            f"{len(others)} files in {folder} are no images by their extension and are not used, "
-            f"such as {min(others)}; known are {', '.join(IMG_EXTENSIONS)}",
+            f"{len(others)} files in {folder} are not used, because their extension is none of "
+            f"{', '.join(IMG_EXTENSIONS)}, such as {min(others)}",
             stacklevel=2,
         )
     return sorted(found)
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in `folder`, sorted: their place is the class number.
+    """Return the sorted names of the class folders in `folder`; their place is the class number.
 
     Raises:
         ValueError: if the folder is missing or holds no class folder.
@@ -93,7 +93,9 @@ def _labeled_files(folder: Path, classes: tuple[str, ...]) -> Files:
     files = Files()
     for name in class_names(folder):
         if name not in classes:
-            raise ValueError(f"class {name!r} is in {folder} but not in the training folder")
+            raise ValueError(
+                f"class {name!r} is in {folder} but not in the training folder; add it there or remove it"
+            )
         members = image_files(folder / name)
         if not members:
             raise ValueError(
@@ -118,7 +120,7 @@ def _from_folders(root: Path) -> Listing:
 
 
 def _rows(table: Path) -> list[tuple[str, str, str]]:
-    """Path, label and split in the lines of the table, all checked but for the files' existence."""
+    """Read and check path, label and split of each line of the table; the files may be missing."""
     with table.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, restval="")
         names = [name.strip() for name in reader.fieldnames or ()]
@@ -137,7 +139,7 @@ def _rows(table: Path) -> list[tuple[str, str, str]]:
                 )
             if split in TESTS and not label:
                 raise ValueError(
-                    f"{table}, line {reader.line_num}: {path} is to measure on and has no label"
+                    f"{table}, line {reader.line_num}: the test image {path} has no label"
                 )
             rows.append((os.path.normpath(path), label, split or "train"))
     return rows
@@ -148,12 +150,12 @@ def _check_paths(table: Path, rows: list[tuple[str, str, str]], found: set[str])
     missing = [path for path in listed if path not in found]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(rows)} paths in {table} are no images below {table.parent}, such as "
-            f"{missing[0]}; write them as they are seen from that folder"
+            f"{len(missing)} of {len(rows)} paths in {table} are not images below {table.parent}, such as "
+            f"{missing[0]}; write paths relative to that folder"
         )
     twice = [path for path, count in Counter(listed).items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]} is in {table} more than once")
+        raise ValueError(f"{twice[0]} is in {table} more than once; keep one line")
 
 
 def _from_table(root: Path) -> Listing:
@@ -170,7 +172,7 @@ def _from_table(root: Path) -> Listing:
     unlisted = found - {path for path, _, _ in rows}
     if unlisted:
         warnings.warn(
-            f"{len(unlisted)} images below {root} are not in {TABLE}, such as {min(unlisted)}: taken as "
+            f"{len(unlisted)} images below {root} are not in {TABLE}, such as {min(unlisted)}: they become "
             "training images without a label",
             stacklevel=2,
         )
@@ -183,9 +185,9 @@ def _from_table(root: Path) -> Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """The files of a data set of the user's own; its table comes before its folders.
+    """List the files of the user's data set, by its table if there is one, else by its folders.
 
     Raises:
-        ValueError: for what is missing, empty or contradicts itself, a class that only test images have.
+        ValueError: if something is missing, empty or contradictory, or only test images have a class.
     """
     return _from_table(root) if (root / TABLE).is_file() else _from_folders(root)

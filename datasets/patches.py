@@ -1,8 +1,8 @@
 """The embedded data set: 32x32 gray patches cut from ten photographs that ship inside scikit-image.
 
-It needs no download, so that every script, notebook and test of this repository runs anywhere. The
-pictures are converted to gray, so that color does not give the class away. Training patches lie in
-the left three quarters of a picture, test patches in the right quarter: no pixel is in both.
+It needs no download, so that every script, notebook and test of this repository runs anywhere. Pictures are
+converted to gray, so that color does not reveal the class. Training patches lie in the left three quarters
+of a picture, test patches in the right quarter: they share no pixel.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ PHOTOGRAPHS = (
 SIZE = 32
 TRAIN_PER_CLASS = 300
 TEST_PER_CLASS = 100
-STATS: Stats = ((0.427,) * 3, (0.222,) * 3)  # of the training patches
+STATS: Stats = ((0.427,) * 3, (0.222,) * 3)  # mean and std of the training patches
 
 
 def _gray(name: str) -> np.ndarray:
@@ -40,7 +40,7 @@ def _gray(name: str) -> np.ndarray:
 def _cut(
     picture: np.ndarray, left: int, right: int, count: int, rng: np.random.Generator
 ) -> Tensor:
-    """`count` patches at distinct random places of the columns left ... right - 1."""
+    """Cut `count` patches at distinct random places of the columns left ... right - 1."""
     rows, columns = picture.shape[0] - SIZE + 1, right - left - SIZE + 1
     places = rng.choice(rows * columns, size=count, replace=False)
     patches = [
@@ -51,7 +51,7 @@ def _cut(
 
 
 def load_patches(train: bool) -> ImageSet:
-    """The training (3,000) or test (1,000) patches; always the same ones."""
+    """Cut the 3,000 training or 1,000 test patches, always the same ones."""
     images, targets = [], []
     for label, name in enumerate(PHOTOGRAPHS):
         picture = _gray(name)

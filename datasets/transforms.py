@@ -1,16 +1,15 @@
 """Augmentation of whole batches, each image with random numbers of its own.
 
-Every operation is split in two: `sample_params(n, generator)` gives one row of random numbers per image, and
-calling the operation applies given rows to given images. What an image becomes is thus a function of
-its row alone, whatever device, batch or process it is computed in. Images are float32 in [0, 1],
-B x C x H x W; rows are drawn on the CPU and applied on the device of the images. The parameters are
-distributed as in torchvision's transforms of the same name, and the same parameters give the same pixels
-(tests/datasets/test_transforms.py), up to torchvision's rounding to bytes. `pil_transform` gives that
-transform itself, for one Pillow image at a time.
+Every operation has two parts: `sample_params(n, generator)` draws one row of parameters per image on the CPU,
+and calling the operation applies given parameters to given images, float32 in [0, 1], B x C x H x W, on their
+device. The result for an image thus depends on its parameters alone, not on the device, batch or process.
+The parameters are distributed as in torchvision's transforms of the same name, and the same parameters give
+the same pixels (tests/datasets/test_transforms.py), up to torchvision's rounding to bytes. `pil_transform`
+returns that transform, for one Pillow image at a time.
 
-A GPU computes every operation for every image and selects: all shapes are fixed, no value is read by the
-host, and no constant is uploaded twice, so that a CUDA graph can hold the whole chain. A CPU, which has no
-arithmetic to spare, works on the images that an operation changes and on no others.
+A GPU computes every operation for every image and selects: all shapes are fixed, the host reads no value, and
+no constant is uploaded twice, so that a CUDA graph can hold the whole chain. A CPU, where arithmetic is
+expensive, computes an operation for the images that it changes only.
 """
 
 import math
@@ -28,10 +27,10 @@ from torchvision import transforms
 
 from datasets.images import Stats
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's "L" mode
-FEW = 16  # boxes that a CPU finds faster one by one
-CACHED = 2**18  # values that a CPU core keeps at hand: ops on larger batches wait for the memory
-RATIO = 4 / 3  # crops are at most so much wider than high, or higher than wide
+LUMA = (0.299, 0.587, 0.114)  # weights of ITU-R 601, as in PIL's "L" mode
+FEW = 16  # number of boxes up to which a CPU is faster one by one
+CACHED = 2**18  # values that fit the cache of a CPU core: larger batches wait for the memory
+RATIO = 4 / 3  # largest ratio of a crop's sides
 
 
 Transform = Callable[[Image], Image]  # draws from torch's global generator
@@ -40,14 +39,14 @@ Transform = Callable[[Image], Image]  # draws from torch's global generator
 class Op(Protocol):
     def sample_params(self, n: int, generator: Generator) -> Tensor: ...
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor: ...
 
     def pil_transform(self, size: int) -> Transform:
-        """torchvision's counterpart, to give S x S Pillow images."""
+        """Return torchvision's counterpart, for S x S Pillow images."""
 
 
 def to_gray(images: Tensor) -> Tensor:
-    """B x 3 x H x W -> B x 1 x H x W luminance."""
+    """Convert B x 3 x H x W images to B x 1 x H x W luminance."""
     r, g, b = images.split(1, dim=1)
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
@@ -63,16 +62,16 @@ def _constant(values: range | tuple[Any, ...], device: torch.device) -> Tensor:
 
 
 def selects(images: Tensor) -> bool:
-    """Whether to compute an operation for all images and to select, rather than for the chosen ones."""
+    """Return whether to compute an operation for all images and select, or for the chosen images only."""
     return images.is_cuda
 
 
 def _replaced(
     images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor
 ) -> Tensor:
-    """The images with `change(images, *values)` in place of the chosen ones.
+    """Replace the chosen images by `change(images, *values)`.
 
-    Where that is all or none of them, as in a batch of one, a CPU moves nothing.
+    If all or none are chosen, as in a batch of one, a CPU copies nothing.
     """
     if selects(images):
         return torch.where(_column(chosen), change(images, *values), images)
@@ -86,10 +85,10 @@ def _replaced(
 
 
 class RandomResizedCrop:
-    """A crop of `scale` times the area and 3/4 to 4/3 aspect ratio, resized (bilinear) to full size.
+    """Crop of a fraction of the area, with aspect ratio 3/4 to 4/3, resized (bilinear) to full size.
 
-    A candidate that does not fit is redrawn up to ten times, then the largest central crop of an allowed
-    ratio is taken, as torchvision does; here all ten are drawn at once and the first that fits wins.
+    torchvision draws up to ten candidates until one fits, and else takes the largest central crop of an
+    allowed ratio. Here all ten are drawn at once, and the first that fits is taken.
     """
 
     tries = 10
@@ -100,8 +99,10 @@ class RandomResizedCrop:
         self.min_scale, self.max_scale = min_scale, max_scale
 
     def sample_params(self, n: int, generator: Generator) -> Tensor:
-        """n x 22: place from the top and the left as fractions of the room, then the heights and the
-        widths of ten candidates as fractions of the square root of the image's area."""
+        """Draw n x 22: top and left as fractions of the free room, then heights and widths of ten candidates.
+
+        Heights and widths are fractions of the square root of the image's area.
+        """
         area = torch.rand(n, self.tries, generator=generator)
         area = self.min_scale + area * (self.max_scale - self.min_scale)
         log_ratio = (2 * torch.rand(n, self.tries, generator=generator) - 1) * math.log(RATIO)
@@ -111,55 +112,55 @@ class RandomResizedCrop:
         return torch.cat([place, height, width], dim=1)
 
     @classmethod
-    def box(cls, row: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """A row -> whole pixels of an image of that height and width: top, left, height, width."""
+    def box(cls, params: Sequence[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return top, left, height and width in whole pixels, for one image's parameters and (H, W)."""
         h, w = size
         side = math.sqrt(h * w)
-        heights, widths = row[2 : 2 + cls.tries], row[2 + cls.tries :]
+        heights, widths = params[2 : 2 + cls.tries], params[2 + cls.tries :]
         for height, width in zip(heights, widths, strict=True):
-            # rounded first, as published: in small images more of the crops keep a whole side so
+            # rounding comes first, as published: in small images more crops then keep a whole side
             height, width = max(1, round(height * side)), max(1, round(width * side))
             if height <= h and width <= w:
-                top, left = int(row[0] * (h - height + 1)), int(row[1] * (w - width + 1))
+                top, left = int(params[0] * (h - height + 1)), int(params[1] * (w - width + 1))
                 return min(top, h - height), min(left, w - width), height, width
         return cls._central(size)
 
     @staticmethod
     def _central(size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The largest central box of an allowed ratio."""
+        """Return the largest central box of an allowed ratio."""
         h, w = size
         height, width = min(h, round(w * RATIO)), min(w, round(h * RATIO))
         return (h - height) // 2, (w - width) // 2, height, width
 
     @classmethod
-    def boxes(cls, rows: Tensor, size: tuple[int, int]) -> Tensor:
-        """The boxes of B rows in images of one size, B x 4 float32, on the device of the rows.
+    def boxes(cls, params: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return B boxes in images of one size, B x 4 float32, on the device of the parameters.
 
-        In float64, as in `box`: a side that rounds the other way would be another crop.
+        They are computed in float64, as in `box`, because a side that rounds differently is another crop.
         """
-        if len(rows) < FEW and not selects(rows):
-            found = [cls.box(row, size) for row in rows.tolist()]
+        if len(params) < FEW and not selects(params):
+            found = [cls.box(row, size) for row in params.tolist()]
             return torch.tensor(found, dtype=torch.float32).view(-1, 4)
-        limits = _constant(size, rows.device)
-        places, sides = rows.double().split([2, 2 * cls.tries], dim=1)
+        limits = _constant(size, params.device)
+        places, sides = params.double().split([2, 2 * cls.tries], dim=1)
         sides = sides.unflatten(1, (2, cls.tries)) * math.sqrt(math.prod(size))
         sides = sides.round_().clamp_(min=1)
         fits = (sides <= limits[:, None]).all(dim=1)
-        first = fits.byte().argmax(dim=1)  # the first of the largest
+        first = fits.byte().argmax(dim=1)  # argmax returns the first of equal values
         lengths = sides.gather(2, first[:, None, None].expand(-1, 2, 1))[:, :, 0]
         room = limits - lengths
         starts = (places * (room + 1)).floor_().minimum(room)
         found = torch.cat([starts, lengths], dim=1).float()
-        central = _constant(cls._central(size), rows.device)
+        central = _constant(cls._central(size), params.device)
         return torch.where(fits.any(dim=1, keepdim=True), found, central)
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         h, w = images.shape[-2:]
-        starts, lengths = self.boxes(rows, (h, w))[:, :, None].split(2, dim=1)
+        starts, lengths = self.boxes(params, (h, w))[:, :, None].split(2, dim=1)
         sides = _constant((h, w), images.device)[:, None]
         spans = _constant((max(h - 1, 1), max(w - 1, 1)), images.device)[:, None]
-        steps = _constant(range(max(h, w)), images.device) + 0.5  # of both axes
-        # clamped at the border of the crop, not of the image: crop first, resize second
+        steps = _constant(range(max(h, w)), images.device) + 0.5  # pixel centers of both axes
+        # clamping at the border of the crop, not of the image, is a crop followed by a resize
         inside = (steps * lengths / sides - 0.5).clamp_(min=0).minimum(lengths - 1) + starts
         y, x = (2 * inside / spans - 1).unbind(1)
         grid_y = y[:, :h, None].expand(-1, h, w)
@@ -173,21 +174,21 @@ class RandomResizedCrop:
 
 
 class PadCrop:
-    """Reflect-pad by an eighth of the side (4 pixels at 32) and cut the full size at random."""
+    """Random crop of full size after reflection padding by an eighth of the side (4 pixels at 32)."""
 
     @staticmethod
     def padding(side: int) -> int:
         return max(1, side // 8)
 
     def sample_params(self, n: int, generator: Generator) -> Tensor:
-        """n x 2: vertical and horizontal place, as fractions of the room."""
+        """Draw n x 2: vertical and horizontal place, as fractions of the free room."""
         return torch.rand(n, 2, generator=generator)
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         h, w = images.shape[-2:]
         pad = self.padding(h)
         padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
-        offsets = (rows * (2 * pad + 1)).long()
+        offsets = (params * (2 * pad + 1)).long()
         steps = torch.arange(max(len(images), h, w), device=images.device)
         y, x = (offsets[:, :, None] + steps[: max(h, w)]).unbind(1)
         batch = steps[: len(images), None, None]
@@ -203,8 +204,8 @@ class RandomHorizontalFlip:
     def sample_params(self, n: int, generator: Generator) -> Tensor:
         return torch.rand(n, 1, generator=generator)
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        return _replaced(images, rows[:, 0] < 0.5, lambda chosen: chosen.flip(3))
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
+        return _replaced(images, params[:, 0] < 0.5, lambda chosen: chosen.flip(3))
 
     def pil_transform(self, _: int) -> Transform:
         return transforms.RandomHorizontalFlip()
@@ -217,8 +218,8 @@ class RandomGrayscale:
     def sample_params(self, n: int, generator: Generator) -> Tensor:
         return torch.rand(n, 1, generator=generator)
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
-        chosen = rows[:, 0] < self.probability
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
+        chosen = params[:, 0] < self.probability
         return _replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
 
     def pil_transform(self, _: int) -> Transform:
@@ -230,9 +231,7 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    channels = images.mean(
-        dim=(2, 3), keepdim=True
-    )  # the mean of the luminance is that of the means
+    channels = images.mean(dim=(2, 3), keepdim=True)  # their luminance is the mean luminance
     return (images * _column(factor)).add_(to_gray(channels) * _column(1 - factor)).clamp_(0, 1)
 
 
@@ -243,17 +242,17 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue by `turn` (B, in revolutions), keeping HSV saturation and value.
 
-    Without going through HSV: a third of a revolution swaps the channels in turn, and up to a sixth more
-    is piecewise linear. It raises the middle channel by d = share * (max - min), toward the channel that
-    follows, or lowers it; what goes beyond max or min moves the channel that was max or min instead.
-    With y the channel after x (before x, for a negative turn) that is, for every channel x,
+    The conversion to HSV is not needed: a third of a revolution rotates the channels, and up to a sixth more
+    is piecewise linear. It raises the middle channel by d = fraction * (max - min), toward the channel that
+    follows, or lowers it; the part beyond max or min moves the channel that was max or min instead. With y
+    the channel after x (before x, for a negative turn) that is, for every channel x,
     clamp(x - y + min + d, x, max) + clamp(x - y + max - d, min, x) - x.
     """
     sixths = (6 * turn + 3) % 6 - 3
     thirds = (sixths / 2).round()
     rest = sixths - 2 * thirds
     own = (_constant(range(3), images.device) - thirds[:, None]).long() % 3
-    other = (own + 1 + (rest <= 0)[:, None]) % 3  # two further on is one back
+    other = (own + 1 + (rest <= 0)[:, None]) % 3  # two channels further is one back
     first = torch.arange(0, 3 * len(images), 3, device=images.device)[:, None]
     planes = images.flatten(0, 1)
     x, y = (planes[(first + order).flatten()].view_as(images) for order in (own, other))
@@ -266,7 +265,7 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, factor: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
-    """Scale each image by its factor, and add shares of its luminance and of the mean of that (B each).
+    """Scale each image by `factor` and add `gray` times its luminance and `mean` times the mean of that.
 
     Brightness adds nothing, contrast 1 - factor of the mean, saturation 1 - factor of the luminance.
     """
@@ -277,7 +276,7 @@ def blend(images: Tensor, factor: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
 
 
 class ColorJitter:
-    """Brightness, contrast, saturation and hue, each image in a random order of its own."""
+    """Jitter of brightness, contrast, saturation and hue, in a random order for each image."""
 
     adjustments: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
         adjust_brightness,
@@ -290,43 +289,44 @@ class ColorJitter:
         self.strength = strength
 
     def sample_params(self, n: int, generator: Generator) -> Tensor:
-        """n x 8: the four factors, then the adjustment to apply first, second, third, fourth."""
+        """Draw n x 8: the four factors, then the adjustment to apply first, second, third, fourth."""
         factors = (2 * torch.rand(n, 4, generator=generator) - 1) * self.strength
         factors[:, :3] += 1
         order = torch.rand(n, 4, generator=generator).argsort(dim=1)
         return torch.cat([factors, order], dim=1)
 
-    def __call__(self, images: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         if selects(images):
-            return self._through_all_stations(images, rows)
-        for chosen in rows[:, 4:].long().unbind(1):
+            return self._through_all_stations(images, params)
+        for chosen in params[:, 4:].long().unbind(1):
             for k in set(chosen.tolist()):
-                images = _replaced(images, chosen == k, self.adjustments[k], rows[:, k])
+                images = _replaced(images, chosen == k, self.adjustments[k], params[:, k])
         return images
 
     @staticmethod
-    def _stations(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of six blends, B x 6 each: three before the hue is turned, three after.
+    def _stations(params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the arguments of six blends, B x 6 each: three before the hue is turned, three after.
 
-        Whatever comes first, second or third in an image's order may stand before its hue, whatever comes
-        second, third or fourth after it. A blend that is not where it should be has the factor 1, which
-        leaves every pixel as it is.
+        The first, second and third adjustment of an image may come before its hue, the second, third and
+        fourth after it. A blend on the wrong side has the factor 1, which leaves every pixel as it is.
         """
-        order = rows[:, 4:]
-        turned = (order == 3).cumsum(dim=1)[:, :3].bool()  # with the first, second, third
+        order = params[:, 4:]
+        turned = (
+            (order == 3).cumsum(dim=1)[:, :3].bool()
+        )  # hue is turned by the first, second, third
         kinds = torch.cat([order[:, :3], order[:, 1:]], dim=1)
         idle = torch.cat([turned, ~turned], dim=1)
-        factors = rows.gather(1, kinds.long()).masked_fill_(idle, 1)
+        factors = params.gather(1, kinds.long()).masked_fill_(idle, 1)
         rest = 1 - factors
         return factors, rest * (kinds == 2), rest * (kinds == 1)
 
-    def _through_all_stations(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Every image through the same seven adjustments, of which each needs four."""
-        blends = zip(*(arguments.unbind(1) for arguments in self._stations(rows)), strict=True)
-        for station, arguments in enumerate(blends):
+    def _through_all_stations(self, images: Tensor, params: Tensor) -> Tensor:
+        """Apply the same seven adjustments to every image, of which each needs four."""
+        factor, gray, mean = self._stations(params)
+        for station in range(6):
             if station == 3:
-                images = adjust_hue(images, rows[:, 3])
-            images = blend(images, *arguments)
+                images = adjust_hue(images, params[:, 3])
+            images = blend(images, factor[:, station], gray[:, station], mean[:, station])
         return images
 
     def pil_transform(self, _: int) -> Transform:
@@ -337,18 +337,18 @@ def _empty_channels_last(shape: tuple[int, int, int, int], device: torch.device)
     if device.type != "cpu":
         return torch.empty(shape, device=device, memory_format=torch.channels_last)
     n, channels, height, width = shape
-    # numpy asks for huge pages: to touch new pages of 4 KB costs as much as to jitter the colors
+    # numpy asks for huge pages: first access to pages of 4 KB costs as much as the color jitter
     pixels = np.empty((n, height, width, channels), np.float32)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 class Augmentation:
-    """A chain of operations ending in normalization: what turns stored bytes into network input.
+    """A chain of operations and a normalization, which turn stored bytes into network input.
 
     Args:
-        ops: applied in order; none for evaluation.
+        ops: operations in order; none for evaluation.
         stats: mean and standard deviation per channel.
-        gray: reduce to one channel, for networks that read gray images.
+        gray: whether to reduce to one channel, for networks that read gray images.
     """
 
     def __init__(self, ops: Sequence[Op], stats: Stats, *, gray: bool = False) -> None:
@@ -359,43 +359,43 @@ class Augmentation:
 
     @property
     def starts_with_crop(self) -> bool:
-        """Whether the first operation is one that readers of files apply while they decode."""
+        """Whether readers of files apply the first operation while they decode."""
         return bool(self.ops) and isinstance(self.ops[0], RandomResizedCrop)
 
     def without_crop(self) -> "Augmentation":
-        """What remains to be done with images that come from such a reader."""
+        """Return the augmentation that remains for images from such a reader."""
         rest = copy(self)
         rest.ops = self.ops[self.starts_with_crop :]
         return rest
 
     def sample_params(self, n: int, generator: Generator) -> list[Tensor]:
-        """One n x k tensor of random numbers per operation, on the CPU on every device."""
+        """Draw one n x k tensor of parameters per operation, always on the CPU."""
         return [op.sample_params(n, generator) for op in self.ops]
 
     def pil_transform(self, size: int) -> transforms.Compose:
-        """The same for one Pillow image at a time -> normalized C x S x S float32."""
+        """Return the same chain for one Pillow image, to normalized C x S x S float32."""
         gray = [transforms.Grayscale()] if self.gray else []
         ending = (*gray, transforms.ToTensor(), transforms.Normalize([*self.mean], [*self.std]))
         return transforms.Compose([*(op.pil_transform(size) for op in self.ops), *ending])
 
-    def __call__(self, images: Tensor, rows: Sequence[Tensor] = ()) -> Tensor:
-        """B x 3 x H x W bytes -> normalized float32 in channels-last memory order.
+    def __call__(self, images: Tensor, params: Sequence[Tensor] = ()) -> Tensor:
+        """Augment B x 3 x H x W bytes into normalized float32 in channels-last memory order.
 
-        The rows may lie on the device of the images already; they are moved there where they do not.
+        Parameters on another device are moved to that of the images.
         """
-        rows = [values.to(images.device, non_blocking=True) for values in rows]
+        params = [values.to(images.device, non_blocking=True) for values in params]
         n, channels, *size = images.shape
         shape = (n, 1 if self.gray else channels, *size)
         out = _empty_channels_last(shape, images.device)
         step = max(1, n if images.is_cuda else CACHED // (channels * math.prod(size)))
         for start in range(0, n, step):
             part = slice(start, start + step)
-            out[part] = self._normalized(images[part], [values[part] for values in rows])
+            out[part] = self._normalized(images[part], [values[part] for values in params])
         return out
 
-    def _normalized(self, images: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    def _normalized(self, images: Tensor, params: Sequence[Tensor]) -> Tensor:
         x = images.float().div_(255)
-        for op, values in zip(self.ops, rows, strict=True):
+        for op, values in zip(self.ops, params, strict=True):
             x = op(x, values)
         x = to_gray(x) if self.gray else x
         mean, std = _constant((self.mean, self.std), x.device)[:, None, :, None, None]
@@ -405,11 +405,11 @@ class Augmentation:
 def instance_ops(
     crop: str = "RandomResizedCrop", scale: float = 0.2, *, gray_first: bool = False
 ) -> list[Op]:
-    """The published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip.
+    """Return the published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip.
 
     Args:
-        gray_first: gray before the jitter, as published for ImageNet: a gray image keeps no jitter of its
-            colors, but that of brightness and contrast.
+        gray_first: whether gray comes before the jitter, as published for ImageNet; a gray image then gets
+            only the jitter of brightness and contrast.
     """
     if crop not in ("RandomResizedCrop", "PadCrop"):
         raise ValueError(f"unknown crop {crop!r}: take RandomResizedCrop or PadCrop")
@@ -419,5 +419,5 @@ def instance_ops(
 
 
 def finetune_ops() -> list[Op]:
-    """The published augmentation of phase 3: reflect-pad and crop, flip."""
+    """Return the published augmentation of phase 3: reflection padding and crop, flip."""
     return [PadCrop(), RandomHorizontalFlip()]

@@ -1,1 +1,1 @@
-"""Nouns and verbs of the project. Nothing in here reads the command line, except lib/cli/options.py."""
+"""Nouns and verbs of the project. Nothing in here reads the command line, except the package lib/cli."""

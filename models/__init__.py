@@ -28,21 +28,21 @@ def build_model(
         architecture: `wrn-D-K` or `resnetD`; see `SMALL_ARCHITECTURES`.
         out_features: embedding dimensions (phase 1) or number of classes (phase 3).
         in_channels: 3, or 1 for gray images.
-        normalize: end on the unit sphere.
-        imagenet: take the ResNet with the 7x7 stem and torchvision's names instead of the 3x3 one.
+        normalize: whether outputs are scaled to the unit sphere.
+        imagenet: whether to take the ResNet with the 7x7 stem and torchvision's names.
 
     Raises:
-        ValueError: for a name that is not in the list, naming the list.
+        ValueError: if the name is unknown, listing the known ones.
     """
-    keywords = {"in_channels": in_channels, "normalize": normalize}
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", architecture):
         if imagenet:
             raise ValueError(f"{architecture} is a network for small images; take a resnet here")
-        return WideResNet(int(match[1]), int(match[2]), out_features, **keywords)
+        depth, width = int(match[1]), int(match[2])
+        return WideResNet(depth, width, out_features, in_channels=in_channels, normalize=normalize)
     match = re.fullmatch(r"resnet(\d+)", architecture)
     if match is None or int(match[1]) not in LAYOUTS:
         raise ValueError(
             f"unknown architecture {architecture!r}: take one of {SMALL_ARCHITECTURES}"
         )
     family = ImageNetResNet if imagenet else SmallResNet
-    return family(int(match[1]), out_features, **keywords)
+    return family(int(match[1]), out_features, in_channels=in_channels, normalize=normalize)

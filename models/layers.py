@@ -1,4 +1,4 @@
-"""What the networks share: the unit sphere at their end, and how their weights start."""
+"""Common parts of the networks: base class, normalization to the unit sphere, initialization, pooling."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-8  # a vector shorter than this is left near zero instead of being blown up to NaN
+NORM_EPS = 1e-8  # lower bound of the norm, so that a zero vector stays zero instead of NaN
 
 
 def l2_normalize(vectors: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def l2_normalize(vectors: Tensor) -> Tensor:
 
 
 def init_he(module: nn.Module) -> None:
-    """He et al. (2015) start values, fan-out mode: the published networks' own choice."""
+    """Initialize weights as He et al. (2015) in fan-out mode, as published."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels
@@ -30,10 +30,10 @@ def init_he(module: nn.Module) -> None:
 
 
 class EmbeddingNet(nn.Module):
-    """Base of every network here: a trunk, global pooling, one linear head, optional unit norm.
+    """Base of every network: a trunk, global pooling, one linear head, optional unit norm.
 
     Attributes:
-        head_name: name of the last linear layer, as it stands in the state dict.
+        head_name: name of the last linear layer in the state dict.
         normalize: True in phase 1 (the output is a point on the unit sphere), False in phase 3.
     """
 
@@ -41,7 +41,7 @@ class EmbeddingNet(nn.Module):
     normalize: bool
 
     def pooled(self, images: Tensor) -> Tensor:
-        """B x C x H x W images -> B x F activations before the head."""
+        """Compute B x F activations before the head from B x C x H x W images."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,5 +50,5 @@ class EmbeddingNet(nn.Module):
 
 
 def global_pool(maps: Tensor) -> Tensor:
-    """B x C x H x W -> B x C, whatever H and W are: a 64x64 image stays one row, not four."""
+    """Average B x C x H x W over any H and W to B x C: a 64x64 image stays one row, not four."""
     return torch.mean(maps, dim=(2, 3))

@@ -1,4 +1,4 @@
-"""The ImageNet ResNets of torchvision, with an embedding head and under torchvision's own names."""
+"""ImageNet ResNets of torchvision with an embedding head, under torchvision's parameter names."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from models.layers import l2_normalize
 from models.resnet_cifar import LAYOUTS
 
-STEM = 7  # side of the first convolution, which tells these networks from those for small images
+STEM = 7  # side of the first convolution, which distinguishes them from networks for small images
 
 
 class ImageNetResNet(ResNet):
     """torchvision's ResNet-`depth` whose `fc` has `out_features` outputs.
 
-    Arguments as in `models.wideresnet.WideResNet`. It keeps the interface of `EmbeddingNet`
-    (`head_name`, `normalize`, `pooled`) without its constructor, because torchvision's comes first.
+    Arguments are as in `models.wideresnet.WideResNet`. It has the interface of `EmbeddingNet` (`head_name`,
+    `normalize`, `pooled`) but torchvision's constructor.
     """
 
     head_name = "fc"

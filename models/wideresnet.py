@@ -51,7 +51,7 @@ class WideResNet(EmbeddingNet):
         widen_factor: K; the stages are 16 K, 32 K and 64 K channels wide.
         out_features: outputs of the head: embedding dimensions, or classes.
         in_channels: 3, or 1 for gray images.
-        normalize: end on the unit sphere (phase 1).
+        normalize: whether outputs are scaled to the unit sphere (phase 1).
 
     Raises:
         ValueError: if `depth` is not 6 n + 4 or a size is not positive.

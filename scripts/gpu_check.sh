@@ -66,10 +66,10 @@ step() {
 
 [ "${PYTEST:-1}" = 0 ] || step agreement 50 "$python" -m pytest -q tests/training/test_devices_agree.py tests/runtime/test_profiling.py
 cifar_tasks=(--tasks pretrain-cifar finetune-cifar)
-step training 70 "$python" scripts/benchmark_training.py "${training[@]}" "${cifar_tasks[@]}" --output "$out/training.json"
-step imagenet 60 "$python" scripts/benchmark_training.py "${imagenet[@]}" --tasks pretrain-imagenet finetune-imagenet \
+step training 70 "$python" scripts/benchmarks/training.py "${training[@]}" "${cifar_tasks[@]}" --output "$out/training.json"
+step imagenet 60 "$python" scripts/benchmarks/training.py "${imagenet[@]}" --tasks pretrain-imagenet finetune-imagenet \
     -j "$(nproc)" --output "$out/imagenet.json"
-step compiled 70 "$python" scripts/benchmark_training.py "${training[@]}" "${cifar_tasks[@]}" --variants ours compiled \
+step compiled 70 "$python" scripts/benchmarks/training.py "${training[@]}" "${cifar_tasks[@]}" --variants ours compiled \
     --output "$out/compiled.json"
 step loop 30 "$python" unsupervised/imagenet.py --dummy "${loop[@]}" --model-dir "$work/dummy" \
     --log-dir "$out/loop" --profile 2
@@ -93,7 +93,7 @@ if [ -n "$cifar" ]; then
             --model-root "$work" --log-root "$out" --exp-name "phase3-$n"
     done
 fi
-step propagation 40 "$python" scripts/benchmark_propagation.py "${points[@]}" --variants nc --gpus 0 \
+step propagation 40 "$python" scripts/benchmarks/propagation.py "${points[@]}" --variants nc --gpus 0 \
     --output "$out/propagation.json"
 cat "$out/summary.md"
 exit $failed

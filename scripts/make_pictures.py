@@ -1,11 +1,11 @@
-"""A folder of picture files to try the scripts on: the embedded patches, written out as PNG and JPEG.
+"""Make a folder of picture files to try the scripts on: the embedded patches as PNG and JPEG.
 
     python scripts/make_pictures.py --output DIR
 
-Folders by default, as `--dataset folder` reads them: DIR/train/<class>/ with a few labeled pictures of each
-class, DIR/unlabeled/album-<k>/ with the rest of the training pictures in no order, DIR/test/<class>/ to
-measure on. With --layout csv all of them lie in DIR/pictures/ and DIR/labels.csv says which is what: its
-columns are path, label (empty where there is none) and split (train or test).
+By default the folders are those of `--dataset folder`: DIR/train/<class>/ with a few labeled pictures of
+each class, DIR/unlabeled/album-<k>/ with the other training pictures in random order, DIR/test/<class>/ with
+test pictures. With --layout csv all pictures lie in DIR/pictures/, and DIR/labels.csv has the columns path,
+label (empty if there is none) and split (train or test).
 """
 
 import argparse
@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 from datasets.images import ImageSet
 from datasets.patches import TEST_PER_CLASS, TRAIN_PER_CLASS, load_patches
-from lib.cli import options
+from lib.cli import checks, declared, options, start
 from lib.labels.split import labeled_split
 
-ALBUM = 100  # pictures in a folder without labels
+ALBUM = 100  # pictures in each folder without labels
 JPEG_QUALITY = 95
 
 
 class Picture(NamedTuple):
-    """One file to write: where, what, and its class, empty where nobody shall know it."""
+    """One file to write: path without extension, image, class name (empty for no label) and split."""
 
     path: str
     image: torch.Tensor
@@ -47,16 +47,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout", choices=("folders", "csv"), default="folders", help="how labels are told"
     )
-    parser.add_argument("--labeled", type=int, default=5, help="labeled pictures of each class")
     parser.add_argument(
-        "--unlabeled", type=int, default=200, help="training pictures of each class without a label"
+        "--labeled", type=declared.positive_int, default=5, help="labeled pictures of each class"
     )
-    parser.add_argument("--test", type=int, default=50, help="test pictures of each class")
+    parser.add_argument(
+        "--unlabeled",
+        type=declared.positive_int,
+        default=200,
+        help="training pictures of each class without a label",
+    )
+    parser.add_argument(
+        "--test", type=declared.positive_int, default=50, help="test pictures of each class"
+    )
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "labeled", "unlabeled", "test")
     if args.labeled + args.unlabeled > TRAIN_PER_CLASS or args.test > TEST_PER_CLASS:
         raise ValueError(
             f"there are {TRAIN_PER_CLASS} training pictures of each class, --labeled and --unlabeled "
@@ -67,7 +73,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def drawn(data: ImageSet, per_class: int) -> torch.Tensor:
-    """Indexes of `per_class` pictures of each class, class by class."""
+    """Draw the indexes of `per_class` pictures of each class, class by class."""
     return labeled_split(data.targets, per_class * data.num_classes, data.num_classes).labeled
 
 
@@ -81,7 +87,7 @@ def with_class(data: ImageSet, indexes: torch.Tensor, split: str, layout: str) -
 
 
 def without_class(data: ImageSet, indexes: torch.Tensor, layout: str) -> list[Picture]:
-    """In no order, several folders deep, the way pictures come."""
+    """Return pictures without label in random order, divided into albums."""
     order = torch.randperm(len(indexes), generator=torch.Generator().manual_seed(0))
     root = "unlabeled" if layout == "folders" else "pictures"
     return [
@@ -93,11 +99,12 @@ def without_class(data: ImageSet, indexes: torch.Tensor, layout: str) -> list[Pi
 
 
 def write(picture: Picture, number: int, root: Path) -> str:
-    """Every other picture is a JPEG, the others PNG. Returns the path below `root`."""
+    """Write a picture, every other one as JPEG, else as PNG, and return its path below `root`."""
     path = picture.path + (".jpg" if number % 2 else ".png")
     (root / path).parent.mkdir(parents=True, exist_ok=True)
-    quality = {"quality": JPEG_QUALITY} if number % 2 else {}
-    Image.fromarray(picture.image.permute(1, 2, 0).numpy()).save(root / path, **quality)
+    # PNG ignores the quality
+    image = Image.fromarray(picture.image.permute(1, 2, 0).numpy())
+    image.save(root / path, quality=JPEG_QUALITY)
     return path
 
 
@@ -121,8 +128,10 @@ def main(args: argparse.Namespace) -> None:
         *without_class(train, both[~torch.isin(both, labeled)], args.layout),
         *with_class(test, drawn(test, args.test), "test", args.layout),
     ]
-    parent = options.writable_folder("--output", root.parent)
-    with tempfile.TemporaryDirectory(dir=parent) as made:  # a folder half full is never there
+    parent = checks.writable_folder("--output", root.parent)
+    with tempfile.TemporaryDirectory(
+        dir=parent
+    ) as made:  # the rename makes the folder appear complete
         (Path(made) / "pictures").mkdir()
         write_all(pictures, Path(made) / "pictures", args.layout)
         (Path(made) / "pictures").rename(root)
@@ -132,4 +141,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

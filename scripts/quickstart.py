@@ -1,21 +1,21 @@
-"""The three phases on the embedded data set: a table, its pictures, and every file on the way.
+"""Run the three phases on the embedded data set, and write a table, pictures and all intermediate files.
 
     python scripts/quickstart.py
 
 1. `unsupervised/cifar.py` learns a metric of 3,000 small gray patches of ten photographs, without labels.
-2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` spread 10, 20, 50 and 100 labels to all of them; the
-   normalized cut does so once more with the labeled images clamped, each to its own label.
+2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` propagate 10, 20, 50 and 100 labels to all of them. The
+   normalized cut runs once more with the labeled images clamped, each to its own label.
 3. `cifar-semi.py` trains on the labels and all of the clamped cut's pseudo-labels, each weighted by its
-   confidence. Beside it, with the same batches, steps and schedule, two baselines see the labeled images
-   only: one from scratch, one from the network of phase 1.
+   confidence. With the same batches, steps and schedule, two baselines train on the labeled images only:
+   one from scratch, one from the network of phase 1.
 
-From the network of phase 1 the last layer alone is trained (`--finetune`), for the baseline as for the
-method: so few steps of all layers lose more of the metric than they gain, even with every true label.
+The baseline and the method train only the last layer of the network of phase 1 (`--finetune`): so few steps
+of all layers lose more of the metric than they gain, even with every true label.
 
-Repeated over eight draws of the labeled images: the gain at 50 and 100 labels differs between draws by
-more than its mean. Everything lies below --output afterwards: `results.json`,
-`results.png`, `accuracy_coverage.png`, the executed notebooks, pseudo-label files and checkpoints.
-About four minutes on two CPU cores.
+Runs are repeated over eight draws of the labeled images, because the gain at 50 and 100 labels differs
+between draws by more than its mean. All files are written to --output: `results.json`, `results.png`,
+`accuracy_coverage.png`, the executed notebooks, pseudo-label files and checkpoints. The script takes about
+four minutes on two CPU cores.
 """
 
 import argparse
@@ -41,10 +41,10 @@ import torch
 from tqdm import tqdm
 
 from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
-from lib.cli import options
+from lib.cli import declared, options, start
 from lib.features.extraction import FeatureSet, load_or_extract
 from lib.files import provenance
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph
 from lib.propagation.chunks import pseudo_label, save_part
@@ -55,10 +55,10 @@ ARCHITECTURE = "wrn-10-1"
 METRIC_BATCH_SIZE = 64  # half the published one: 3,000 images give few steps per epoch
 CLASSIFIER_BATCH_SIZE = 32  # twice the steps of 64 in the same time: from scratch 8 points better
 LR_ALL_LAYERS, LR_LAST_LAYER = 0.1, 1.0
-TEMPERATURE = 0.2  # of instance discrimination; the published 0.1 is for 50,000 images
+TEMPERATURE = 0.2  # temperature of instance discrimination; the published 0.1 is for 50,000 images
 NUM_NEIGHBORS = 10  # for 3,000 images; the published 20 are meant for 50,000
 
-# name in results.json: what the table calls it
+# name in results.json: heading in the table
 COLUMNS = {
     "scratch": "labels only, from scratch",
     "metric": "labels only, from the metric",
@@ -72,22 +72,28 @@ TRAINED = ("scratch", "metric", "method")
 SPREAD: dict[str, tuple[str, dict[str, bool]]] = {
     "knn": ("knn", {}),
     "nc": ("nc", {}),
-    # without it a rarer part of a class loses to the class that surrounds it, its own labels included
+    # clamping keeps a rarer part of a class from losing even its labels to the class that surrounds it
     "nc-clamped": ("nc", {"clamp": True}),
 }
-NOTEBOOKS = ("knn", "nc")  # of `SPREAD`, for the first split
-TAUGHT = "nc-clamped"  # of `SPREAD`: what the classifier learns
+NOTEBOOKS = ("knn", "nc")  # entries of `SPREAD` that notebooks compute for the first split
+TAUGHT = "nc-clamped"  # entry of `SPREAD` that the classifier learns from
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
     parser.add_argument("--output", default="checkpoint/quickstart", help="folder for everything")
-    parser.add_argument("--epochs", type=int, default=70, help="of phase 1")
-    parser.add_argument("--max-iters", type=int, default=200, help="steps of each run of phase 3")
-    parser.add_argument("--splits", type=int, default=8, help="draws of the labeled images")
+    parser.add_argument(
+        "--epochs", type=declared.positive_int, default=70, help="epochs of phase 1"
+    )
+    parser.add_argument(
+        "--max-iters", type=declared.positive_int, default=200, help="steps of each run of phase 3"
+    )
+    parser.add_argument(
+        "--splits", type=declared.positive_int, default=8, help="draws of the labeled images"
+    )
     parser.add_argument(
         "--num-labeled",
-        type=int,
+        type=declared.positive_int,
         nargs="+",
         default=[10, 20, 50, 100],
         help="numbers of labeled images, multiples of ten",
@@ -96,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    options.require_positive(args, "epochs", "max_iters", "splits")
     most = len(PHOTOGRAPHS) * (TRAIN_PER_CLASS - 1)
     wrong = [n for n in args.num_labeled if n % len(PHOTOGRAPHS) or not 0 < n <= most]
     if wrong:
@@ -104,15 +109,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def run_script(name: str, words: list[object]) -> dict[str, float]:
-    """Run a script with a command line in this process; returns what its `main` returns."""
-    module = options.load_script(name)
+    """Run a script with a command line in this process, and return the result of its `main`."""
+    module = start.load_script(name)
     words = [str(w) for w in words]
     print(f"$ python {name} {shlex.join(words)}", flush=True)
     return module.main(module.build_parser().parse_args(words))
 
 
 def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
-    """Pseudo-label files of the splits `seeds` that are not there yet, by the calls of the notebooks."""
+    """Write the missing pseudo-label files of the splits `seeds`, by the calls of the notebooks."""
     space = EmbeddingGraph(metric.features, num_neighbors=NUM_NEIGHBORS)
     meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
     for name, seed, n in itertools.product(SPREAD, seeds, num_labeled):
@@ -121,8 +126,15 @@ def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Pat
             continue
         algorithm, parameters = SPREAD[name]
         split = labeled_split(metric.targets, n, metric.num_classes, seed)
-        given = split, metric.targets[split.labeled], metric.num_classes
-        pseudo = pseudo_label(space, algorithm, *given, parameters=parameters, meta=meta)
+        pseudo = pseudo_label(
+            space,
+            algorithm,
+            split,
+            metric.targets[split.labeled],
+            metric.num_classes,
+            parameters=parameters,
+            meta=meta,
+        )
         save_part(pseudo, file.parent, n)
 
 
@@ -131,20 +143,22 @@ def pseudo_file(output: Path, name: str, num_labeled: int, seed: int) -> Path:
 
 
 def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path) -> FeatureSet:
-    """Phase 2: the notebooks for the first split, the same calls for all else."""
+    """Run phase 2: the notebooks for the first split, the same calls for the others."""
     metric = load_or_extract(checkpoint_file=checkpoint, dataset="patches")
     for algorithm in NOTEBOOKS:
         folder = pseudo_file(output, algorithm, 0, 0).parent
         print(f"notebooks/{algorithm}.ipynb -> {folder}/", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        # a notebook runs in the folder of the repository, wherever this script was started
+        # absolute paths, because a notebook runs in the folder of the repository
         files = {"checkpoint": Path(checkpoint), "save_path": folder}
         parameters = {name: str(path.resolve()) for name, path in files.items()}
         parameters |= {"dataset": "patches", "num_labeled": num_labeled}
         if algorithm == "nc":
             parameters["num_neighbors"] = NUM_NEIGHBORS
         papermill.execute_notebook(
-            *(ROOT / "notebooks" / f"{algorithm}.ipynb", folder / f"{algorithm}.ipynb", parameters),
+            ROOT / "notebooks" / f"{algorithm}.ipynb",
+            folder / f"{algorithm}.ipynb",
+            parameters,
             progress_bar={"desc": f"notebooks/{algorithm}.ipynb", "leave": False}
             if sys.stderr.isatty()
             else False,
@@ -155,8 +169,8 @@ def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path
 
 
 def finetune(kind: str, num_labeled: int, seed: int, max_iters: int, output: str) -> float:
-    """One run of phase 3 in a process of its own; test accuracy after the last step."""
-    torch.set_num_threads(1)  # as many runs as cores side by side: faster than one on all of them
+    """Run phase 3 once in a process of its own, and return the test accuracy after the last step."""
+    torch.set_num_threads(1)  # one run per core is faster than one run on all cores
     out = Path(output)
     words = ["--dataset", "patches", "--arch", ARCHITECTURE]
     words += ["--num-labeled", num_labeled, "--rng-seed", seed]
@@ -177,7 +191,7 @@ def finetune(kind: str, num_labeled: int, seed: int, max_iters: int, output: str
 
 
 def finetune_all(num_labeled: list[int], splits: int, max_iters: int, output: Path) -> dict:
-    """Phase 3, every run; test accuracies by (kind, number of labels, split)."""
+    """Run phase 3 for all settings, and return test accuracies by (kind, number of labels, split)."""
     todo = [(k, n, s) for n in num_labeled for k in TRAINED for s in range(splits)]
     workers = min(len(todo), os.cpu_count() or 1, 8)
     context = multiprocessing.get_context("spawn")  # a forked torch may hang on its threads
@@ -190,7 +204,7 @@ def finetune_all(num_labeled: list[int], splits: int, max_iters: int, output: Pa
 
 
 def measure(metric: FeatureSet, accuracy: dict, num_labeled: list[int], splits: int, output: Path):
-    """Percentages by column, number of labels and split."""
+    """Return percentages by column, number of labels and split."""
     results: dict[str, dict[int, list[float]]] = {name: {} for name in COLUMNS}
     for n in num_labeled:
         for name in COLUMNS:
@@ -198,13 +212,13 @@ def measure(metric: FeatureSet, accuracy: dict, num_labeled: list[int], splits: 
                 results[name][n] = [accuracy[name, n, s] for s in range(splits)]
                 continue
             files = [pseudo_file(output, name, n, s) for s in range(splits)]
-            curves = [accuracy_coverage(pseudo_labels.load(f), metric.targets) for f in files]
+            curves = [accuracy_coverage(pseudo_files.load(f), metric.targets) for f in files]
             results[name][n] = [curve.overall for curve in curves]
     return results
 
 
 def table(results: dict[str, dict[int, list[float]]]) -> str:
-    """Means and standard deviations, one row per number of labels, in Markdown."""
+    """Format means and standard deviations in Markdown, one row per number of labels."""
     measures = {name: "accuracy" if name in TRAINED else "precision" for name in COLUMNS}
     heads = ["labels", *(f"{text} ({measures[name]})" for name, text in COLUMNS.items())]
     lines = ["| " + " | ".join(heads) + " |", "|---:" * len(heads) + "|"]
@@ -219,7 +233,7 @@ def table(results: dict[str, dict[int, list[float]]]) -> str:
 
 
 def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
-    # 1. What is asked for; what an earlier quickstart left must not mix with it
+    # 1. Options; files of an earlier quickstart must not mix with the new ones
     check_options(args)
     start, output = time.perf_counter(), Path(args.output)
     for name in ("metric", "pseudos", "finetune", "tensorboard"):
@@ -252,4 +266,4 @@ def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lib.cli import options
+from lib.cli import start
 
 NAMES = (
     *("unsupervised/cifar.py", "unsupervised/imagenet.py", "cifar-semi.py", "imagenet-semi.py"),
     *("scripts/propagate.py", "scripts/predict.py"),
 )
-SCRIPTS = {name: options.load_script(name) for name in NAMES}
+SCRIPTS = {name: start.load_script(name) for name in NAMES}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["forked"])
 LONGEST_S = (
@@ -47,7 +47,7 @@ def _begin(name: str, words: list[str], output: str, environment: dict[str, str]
     os.dup2(handle, 2)
     sys.argv = [str(ROOT / name), *words]
     os.chdir(ROOT)
-    options.run(SCRIPTS[name].main, SCRIPTS[name].build_parser())
+    start.run(SCRIPTS[name].main, SCRIPTS[name].build_parser())
 
 
 def _alive(pid: int) -> bool:

@@ -22,9 +22,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets import build_datasets
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import confidence, pseudo_files
 from lib.labels.split import labeled_split
 from lib.runtime.devices import Device
 
@@ -165,8 +165,8 @@ def world(tmp_path_factory) -> Path:
     train, _ = build_datasets("folder", root / "pictures", image_size=16)
     split = labeled_split(train.targets, LABELS, 4)
     votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
-    pseudo = pseudo_labels.from_probabilities(votes, split, {"data_digest": train.digest})
-    pseudo_labels.save(pseudo, root / "pseudo.pth.tar")
+    pseudo = confidence.from_probabilities(votes, split, {"data_digest": train.digest})
+    pseudo_files.save(pseudo, root / "pseudo.pth.tar")
     return root
 
 

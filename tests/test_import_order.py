@@ -51,10 +51,7 @@ def test_imports_only_go_down():
     upward = []
     for path in modules():
         own = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        if own == "__init__":  # lib/__init__.py is below all others
-            own_level = -1
-        else:
-            own_level = LEVEL[own]
+        own_level = -1 if own == "__init__" else LEVEL[own]  # lib/__init__.py is below all others
         upward += [
             f"{path.relative_to(ROOT)} imports {other}"
             for other in sorted(set(imported(path)) - {own})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_ok, run_script
 
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 
 mutations = load_script("tests/mutations/run.py")
 PATCHES = [mutations.read(path) for path in sorted(mutations.HERE.glob("*.patch"))]
@@ -63,7 +63,7 @@ def test_the_tests_that_patches_name_exist():
 
 def test_a_patch_is_put_back_and_taken_away_with_the_times_of_its_files(tree):
     path = BY_NAME["25-top5-is-top2"].path
-    file = tree / "lib" / "knn.py"
+    file = tree / "lib" / "graph" / "knn.py"
     before, time = file.read_bytes(), file.stat().st_mtime_ns
     with mutations.applied(tree, path) as problem:
         assert problem == ""

@@ -35,7 +35,7 @@ from runs import (
 from datasets import build_datasets
 from lib.features.extraction import FeatureSet
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import confidence, pseudo_files
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
 
@@ -66,12 +66,12 @@ def world(tmp_path_factory) -> Path:
         votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
         meta = {"data_digest": train.digest, "classes": list(train.classes)}
         if in_memory:
-            whole = pseudo_labels.from_probabilities(votes, split, meta)
-            pseudo_labels.save(whole, root / f"{name}.pth.tar")
+            whole = confidence.from_probabilities(votes, split, meta)
+            pseudo_files.save(whole, root / f"{name}.pth.tar")
             continue
         for place, part in enumerate(cut_into_chunks(split, 2)):
             part = Split(split.labeled, part)
-            save_part(pseudo_labels.from_probabilities(votes, part, meta), root, LABELS, place, 2)
+            save_part(confidence.from_probabilities(votes, part, meta), root, LABELS, place, 2)
     return root
 
 
@@ -399,13 +399,13 @@ def test_a_mistake_among_fifty_thousand_pseudo_labels_is_found(tmp_path, capsys)
     targets = torch.arange(10).repeat(5000)
     split = labeled_split(targets, 250, 10)
     votes = torch.rand(50_000, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
-    pseudo_labels.save(pseudo_labels.from_probabilities(votes, split), tmp_path / "250.pth.tar")
+    pseudo_files.save(confidence.from_probabilities(votes, split), tmp_path / "250.pth.tar")
     state = checkpoint.load_dict(tmp_path / "250.pth.tar")
     state["pseudo_indexes"][-1] = state["pseudo_indexes"][0]
     checkpoint.save(state, tmp_path / "250.pth.tar")
     start = time.perf_counter()
     with pytest.raises(ValueError, match="pseudo_indexes holds an index twice"):
-        pseudo_labels.load(tmp_path / "250.pth.tar")
+        pseudo_files.load(tmp_path / "250.pth.tar")
     with capsys.disabled():
         print(f"\nrefused in {time.perf_counter() - start:.3f} s among 50,000 images")
 

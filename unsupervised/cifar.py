@@ -1,7 +1,7 @@
 """Phase 1: learn a metric of images without any label, by instance discrimination.
 
-Every image is a class of its own: a network puts each one on the unit sphere, close to its own row of
-a memory bank and far from all others (Wu et al. 2018, arXiv 1805.01978).
+Every image is a class of its own: a network maps each one to the unit sphere, close to its own row of a
+memory bank and far from all others (Wu et al. 2018, arXiv 1805.01978).
 
 The published CIFAR-10 run (WRN-28-2, seven cosine cycles; kNN accuracy 82.12% published):
 
@@ -16,9 +16,9 @@ Without any download, about two minutes on two CPU cores:
     python unsupervised/cifar.py --dataset patches --arch wrn-10-1 --epochs 100 \\
         --lr 0.1 --lr-scheduler one-cycle --model-dir checkpoint/patches
 
-Several GPUs share each batch, by `--gpus 0,1,2,3` or torchrun. A run that was interrupted goes on with
-the same command plus `--resume auto` (or `--resume DIR/ckpt.cifar.pth.tar`), to the same bits.
-Writes `ckpt.cifar.pth.tar` (last epoch) and `ckpt.cifar.best.pth.tar` (best kNN accuracy) to
+Several GPUs share each batch, by `--gpus 0,1,2,3` or torchrun. The same command with `--resume auto` (or
+`--resume DIR/ckpt.cifar.pth.tar`) continues an interrupted run, to the same bits.
+The script writes `ckpt.cifar.pth.tar` (last epoch) and `ckpt.cifar.best.pth.tar` (best kNN accuracy) to
 --model-dir, TensorBoard events and `log.jsonl` to --log-dir.
 """
 
@@ -28,88 +28,148 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from datasets import build_datasets
-from datasets.transforms import instance_ops
-from lib.cli import options
+from datasets.transforms import Augmentation, instance_ops
+from lib.cli import checks, declared, options, start
 from lib.files import checkpoint, provenance
-from lib.runtime import distributed
+from lib.files.published import CIFAR_METRIC
+from lib.loading.batches import Batches
+from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.training import pretraining
-from lib.training.pretraining import Files, Images, Settings
+from lib.training.log import main_log
+from lib.training.optimizer import sgd
+from lib.training.pretraining import Settings
+from lib.training.progress import EpochProgress, step_arithmetic
+from lib.training.settings import CifarPretraining
+from lib.training.state import Checkpoints, TrainState
+from lib.training.step import require_finite, train_steps
+from models import build_model
 
 LAST, BEST = "ckpt.cifar.pth.tar", "ckpt.cifar.best.pth.tar"
 RESUME_INVARIANTS = (*pretraining.RESUME_INVARIANTS, "transform_scale", "transform_crop")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.pretraining_parser(__doc__)
-    augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument(
-        "--transform-crop",
-        choices=("RandomResizedCrop", "PadCrop"),
-        default="RandomResizedCrop",
-        help="PadCrop: reflect-pad by an eighth of the side and crop",
-    )
-    augmentation.add_argument(
-        "--transform-scale", type=float, default=0.2, help="smallest area of RandomResizedCrop"
-    )
-    return parser
+    return options.parser(__doc__, CifarPretraining)
 
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    options.check_pretraining(args, parser)
+    checks.check_pretraining(args, parser)
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
     if args.test_only:
-        options.warn_unused(args, parser, "with --test-only", *options.ONLY_TRAINING)
+        checks.warn_unused(args, parser, "with --test-only", *checks.ONLY_TRAINING)
     if args.transform_crop == "PadCrop":
-        options.warn_unused(args, parser, "with PadCrop", "transform_scale")
+        checks.warn_unused(args, parser, "with PadCrop", "transform_scale")
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    # 1. What computes, on what images
+    # 1. Data
     check_options(args)
-    device = options.select_training_device(args)
+    settings, device = declared.values(args, Settings), start.select_training_device(args)
     workers = distributed.own_workers(args.num_workers)
-    with distributed.main_first():  # it may have to download them
+    with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(
-            *(args.dataset, args.data_dir), image_size=args.image_size, num_workers=workers
+            args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
     pretraining.check_images(len(train), args.nce_k)
-    ops = instance_ops(args.transform_crop, args.transform_scale)
-    images = Images(train, test, ops, workers, loader=args.loader)
-    settings = options.values(args, Settings)
+    monitor = pretraining.Monitor(train, test, device, workers)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
-    # 2. Network; with --test-only that is all it takes
-    folder = Path(args.model_dir)
-    names, needed = (LAST, BEST), args.test_only
-    source = pretraining.find_checkpoint(args.resume, folder, names, needed=needed)
-    model = pretraining.build_network(settings, device)
+    # 2. Network; --test-only measures it and ends here
+    folder, log_folder = Path(args.model_dir), Path(args.log_dir)
+    source = pretraining.find_checkpoint(args.resume, folder, (LAST, BEST), needed=args.test_only)
+    torch.manual_seed(args.rng_seed)
+    model = device.prepare(build_model(args.architecture, args.low_dim, normalize=True))
     if args.test_only:
-        pretraining.load_network(model, checkpoint.load_dict(source), source)
-        return pretraining.measure(model, images, device)
+        pretraining.load_weights(model, checkpoint.load_dict(source), source)
+        return monitor.measure(model)
 
-    # 3. Memory bank, loss, optimizer; where an interrupted run stopped
-    run = pretraining.start(model, settings, len(train), device)
-    meta = provenance.record(vars(args), train.digest)
-    files = Files(folder, LAST, BEST, Path(args.log_dir), meta)
-    if source:
-        per_epoch = settings.steps_per_epoch(len(train))
-        pretraining.resume(run, source, files, per_epoch, RESUME_INVARIANTS)
-    options.open_run_folder("--model-dir", folder, LAST, is_new=not source)
-
-    # 4. Train
-    command = options.resume_command
-    return pretraining.train(
-        *(run, settings, images, files, device),
-        stop_after=args.stop_after,
-        profile=args.profile,
-        compile_mode=args.compile,
-        command=command,
+    # 3. Objective and optimizer, or the run to resume
+    objective = pretraining.build_objective(settings, len(train), device)
+    nesterov = args.momentum > 0
+    optimizer = sgd(
+        [*model.parameters(), *objective.parameters()],
+        args.lr,
+        args.weight_decay,
+        momentum=args.momentum,
+        nesterov=nesterov,
     )
+    meta = provenance.record(vars(args), train.digest)
+    described = pretraining.describe_metric(settings, train)
+    state = TrainState(model, objective, optimizer, described, CIFAR_METRIC, meta, accuracy=0.0)
+    per_epoch = settings.steps_per_epoch(len(train))
+    if source:
+        pretraining.resume(state, source, per_epoch, RESUME_INVARIANTS)
+    files = Checkpoints(folder, LAST, BEST)
+    start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
+
+    # 4. Train; test and save after each epoch
+    ops = instance_ops(args.transform_crop, args.transform_scale)
+    batches = Batches(
+        train,
+        Augmentation(ops, train.stats),
+        device,
+        batch_size=args.batch_size,
+        seed=args.rng_seed,
+        num_workers=workers,
+        loader=args.loader,
+    )
+    schedule = settings.schedule(len(train), imagenet=False)
+    shape = (3, train.image_size, train.image_size)
+    arithmetic = step_arithmetic(model, objective, shape, device)
+    network, values = profiling.prepare_training(model, args.compile), {}
+    with (
+        main_log(log_folder) as write,
+        interruption.watch(args.stop_after) as stop,
+        profiling.traced(args.profile, log_folder, device) as after_step,
+    ):
+        write("start", first_epoch=state.epoch, first_step=state.step, meta=meta)
+        while state.epoch < args.epochs:
+            done = state.step - state.epoch * per_epoch
+            steps = train_steps(
+                network,
+                objective,
+                optimizer,
+                batches.epoch(state.epoch, done * args.iter_size),
+                schedule,
+                device,
+                first_step=state.step,
+                iter_size=args.iter_size,
+            )
+            with EpochProgress(state, per_epoch, batches, arithmetic) as progress:
+                for step in steps:
+                    state.count(step)
+                    progress.count(step)
+                    after_step()
+                    if stop.requested():
+                        break
+                measured = progress.finish()
+            require_finite(state.step, model, objective)
+            if stop.reached:
+                files.save(state)
+                write("stop", state.step, reason=stop.reason)
+                how = start.resume_command(files.last_file)
+                print_main(f"stopped by {stop.reason} after step {state.step}; to continue: {how}")
+                break
+            measured["lr"] = schedule(state.step - 1)
+            scores = monitor(model, objective.bank_rows)
+            is_best = state.finish_epoch(scores.get("top1", 0.0))
+            values = pretraining.epoch_values(state, measured, scores)
+            print_main(pretraining.describe(state.epoch, args.epochs, values))
+            write("epoch", state.step, epoch=state.epoch - 1, **values)
+            files.save(state, is_best=is_best, end_of_epoch=True)
+    stop.exit()
+    if state.epoch == args.epochs:
+        print_main(
+            f"last checkpoint: {files.last_file}" if values else "this run is already finished"
+        )
+    return values
 
 
 if __name__ == "__main__":
-    options.run(main, build_parser())
+    start.run(main, build_parser())

@@ -1,1 +1,1 @@
-"""From images to embeddings."""
+"""Extraction of embeddings from images."""

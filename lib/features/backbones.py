@@ -1,9 +1,8 @@
-"""Networks from elsewhere, as metrics: images in, pooled features out, the head removed.
+"""Networks of torchvision and timm as metrics: their head is removed, and they return pooled features.
 
-`torchvision:resnet50`, `torchvision:resnet50@IMAGENET1K_V1` (one of several published weights) and, where
-timm is installed, `timm:vit_small_patch14_dinov2.lvd142m`. Weights come from a local file, or by the
-library's own address into its own cache. How images are resized, cut and normalized is what the model's
-own configuration says.
+Names are `torchvision:resnet50`, `torchvision:resnet50@IMAGENET1K_V1` (one of several published weights)
+and, if timm is installed, `timm:vit_small_patch14_dinov2.lvd142m`. Weights come from a local file, or are
+downloaded into the library's own cache. The model's own configuration says how images are preprocessed.
 """
 
 import difflib
@@ -23,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from datasets.images import Stats
+from datasets.resizing import Resizing
 from datasets.transforms import Augmentation
 from lib.files import checkpoint
 from lib.files.weights import load_weights, model_weights
@@ -33,9 +32,9 @@ from lib.runtime.distributed import main_first
 from models.layers import EmbeddingNet
 
 LIBRARIES = ("torchvision", "timm")
-# Their last layer is no linear one, or they refuse weights that come without torch's version record.
+# Networks without a linear last layer, or that refuse weights without torch's version record.
 UNSUITABLE = ("squeezenet", "mnasnet")
-# What torchvision sets beside the weights, which here are read by lib/files/weights.py and not by it.
+# Arguments that torchvision sets when it loads the weights, which lib/files/weights.py does here.
 BESIDE_WEIGHTS = {
     name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")
 }
@@ -43,12 +42,12 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # names 
 
 
 class Preprocessing(Augmentation):
-    """Stored images of any size as a network wants them: resized, the center cut out, normalized.
+    """The preprocessing of a network: images of any size are resized, center cropped and normalized.
 
     Args:
         image_size: side of the input in pixels.
-        resize: length of the shorter side before the cut; with `squash` of both sides.
-        interpolation: of the resizing, always with antialiasing.
+        resize: length of the shorter side before the crop; with `squash`, of both sides.
+        interpolation: method of resizing, always with antialiasing.
         stats: mean and standard deviation per channel.
     """
 
@@ -65,12 +64,11 @@ class Preprocessing(Augmentation):
         self.image_size, self.resize = image_size, resize
         self.interpolation, self.squash, self.stats = interpolation, squash, stats
 
-    def __call__(self, images: Tensor, rows: Collection[Tensor] = ()) -> Tensor:
-        """B x 3 x H x W bytes -> B x 3 x S x S float32."""
-        assert not rows, "evaluation must not augment"
-        size = [self.resize] * (1 + self.squash)
-        resized = functional.resize(images, size, interpolation=self.interpolation, antialias=True)
-        return super().__call__(functional.center_crop(resized, [self.image_size]))
+    def __call__(self, images: Tensor, params: Collection[Tensor] = ()) -> Tensor:
+        """Preprocess B x 3 x H x W bytes into B x 3 x S x S float32."""
+        assert not params, "evaluation must not augment"
+        resizing = Resizing(self.resize, self.interpolation, self.squash)
+        return super().__call__(resizing(images, self.image_size))
 
     def __str__(self) -> str:
         cut = f"{self.resize} -> {self.image_size} pixels, {self.interpolation.value}"
@@ -78,7 +76,7 @@ class Preprocessing(Augmentation):
 
 
 class _NoHead(nn.Identity):
-    """In place of the last layer; as wide as what comes in."""
+    """Identity that replaces the classifier head."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__()
@@ -86,10 +84,7 @@ class _NoHead(nn.Identity):
 
 
 class PooledFeatures(EmbeddingNet):
-    """A network without its head, under the interface of our own ones.
-
-    Put a layer in place of `head` to finetune it.
-    """
+    """A network without its head, with the interface of `EmbeddingNet`; finetuning sets another `head`."""
 
     head_name = "head"
     normalize = False
@@ -104,11 +99,11 @@ class PooledFeatures(EmbeddingNet):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network from elsewhere, ready to extract features with.
+    """A network of a library, ready to extract features with.
 
     Attributes:
-        model: B x 3 x S x S images -> B x D pooled features; in evaluation mode.
-        preprocessing: stored images -> what `model` takes.
+        model: network in evaluation mode, from B x 3 x S x S images to B x D pooled features.
+        preprocessing: transform from stored images to the input of `model`.
     """
 
     model: PooledFeatures
@@ -129,7 +124,7 @@ class Backbone:
 
 
 def is_external(architecture: str) -> bool:
-    """Whether a name is one that `build` knows rather than `models.build_model`."""
+    """Return whether a name is for `build` rather than `models.build_model`."""
     return architecture.partition(":")[0] in LIBRARIES and ":" in architecture
 
 
@@ -138,13 +133,13 @@ def build(architecture: str, path: str | Path = "", *, weighted: bool = True) ->
 
     Args:
         architecture: `torchvision:NAME`, `torchvision:NAME@WEIGHTS` or `timm:NAME`.
-        path: weights of a local file, a state dict with or without the head; without a file the library's
-            own, downloaded the first time.
-        weighted: False leaves it at random weights, for those of a checkpoint of ours.
+        path: local file with a state dict, with or without the head; empty takes the library's weights,
+            which are downloaded the first time.
+        weighted: False leaves the weights random, before those of a checkpoint of ours are loaded.
 
     Raises:
-        ValueError: for an unknown name, a library that is not installed, weights that cannot be had or do
-            not fit.
+        ValueError: if the name is unknown, the library is not installed, or the weights cannot be loaded or
+            do not fit.
     """
     library, _, name = architecture.partition(":")
     if library not in LIBRARIES or not name:
@@ -158,7 +153,7 @@ def build(architecture: str, path: str | Path = "", *, weighted: bool = True) ->
 def classifier(
     architecture: str, num_classes: int, path: str | Path = "", *, weighted: bool = True
 ) -> PooledFeatures:
-    """A network from elsewhere with a new last layer of `num_classes` outputs; arguments as in `build`."""
+    """Build a network as `build` does, with a new last layer of `num_classes` outputs."""
     found = build(architecture, path, weighted=weighted)
     found.model.head = nn.Linear(found.num_features, num_classes)
     return found.model
@@ -197,14 +192,14 @@ def _from_torchvision(name: str, path: str | Path, weighted: bool) -> Backbone:
 
 
 def _construction(name: str, weights: Any) -> dict[str, Any]:
-    """Arguments of the network that these weights were trained in."""
+    """Return the constructor arguments of the network that these weights belong to."""
     if name.startswith("vit_"):  # the number of position embeddings follows from the size
         return {"image_size": weights.meta["min_size"][0]}
     return BESIDE_WEIGHTS.get(name, {})
 
 
 def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
-    """Every weight of the trunk from a file, which may hold the heads besides, and nothing else."""
+    """Load every weight of the trunk from a file that may hold the heads in addition, and nothing else."""
     state = checkpoint.load_dict(path)
     named = model_weights(state, path)
     weights = {OLD_DENSENET.sub(r"\1\2", name): value for name, value in named.items()}
@@ -215,7 +210,7 @@ def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
 
 
 def _cached(url: str) -> Path:
-    """The file of an address in torch's cache, where torchvision keeps it too."""
+    """Return the file of an address in torch's cache, the one of torchvision, downloading it if needed."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     with main_first():
         if not path.is_file():
@@ -225,7 +220,7 @@ def _cached(url: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetch weights whose name ends in the first digits of their sha256."""
+    """Download weights whose file name ends in the first digits of their sha256."""
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     try:
         torch.hub.download_url_to_file(
@@ -253,12 +248,10 @@ def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
     try:
         with main_first():
             trunk = timm.create_model(name, pretrained=weighted and not path, num_classes=0)
-    except (
-        Exception
-    ) as error:  # a dozen kinds, from several packages, mean that there is no such file
+    except Exception as error:  # several packages raise a dozen kinds for a file that is not there
         raise ValueError(
-            f"timm:{name} cannot be had: {error}; without a network, fetch its weights elsewhere and name "
-            "them as the local weight file"
+            f"timm:{name} cannot be loaded: {error}; without a network, fetch its weights elsewhere and "
+            "name them as the local weight file"
         ) from error
     config = timm.data.resolve_model_data_config(trunk)
     if weighted and path:
@@ -269,10 +262,10 @@ def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
 
 
 def timm_preprocessing(name: str, config: Mapping[str, Any]) -> Preprocessing:
-    """What timm's evaluation transform does with this data configuration.
+    """Return the preprocessing of timm's evaluation transform with this data configuration.
 
     Raises:
-        ValueError: for inputs that are not square RGB images, or cut out in another way.
+        ValueError: if the inputs are not square RGB images, or are cropped in another way.
     """
     channels, height, width = config["input_size"]
     if channels != 3 or height != width or config["crop_mode"] not in ("center", "squash"):

@@ -1,7 +1,6 @@
-"""Embeddings of a whole data set: extracted once, in evaluation mode, kept in a file."""
+"""Extraction of the embeddings of a whole data set: once, in evaluation mode, cached in a file."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import DataSet, FileSet, build_datasets
-from datasets.files import Resizing
+from datasets import DataSet, build_datasets
+from datasets.resizing import Resizing
 from datasets.transforms import Augmentation
 from lib.features import backbones
+from lib.features.networks import load_network
 from lib.files import checkpoint, provenance
 from lib.files.atomic import sha256_of
-from lib.files.weights import load_weights, model_weights
+from lib.files.description import METRIC
+from lib.files.published import SMALL_SIZE
 from lib.loading.batches import in_order
 from lib.runtime.devices import Device, select
 from lib.runtime.distributed import (
@@ -24,17 +25,13 @@ from lib.runtime.distributed import (
     is_main,
     own_workers,
     progress_bar,
-    share,
+    shard,
     share_buffers,
 )
-from models import build_model
 from models.layers import l2_normalize
-from models.resnet import STEM, ImageNetResNet
 
-SMALL_SIZE, IMAGENET_SIZE = 32, 224  # of images, for a checkpoint that does not record its own
-KEPT = Path("checkpoint/backbones")  # features of networks that come from no file of the project
-METRIC = {"default": "wrn-28-2", "normalize": True}  # how networks of phase 1 are rebuilt
-BACKBONE_BATCH = 100  # their images have 224 pixels a side and more, whatever the data set's have
+KEPT = Path("checkpoint/backbones")  # cached features of torchvision's and timm's networks
+BACKBONE_BATCH = 100  # images of 224 pixels a side and more, whatever the size in the data set
 
 
 @torch.no_grad()
@@ -48,23 +45,23 @@ def extract(
     num_workers: int = 0,
     preprocessing: Augmentation | None = None,
 ) -> Tensor:
-    """Unit-norm embeddings of every image, N x D float32 on the CPU; of several processes, on each.
+    """Extract the unit-norm embeddings of every image, N x D float32 on the CPU of every process.
 
-    The model runs in evaluation mode (BatchNorm uses its running statistics, those of rank 0) and is
-    handed back in the mode it came in. Each process computes its part of the rows.
+    The model runs in evaluation mode (BatchNorm uses rank 0's running statistics) and is put back into its
+    own mode afterwards. Each process computes its shard of the rows.
 
     Args:
-        gray: for networks that read gray images.
-        batch_size: images at a time, of each process.
-        num_workers: processes that decode image files, of each process.
-        preprocessing: what `model` wants done to the images; None: normalized as the data set says.
+        gray: whether the network reads gray images.
+        batch_size: images at a time, in each process.
+        num_workers: workers of each process that decode image files.
+        preprocessing: transform of the images; None normalizes them by the data set's mean and std.
     """
     was_training = model.training
     model.eval()
     share_buffers(model)
     augmentation = preprocessing or Augmentation((), data.stats, gray=gray)
     batches = in_order(data, augmentation, device, batch_size=batch_size, num_workers=num_workers)
-    mine = share().rows(len(data))
+    mine = shard(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
     with progress_bar(total=mine.stop - mine.start, desc="features", unit="img") as bar:
         for batch in batches:
@@ -76,16 +73,16 @@ def extract(
 
 
 def check(features: Tensor, num_images: int | None = None, *, source: str = "features") -> Tensor:
-    """Features as N x D float32 unit vectors.
+    """Check features and return them as N x D float32 unit vectors.
 
     Raises:
-        ValueError: if they are no finite N x D numbers, or not one row per image.
+        ValueError: if they are not finite N x D numbers, or not one row per image.
     """
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{source}: expected a matrix of floats, one row per image")
     if not features.numel():
-        raise ValueError(f"{source}: there are no rows, or rows of no numbers")
-    features = features.float()  # before the check: a large float64 becomes infinite here
+        raise ValueError(f"{source}: there are no rows or no columns; extract the features anew")
+    features = features.float()  # precedes the check, because a large float64 becomes infinite
     if num_images is not None and len(features) != num_images:
         raise ValueError(f"{source}: {len(features)} rows for a data set of {num_images} images")
     bad = ~torch.isfinite(features).all(dim=1)
@@ -99,14 +96,14 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What propagation starts from.
+    """The features and labels that propagation starts from.
 
     Attributes:
         features: N x D float32 unit vectors.
-        targets: N int64, `UNKNOWN` where no label is known.
+        targets: N int64, `UNKNOWN` for an unknown label.
         num_classes: C.
-        digest: of the data set, empty where it is not known.
-        classes: their names, empty where they are not known.
+        digest: digest of the data set, or empty.
+        classes: class names, or empty.
     """
 
     features: Tensor
@@ -116,9 +113,12 @@ class FeatureSet:
     classes: tuple[str, ...] = ()
 
     def state(self, **meta: Any) -> dict[str, Any]:
-        """The published keys `train_features` and `train_labels`, and `meta`."""
-        facts = {"num_classes": self.num_classes, "data_digest": self.digest}
-        facts["classes"] = list(self.classes)
+        """Return the published keys `train_features` and `train_labels`, and `meta`."""
+        facts = {
+            "num_classes": self.num_classes,
+            "data_digest": self.digest,
+            "classes": list(self.classes),
+        }
         return {
             "train_features": self.features,
             "train_labels": self.targets,
@@ -129,11 +129,11 @@ class FeatureSet:
 def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Read a feature file of any published kind.
 
-    Known are `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
-    (ImageNet) and one bare N x D tensor (colorization).
+    A file holds `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
+    (ImageNet) or one bare N x D tensor (colorization).
 
     Returns:
-        Unit-norm features N x D; labels N or None where the file has none; the `meta` record.
+        N x D unit-norm features, N labels or None, and the `meta` record.
 
     Raises:
         ValueError: if the file is missing, holds no features, or not one label per row.
@@ -156,79 +156,15 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     raise ValueError(f"{path} holds no features (train_features, features or val_features)")
 
 
-def load_embedding(path: str | Path, architecture: str = "") -> nn.Module:
-    """The network of phase 1 in a checkpoint, for small images or ImageNet's, its sizes read off the weights.
-
-    Args:
-        architecture: needed where the checkpoint does not name it (the published ones for CIFAR do not).
-
-    Raises:
-        ValueError: if the file does not fit that network.
-    """
-    return rebuild(checkpoint.load_dict(path), path, architecture, **METRIC)
-
-
-def rebuild(
-    state: Mapping[str, Any],
-    path: str | Path,
-    architecture: str = "",
-    *,
-    default: str = "",
-    normalize: bool = False,
-) -> nn.Module:
-    """The network whose weights a checkpoint of any phase holds, its sizes read off them.
-
-    Args:
-        state: the checkpoint.
-        path: its file, for messages.
-        architecture: in place of the one that the checkpoint names.
-        default: for a checkpoint that names none (the published ones for CIFAR).
-        normalize: end on the unit sphere, as in phase 1.
-
-    Raises:
-        ValueError: if it holds no network of `models`, does not name it, or does not fit it.
-    """
-    weights = model_weights(state, path)
-    name = architecture or state.get("architecture") or state.get("arch") or default
-    if backbones.is_external(name) and "head.weight" in weights:
-        model = backbones.classifier(name, len(weights["head.weight"]), weighted=False)
-        load_weights(model, weights, source=path)
-        return model
-    head = next((weights[k] for k in ("fc.weight", "linear.weight") if k in weights), None)
-    stem = weights.get("conv1.weight")
-    if head is None or stem is None:
-        raise ValueError(
-            f"{path} holds no network that this project builds, from conv1 to its head"
-        )
-    if not name:
-        raise ValueError(f"{path} does not say which network it is of: name it with --architecture")
-    words = {"in_channels": stem.shape[1], "normalize": normalize}
-    model = build_model(name, len(head), imagenet=stem.shape[-1] == STEM, **words)
-    load_weights(model, weights, source=path)
-    return model
-
-
-def recorded_size(state: Mapping[str, Any], *, imagenet: bool) -> int:
-    """The side of the images that the network in a checkpoint was trained on."""
-    options = state.get("meta", {}).get("options", {})
-    return int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE))
-
-
-def _unclaimed_digest(data: DataSet) -> str:
-    """The digest to record for features that either script of phase 3 may train on: none of a folder.
-
-    `cifar-semi.py` holds its images in memory and `imagenet-semi.py` in files, with different digests.
-    """
-    return "" if isinstance(data, FileSet) else data.digest
-
-
-def _from_file(path: str | Path, dataset: str, data_dir: str, **keywords: int) -> FeatureSet:
+def _from_file(path: str | Path, dataset: str, data_dir: str, **reading: int) -> FeatureSet:
     features, targets, meta = read(path)
-    if targets is None:  # the labels are the data set's, if the rows can be its images
-        data, _ = build_datasets(dataset, data_dir, in_memory=False, **keywords)
+    if (
+        targets is None
+    ):  # takes the labels of the data set, if it has as many images as there are rows
+        data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
         check(features, len(data), source=str(path))
-        facts = (data.num_classes, _unclaimed_digest(data), data.classes)
-        return FeatureSet(features, data.targets, *facts)
+        digest = data.portable_digest
+        return FeatureSet(features, data.targets, data.num_classes, digest, data.classes)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
     names = meta.get("classes")
     classes = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
@@ -237,12 +173,12 @@ def _from_file(path: str | Path, dataset: str, data_dir: str, **keywords: int) -
 
 @dataclass(frozen=True)
 class _Extraction:
-    """What is to be extracted, by which network, how, and where it is kept.
+    """An extraction to do, and the file that caches it.
 
     Attributes:
-        key: what must be the same for kept features to be used again.
-        digest: of the data set, to be recorded.
-        options: of `extract`.
+        key: values that cached features must share to be used again.
+        digest: digest of the data set, to be recorded.
+        options: options of `extract`.
     """
 
     model: nn.Module
@@ -262,14 +198,13 @@ def _of_checkpoint(
     **reading: int,
 ) -> _Extraction:
     state = checkpoint.load_dict(path)
-    model = rebuild(state, path, architecture, **METRIC)
-    imagenet = isinstance(model, ImageNetResNet)
-    reading["image_size"] = image_size or recorded_size(state, imagenet=imagenet)
-    data, _ = build_datasets(dataset, data_dir, in_memory=not imagenet, **reading)
+    model, found = load_network(state, path, architecture, unsaid=METRIC)
+    reading["image_size"] = image_size or found.image_size
+    data, _ = build_datasets(dataset, data_dir, in_memory=not found.is_imagenet, **reading)
     origin = sha256_of(Path(path))[:16]
     key = {"checkpoint": origin, "image_size": reading["image_size"], "data_digest": data.digest}
     cache = Path(str(path).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
-    options = {"gray": model.conv1.in_channels == 1}
+    options = {"gray": found.is_gray}
     return _Extraction(model, data, cache, key, data.digest, options)
 
 
@@ -281,16 +216,15 @@ def _of_backbone(
     if dataset == "folder":
         reading["image_size"] = view.resize
     data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
-    if isinstance(data, FileSet):
-        data = replace(data, resizing=Resizing(view.resize, view.interpolation, view.squash))
+    data = data.resized_by(Resizing(view.resize, view.interpolation, view.squash))
     key = {"backbone": found.digest, "images": data.digest}
     cache = KEPT / f"{re.sub('[:@/]', '_', architecture)}.{dataset}.features.pth.tar"
     options = {"preprocessing": view, "batch_size": BACKBONE_BATCH}
-    return _Extraction(found.model, data, cache, key, _unclaimed_digest(data), options)
+    return _Extraction(found.model, data, cache, key, data.portable_digest, options)
 
 
 def _kept(wanted: _Extraction) -> Tensor | None:
-    """Kept features, if they are of this network and these images."""
+    """Return the cached features, if they are of this network and these images."""
     if not wanted.cache.is_file():
         return None
     rows, _, meta = read(wanted.cache)
@@ -299,19 +233,18 @@ def _kept(wanted: _Extraction) -> Tensor | None:
 
 
 def _once(wanted: _Extraction, device: Device | None, num_workers: int) -> FeatureSet:
-    """Kept features where they are of this network and these images, else extracted and kept."""
+    """Return the cached features of this network and these images, or extract and cache them."""
     data, cache = wanted.data, wanted.cache
-    facts = (data.targets, data.num_classes, wanted.digest, data.classes)
     kept = _kept(wanted)
     missing = any_process(kept is None)  # a rank without the file must not extract alone
     if kept is not None and not missing:
-        return FeatureSet(kept, *facts)
+        return FeatureSet(kept, data.targets, data.num_classes, wanted.digest, data.classes)
     device = device or select()
     model = device.prepare(wanted.model)
     rows = extract(model, data, device, num_workers=num_workers, **wanted.options)
-    # scaled once more, as reading the file does: the first run and the second get the same bits
+    # normalized once more, as when the file is read: the first run and the second get the same bits
     usable = check(rows, len(data), source=f"the features for {cache}")
-    extracted = FeatureSet(rows, *facts)
+    extracted = FeatureSet(rows, data.targets, data.num_classes, wanted.digest, data.classes)
     if is_main():
         checkpoint.save(extracted.state(**wanted.key), cache)
     return replace(extracted, features=usable)
@@ -328,25 +261,26 @@ def load_or_extract(
     num_workers: int = 2,
     device: Device | None = None,
 ) -> FeatureSet:
-    """The features to propagate through: read from a file, or extracted once and kept.
+    """Read the features to propagate through from a file, or extract them once and cache them.
 
-    An extraction is kept beside the checkpoint as `<name>.<dataset>.features.pth.tar`, that of a backbone
-    from elsewhere in `checkpoint/backbones/`, together with the digests of the network and the data set,
-    and used again only while both are the same. For ImageNet's networks and backbones from elsewhere the
-    images of a folder stay in their files.
+    The cache lies beside the checkpoint as `<name>.<dataset>.features.pth.tar`, that of a library's network
+    in `checkpoint/backbones/`. It records the digests of the network and the data set, and is used again
+    only while both are the same. For ImageNet's networks and those of a library the images of a folder stay
+    in their files.
 
     Args:
-        features: a feature file; skips extraction.
-        checkpoint_file: a checkpoint of phase 1; or weights of a backbone, none: the library's own.
-        architecture: the network of phase 1, where the file does not name it; or a backbone, as
-            `lib.features.backbones.build` knows them: `torchvision:resnet50`, `timm:...`.
+        features: feature file, which skips extraction.
+        checkpoint_file: checkpoint of phase 1, or weights of a library's network (empty: the published ones).
+        architecture: network of phase 1, if the file does not name it; or a library's network, as in
+            `lib.features.backbones.build`: `torchvision:resnet50`, `timm:...`.
         dataset, data_dir: as in `datasets.build_datasets`.
         num_workers: processes that decode image files, on each machine.
-        image_size: side of the images; None: as in training. Backbones have their own, always.
+        image_size: side of the images in pixels; None takes that of training. A library's network always
+            has its own.
         device: device to extract on.
 
     Raises:
-        ValueError: if neither file nor backbone is given, or one does not fit.
+        ValueError: if neither file nor architecture is given, or one does not fit.
     """
     num_workers = own_workers(num_workers)
     places = {"dataset": dataset, "data_dir": data_dir, "num_workers": num_workers}

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their digests."""
+"""Atomic writing of files, and their digests."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,14 @@ READ_BYTES = 1 << 20
 
 
 def write_whole(data: bytes | memoryview, path: Path) -> None:
-    """Write `data` so that `path` holds either the old bytes or the new ones, never a part.
+    """Write `data` so that `path` holds either the old bytes or the new ones, never a part of them.
 
-    Written beside the target under one fixed name, flushed to the disk, then renamed. Missing folders are
-    made.
+    The bytes go to a temporary file beside the target, are flushed to the disk, and the file is renamed.
+    Missing folders are made.
 
     Raises:
-        OSError: if it cannot be written, its `strerror` naming the path, the bytes needed and those free;
-            the old file stays and nothing else is left.
+        OSError: if the file cannot be written; `strerror` names the path, the bytes needed and the bytes
+            free, the old file stays and nothing else is left.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -28,7 +28,7 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             os.fsync(file.fileno())
         put_in_place(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # half a file on a full disk helps nobody
+        with contextlib.suppress(OSError):  # half a file on a full disk is of no use
             temporary.unlink()
         raise OSError(error.errno, _failure(path, len(data), error)) from error
 
@@ -39,19 +39,19 @@ def _failure(path: Path, num_bytes: int, error: OSError) -> str:
     except OSError:
         free = "an unknown number"
     return (
-        f"cannot write {path} ({num_bytes} bytes, {free} free): {error.strerror or error}; whatever stood "
-        "there before is intact"
+        f"cannot write {path} ({num_bytes} bytes, {free} free): {error.strerror or error}; the file that "
+        "was there before is intact"
     )
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a file that is flushed already, and flush the rename too."""
+    """Rename a file that is already flushed, and flush the rename too."""
     os.replace(temporary, path)
     flush_folder(path.parent)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in `folder` survive a power failure."""
+    """Flush `folder`, so that what was created, renamed or removed in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -191,26 +191,6 @@ def require_keys(state: Mapping[str, Any], path: str | Path, *keys: str) -> None
         raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {listed(state, 20)}")
 
 
-def is_metric(state: Mapping[str, Any]) -> bool:
-    """Tell whether a checkpoint is of phase 1, so that its last layer is an embedding."""
-    return "lemniscate" in state  # phase 1 keeps its memory bank under this name
-
-
-def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
-    """Find the memory bank in a checkpoint of phase 1, ours or published: N x D float32.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    bank = state.get("lemniscate")
-    rows = bank.get("memory") if isinstance(bank, Mapping) else None
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
-        raise ValueError(
-            f"{path} holds no memory bank (an entry `lemniscate` with `memory`, N x D)"
-        )
-    return rows.float()
-
-
 def listed(names: Iterable[Any], most: int) -> str:
     """Return the first few names out of a file for a message, without control characters."""
     names = list(names)

@@ -1,4 +1,4 @@
-"""What made a file: options, versions, commit, seed, digest of the data."""
+"""Provenance of a file: options, versions, commit, seed and digest of the data."""
 
 import platform
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git_commit() -> str:
-    """Commit of this checkout, with `+changes` where files differ from it; `unknown` without git."""
+    """Return the commit of this checkout, with `+changes` if files differ from it; `unknown` without git."""
     try:
         answers = [
             subprocess.run(
@@ -31,18 +31,18 @@ def git_commit() -> str:
 
 
 def record(options: Mapping[str, Any], data_digest: str = "") -> dict[str, Any]:
-    """A dict of plain values to store under `meta` in every file that we write."""
+    """Return the dict of plain values that every file of this project stores under `meta`."""
     plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in options.items()}
     return {"options": plain, "data_digest": data_digest, **made_by()}
 
 
 def made_by() -> dict[str, Any]:
-    """Commit and versions, for files whose own keys say of what data and by what options they are."""
+    """Return commit and versions, for files that record data and options under keys of their own."""
     return {
         "git_commit": git_commit(),
         "versions": {
             "python": platform.python_version(),
-            "torch": str(torch.__version__),  # a str subclass that a safe loader refuses
+            "torch": str(torch.__version__),  # its own type is one that a safe loader refuses
             "torchvision": str(torchvision.__version__),
             "numpy": numpy.__version__,
             "scipy": scipy.__version__,
@@ -51,15 +51,12 @@ def made_by() -> dict[str, Any]:
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse to continue a run with options that would make it another run.
+    """Raise ValueError, listing the differences, if a run would be resumed with other options or data.
 
     Args:
         saved: the `meta` record of the checkpoint.
         now: the `meta` record of this run.
-        names: options that change the mathematics.
-
-    Raises:
-        ValueError: listing each option that differs, and a data set that is not the same.
+        names: options that must be the same.
     """
     before, after = saved.get("options", {}), now["options"]
     different = [
@@ -74,12 +71,13 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[
 
 
 def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A line where a run goes on with other rounding: allowed, but not to the same bits."""
+    """Print a line if a run resumes with other rounding: allowed, but not to the same bits."""
     before, after = saved.get("options", {}), now["options"]
     missing = {"precision": after.get("precision", ""), "compile": ""}
-    for name, default in missing.items():  # in files of before there was such an option
+    for name, default in missing.items():  # defaults for files older than these options
         was, is_now = before.get(name, default), after.get(name, default)
         if was != is_now:
             print_main(
-                f"--{name} was {was or 'off'}, is {is_now or 'off'}: goes on with that, not to the same bits"
+                f"--{name} was {was or 'off'}, is {is_now or 'off'}: the run continues with the new value, "
+                "but not to the same bits"
             )

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to go on from."""
+"""Choice of the checkpoint that a run resumes from."""
 
 import sys
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from lib.runtime import distributed
 
 
 def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
-    """`--resume auto`: the newest file among folder/names that can be read; says what it takes and why.
+    """Return the newest readable file among folder/names (`--resume auto`), and print the choice.
 
     Returns:
-        Its path on every process, empty where the folder has none of them.
+        Its path, the same on every process; empty if the folder has none of the files.
 
     Raises:
         ValueError: if there are such files and none of them can be read.

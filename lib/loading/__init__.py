@@ -1,1 +1,1 @@
-"""Batches: which images, read by whom, augmented how."""
+"""Batches: choice of the images, their reading and their augmentation."""

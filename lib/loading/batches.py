@@ -1,37 +1,34 @@
-"""Batches of a data set, augmented; each process gets its own rows of every batch.
+"""Augmented batches of a data set; each process gets its own rows of every batch.
 
-Of the two loaders, `device` augments whole batches there (datasets/transforms.py), of images that lie there
-as bytes or come from files that workers read; `workers` augments one image at a time in them
+There are two loaders. `device` augments whole batches on the device (datasets/transforms.py): images lie
+there as bytes, or workers read them from files. `workers` augments one image at a time in worker processes
 (datasets/pil.py), as published.
 """
 
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from itertools import tee
-from multiprocessing.synchronize import Event
-from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datasets import DataSet
-from datasets.files import FileSet, Reader, surviving
 from datasets.pil import PilReader
 from datasets.transforms import Augmentation
 from lib.loading.sampler import Stream, num_batches, permutation
+from lib.loading.sources import FromWorkers, Job, Source, from_memory
 from lib.runtime.devices import Device
-from lib.runtime.distributed import share
-from lib.runtime.seeding import generator
+from lib.runtime.distributed import shard
+from lib.runtime.seeding import address, generator
 
 LOADERS = ("device", "workers")
 FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 15 MB at 224 pixels
+
+Remaining = Callable[
+    [Tensor, Sequence[Tensor]], Tensor
+]  # part of the augmentation left to the device
 
 
 @dataclass(frozen=True)
@@ -39,105 +36,70 @@ class Batch:
     """This process's rows of a batch.
 
     Attributes:
-        images: B x C x S x S float32 on the device; B may be 0 in a short batch shared by many.
-        indexes: B, into the data set, same device.
+        views: augmented views of the same images, each B x C x S x S float32 on the device; B may be 0 in
+            a short batch of many processes.
+        indexes: B indexes into the data set, on the device.
         first: place of the first of these rows in the whole batch.
-        total: rows of the whole batch, over all processes; where not given, these are all.
+        total: rows of the whole batch, over all processes; by default the rows given.
+        positions: B places of the rows in the list of images that a stream repeats.
+        step: number of the batch, the address of its random numbers.
+        stream: number of the stream of batches.
     """
 
-    images: Tensor
+    views: tuple[Tensor, ...]
     indexes: Tensor
     first: int = 0
     total: int = -1
+    positions: Tensor | None = None
+    step: int = 0
+    stream: int = 0
 
     def __post_init__(self) -> None:
         if self.total < 0:
             object.__setattr__(self, "total", len(self.indexes))
 
+    @property
+    def images(self) -> Tensor:
+        """Images of the first view."""
+        return self.views[0]
 
-class _Job(NamedTuple):
-    """A batch before its images are there: whose, its random numbers, its place.
 
-    Those are one tensor per operation that is still to be applied, or the seeds of a classic chain.
-    """
+class _Plan(NamedTuple):
+    """A whole batch before its images are read."""
 
     indexes: Tensor
-    rows: list[Tensor]
-    first: int
-    total: int
+    step: int
+    positions: Tensor | None = None
 
 
-Source = Callable[[Iterator[_Job]], Iterator[tuple[_Job, Tensor]]]
-Remaining = Callable[[Tensor, Sequence[Tensor]], Tensor]  # what the device does to the images
+class _View(NamedTuple):
+    """The way from a job to images: their random numbers, their source, the augmentation that remains."""
+
+    draw: Callable[[int, torch.Generator], list[Tensor]]
+    source: Source
+    remaining: Remaining
 
 
-def _in_memory(images: Tensor, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
-    for job in jobs:
-        yield job, images[job.indexes.to(images.device, non_blocking=True) % len(images)]
-
-
-class _Requests:
-    """What the workers shall read next; a DataLoader that lives on asks for it anew in every epoch."""
-
-    def __init__(self) -> None:
-        self.coming: Iterator[tuple[Tensor, Tensor | None]] = iter(())
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return self.coming
-
-
-class _FromWorkers:
-    """A source that reads images in `num_workers` processes that live as long as it does."""
-
-    def __init__(
-        self, reader: Reader | PilReader, draws: bool, device: Device, num_workers: int
-    ) -> None:
-        """`draws`: the first random numbers of a job are the reader's."""
-        self.draws, self.requests = draws, _Requests()
-        self.loader = DataLoader(
-            reader,
-            batch_size=None,
-            sampler=self.requests,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=device.torch_device.type == "cuda",
-            collate_fn=_unchanged,
-            worker_init_fn=partial(_outlast_signals, _ending()),
-            generator=torch.Generator(),  # or it would draw from the global one
-        )
-
-    def __call__(self, jobs: Iterator[_Job]) -> Iterator[tuple[_Job, Tensor]]:
-        ahead, jobs = tee(jobs)
-        self.requests.coming = ((job.indexes, job.rows[0] if self.draws else None) for job in ahead)
-        for job, (images, problems) in zip(jobs, surviving(self.loader), strict=True):
-            if problems:
-                listed = "\n  ".join(problems[:10])
-                raise ValueError(
-                    f"{len(problems)} images of a batch cannot be read; repair or remove them:\n  {listed}"
-                )
-            yield job._replace(rows=job.rows[self.draws :]), images
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-@cache
-def _ending() -> Event:
-    """An event that is set when this process ends."""
-    event = multiprocessing.Event()
-    Finalize(None, event.set, exitpriority=0)
-    return event
-
-
-def _outlast_signals(ending: Event, _: int) -> None:
-    """For workers: Ctrl-C and SIGTERM may reach every process, and the run needs them to end its step.
-
-    Only a program that ends means it: it sends its workers SIGTERM and waits for them. Workers whose
-    program is gone are ended by torch, which looks for it every few seconds.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending.is_set() else None)
+def _views(
+    data: DataSet,
+    augmentations: Sequence[Augmentation],
+    device: Device,
+    num_workers: int,
+    loader: str,
+) -> list[_View]:
+    """Make the views of one stream; images in memory are uploaded once for all of them."""
+    if loader == "device" and data.in_memory:
+        source = from_memory(data.images.to(device.torch_device))
+        return [_View(one.sample_params, source, one) for one in augmentations]
+    views, workers = [], -(-num_workers // len(augmentations))
+    for one in augmentations:
+        if loader == "workers":
+            source = FromWorkers(PilReader(data, one), True, device, workers)
+            views.append(_View(_seeds, source, _channels_last))
+        else:
+            source = FromWorkers(data.for_workers(), one.starts_with_crop, device, workers)
+            views.append(_View(one.sample_params, source, one.without_crop()))
+    return views
 
 
 def _seeds(n: int, generator: torch.Generator) -> list[Tensor]:
@@ -148,129 +110,116 @@ def _channels_last(images: Tensor, _: Sequence[Tensor]) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _finished(job: _Job, images: Tensor, remaining: Remaining, device: Device) -> Batch:
-    images = remaining(images.to(device.torch_device, non_blocking=True), job.rows)
-    return Batch(
-        images, job.indexes.to(device.torch_device, non_blocking=True), job.first, job.total
-    )
-
-
 def with_loader(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint records of its run; one from before there was a choice had the first of `LOADERS`."""
+    """Add the loader to the record of a run that is older than the choice: it had the first of `LOADERS`."""
     return {**meta, "options": {"loader": LOADERS[0], **meta.get("options", {})}}
 
 
-class _Pipeline(NamedTuple):
-    """From indexes to a batch: the random numbers of n images, their source, what remains to be done."""
-
-    draw: Callable[[int, torch.Generator], list[Tensor]]
-    source: Source
-    remaining: Remaining
-
-
-def _augmented_in_workers(
-    data: DataSet, augmentation: Augmentation, device: Device, num_workers: int
-) -> _Pipeline:
-    reader = PilReader(data, augmentation)
-    return _Pipeline(_seeds, _FromWorkers(reader, True, device, num_workers), _channels_last)
-
-
-def _augmented_on_device(
-    data: DataSet, augmentation: Augmentation, device: Device, num_workers: int
-) -> _Pipeline:
-    if not isinstance(data, FileSet):
-        source = partial(_in_memory, data.images.to(device.torch_device))
-        return _Pipeline(augmentation.sample_params, source, augmentation)
-    crop = augmentation.starts_with_crop
-    files = _FromWorkers(Reader(data), crop, device, num_workers)
-    return _Pipeline(augmentation.sample_params, files, augmentation.without_crop())
-
-
 class Batches:
-    """The images of a set as augmented batches; all that is random is a function of (seed, step).
+    """Augmented batches of a data set, whose randomness is a function of (seed, step).
 
-    Row r of batch `step` gets row r of the random numbers drawn for `step`, of which each process takes
-    its part. So a batch depends neither on the device, nor on the number of processes or workers, nor on
-    when the run was interrupted.
+    Row r of batch `step` gets row r of the random numbers drawn for `step`, of which each process takes its
+    shard. So a batch depends neither on the device, nor on the number of processes or workers, nor on
+    interruptions of the run.
+
+    Args:
+        augmentations: one for each view of an image.
+        batch_size: total over all processes.
+        num_workers: workers of this process that read files, or that augment with the loader `workers`;
+            they are divided among the views.
+        loader: one of `LOADERS`; each has random numbers of its own, of the same distribution.
+        stream: number of this stream of batches; each has an order and random numbers of its own.
 
     Attributes:
-        waited_s: seconds spent waiting for images so far; augmenting them does not count.
+        waited_s: seconds spent waiting for images so far, augmentation not included.
     """
 
     def __init__(
         self,
         data: DataSet,
-        augmentation: Augmentation,
+        augmentations: Augmentation | Sequence[Augmentation],
         device: Device,
         *,
         batch_size: int,
         seed: int = 0,
         num_workers: int = 0,
         loader: str = "device",
+        stream: int = 0,
     ) -> None:
-        """
-        Args:
-            batch_size: the total over all processes.
-            num_workers: processes of this one that read images, if they are in files or with `workers`.
-            loader: one of `LOADERS`; each has random numbers of its own, of the same distribution.
-        """
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be positive")
         if loader not in LOADERS:
             raise ValueError(f"unknown loader {loader!r}: take one of {', '.join(LOADERS)}")
-        self.device, self.batch_size, self.seed = device, batch_size, seed
+        if isinstance(augmentations, Augmentation):
+            augmentations = [augmentations]
+        self.device, self.batch_size, self.seed, self.stream = device, batch_size, seed, stream
         self.length, self.waited_s = len(data), 0.0
-        self._draw, self._source, self._remaining = (
-            _augmented_in_workers(data, augmentation, device, num_workers)
-            if loader == "workers"
-            else _augmented_on_device(data, augmentation, device, num_workers)
-        )
+        self._views = _views(data, augmentations, device, num_workers, loader)
 
     @property
     def per_epoch(self) -> int:
         return num_batches(self.length, self.batch_size)
 
-    def _job(self, indexes: Tensor, step: int) -> _Job:
-        """This process's part of the images `indexes` as batch number `step`."""
-        total, mine = len(indexes), share().rows(len(indexes))
-        drawn = self._draw(total, generator(self.seed, "augmentation", step))
-        return _Job(indexes[mine], [rows[mine] for rows in drawn], mine.start, total)
-
-    def _batches(self, jobs: Iterator[_Job]) -> Iterator[Batch]:
-        items = self._source(jobs)
-        while True:
-            start = time.perf_counter()
-            item = next(items, None)
-            self.waited_s += time.perf_counter() - start
-            if item is None:
-                return
-            yield _finished(*item, self._remaining, self.device)
-
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Every image once, in an order drawn for the epoch; the last batch may be short.
+        """Yield every image once, in an order drawn for the epoch; the last batch may be short.
 
-        Args:
-            first: batches to leave out at the start, for a run that continues within an epoch.
+        A run that resumes within an epoch leaves out the batches before number `first`.
         """
-        order = permutation(self.length, self.seed, epoch).split(self.batch_size)
+        order = permutation(self.length, self.seed, epoch, self.stream).split(self.batch_size)
         start = epoch * self.per_epoch
         return self._batches(
-            self._job(order[place], start + place) for place in range(first, len(order))
+            _Plan(order[place], start + place) for place in range(first, len(order))
         )
 
-    def stream(self, indexes: Tensor, first: int, stop: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Full batches number first ... stop - 1 of the given images, repeated without end.
+    def repeat(self, indexes: Tensor, first: int, stop: int) -> Iterator[Batch]:
+        """Yield full batches number first ... stop - 1 of the endlessly repeated images `indexes`.
 
-        Yields:
-            The batch, and the position in `indexes` of each of this process's rows (for labels and
-            weights kept beside it).
+        `Batch.positions` are the places of the rows in `indexes`, to look up labels and weights.
         """
-        ahead, behind = (Stream(len(indexes), self.batch_size, self.seed) for _ in range(2))
-        steps = range(first, stop)
-        batches = self._batches(self._job(indexes[ahead.batch(step)], step) for step in steps)
-        for step, batch in zip(steps, batches, strict=True):
-            rows = slice(batch.first, batch.first + len(batch.indexes))
-            yield batch, behind.batch(step)[rows]
+        stream = Stream(len(indexes), self.batch_size, self.seed, self.stream)
+        positions = ((step, stream.batch(step)) for step in range(first, stop))
+        return self._batches(_Plan(indexes[places], step, places) for step, places in positions)
+
+    def _batches(self, plans: Iterator[_Plan]) -> Iterator[Batch]:
+        plans, *copies = tee(plans, 1 + len(self._views))
+        items = [
+            view.source(self._jobs(copy, number))
+            for number, (view, copy) in enumerate(zip(self._views, copies, strict=True))
+        ]
+        for plan in plans:
+            start = time.perf_counter()
+            views = [next(item) for item in items]
+            self.waited_s += time.perf_counter() - start
+            yield self._finished(plan, views)
+        for item in items:  # a source must reach its end before its workers begin the next epoch
+            if next(item, None) is not None:
+                raise RuntimeError("a source gave more images than it was asked for")
+
+    def _jobs(self, plans: Iterator[_Plan], view: int) -> Iterator[Job]:
+        """Yield this process's shard of each batch, with the random numbers of one view."""
+        for plan in plans:
+            total = len(plan.indexes)
+            place = address(plan.step, self.stream, view)
+            drawn = self._views[view].draw(total, generator(self.seed, "augmentation", *place))
+            mine = shard(total)
+            yield Job(plan.indexes[mine], [params[mine] for params in drawn])
+
+    def _finished(self, plan: _Plan, views: Sequence[tuple[Job, Tensor]]) -> Batch:
+        mine, device = shard(len(plan.indexes)), self.device.torch_device
+        images = tuple(
+            view.remaining(pixels.to(device, non_blocking=True), job.params)
+            for view, (job, pixels) in zip(self._views, views, strict=True)
+        )
+        positions = None if plan.positions is None else plan.positions[mine]
+        return Batch(
+            images,
+            plan.indexes[mine].to(device, non_blocking=True),
+            mine.start,
+            len(plan.indexes),
+            None if positions is None else self.device.to_device(positions),
+            plan.step,
+            self.stream,
+        )
 
 
 @torch.no_grad()
@@ -281,18 +230,19 @@ def in_order(
     batch_size: int = 500,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This process's part of the set, unaugmented: rows `share().rows(len(data))`, each once, in order.
+    """Yield this process's shard of the set, not augmented and in order.
 
-    `batch_size` is that of this process; `first` and `total` of a batch are its place in the whole set.
+    `batch_size` counts for this process; `first` and `total` of a batch are its place in the whole set.
     """
     assert not augmentation.ops, "evaluation must not augment"
-    source: Source
-    if isinstance(data, FileSet):
-        source = _FromWorkers(Reader(data), False, device, num_workers)
+    if not data.in_memory:
+        source: Source = FromWorkers(data.for_workers(), False, device, num_workers)
         batch_size = min(batch_size, FILES_AT_ONCE)
     else:
-        source = partial(_in_memory, data.images)
-    mine = torch.arange(len(data))[share().rows(len(data))]
-    jobs = (_Job(i, [], int(i[0]), len(data)) for i in mine.split(batch_size) if len(i))
-    for job, images in source(jobs):
-        yield _finished(job, images, augmentation, device)
+        source = from_memory(data.images)
+    mine = torch.arange(len(data))[shard(len(data))]
+    jobs = (Job(indexes, []) for indexes in mine.split(batch_size) if len(indexes))
+    for job, pixels in source(jobs):
+        images = augmentation(pixels.to(device.torch_device, non_blocking=True), job.params)
+        indexes = job.indexes.to(device.torch_device, non_blocking=True)
+        yield Batch((images,), indexes, int(job.indexes[0]), len(data))

@@ -5,9 +5,9 @@ unit norm) of a batch with the bank; the gradient flows into v alone. After the 
 `MemoryBank.update` moves the rows of the batch toward their new embeddings. Doing that outside of
 backward keeps mixed precision, gradient accumulation and several processes correct.
 
-Every process holds the whole bank and computes the loss of its rows of a batch: with `total` rows in the
-whole batch, its own being number `first` and following, a loss gives their part of the batch's mean. The
-parts add up to the mean, and what is random is drawn for the whole batch.
+Every process holds the whole bank and computes the loss of its rows of a batch. Of `total` rows in the
+whole batch, its own begin at number `first`, and a loss is their part of the batch's mean: the parts add up
+to the mean. Random numbers are drawn for the whole batch.
 """
 
 import math
@@ -23,18 +23,18 @@ from models.layers import NORM_EPS, l2_normalize
 
 LOSSES = ("nce", "infonce")
 GATHER_COST = 32  # copying one row costs about as much as multiplying by this many
-EPS = 1e-7  # keeps the logarithms of the NCE loss finite, as published
+EPS = 1e-7  # value of the published code that keeps the logarithms of the NCE loss finite
 
 
 class MemoryBank(nn.Module):
-    """One unit vector per training image.
+    """Memory bank: one unit vector per training image.
 
     Args:
         num_images: N.
         dim: D.
-        momentum: share of the old row that an update keeps (0.5 as published).
-        seed: of the start values, uniform in +-1/sqrt(D/3) and then scaled to unit norm (the
-            published bank starts without that scaling, and so off the sphere).
+        momentum: fraction of the old row that an update keeps (0.5 as published).
+        seed: seed of the initial values, uniform in +-1/sqrt(D/3) and then scaled to unit norm (the
+            published bank starts without that scaling, off the sphere).
     """
 
     def __init__(self, num_images: int, dim: int, momentum: float = 0.5, seed: int = 0) -> None:
@@ -48,7 +48,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, indexes: Tensor, embeddings: Tensor) -> None:
-        """m <- normalize(momentum m + (1 - momentum) v) for the rows `indexes` (B), v: B x D."""
+        """Set rows m `indexes` (B) to normalize(momentum m + (1 - momentum) v), with v: B x D."""
         mixed = self.memory[indexes].lerp(embeddings.to(self.memory.dtype), 1 - self.momentum)
         self.memory[indexes] = F.normalize(mixed, dim=1, eps=NORM_EPS)
 
@@ -57,15 +57,15 @@ class MemoryBank(nn.Module):
 
 
 class _BankSoftmax(torch.autograd.Function):
-    """Cross-entropy of softmax(v M^T / T), summed and divided by `num_rows`: one pass, never B x N in memory.
+    """Cross-entropy of softmax(v M^T / T), summed and divided by `num_rows`, without B x N in memory.
 
-    The bank takes no gradient, so that loss and d loss / d v come out of the same pass: a running
-    maximum and sum (online softmax) and the running sum of p m. Products run in the given format,
-    sums in that of the bank.
+    The bank takes no gradient, so that one pass gives the loss and d loss / d v: it keeps a running maximum
+    and sum (online softmax) and the running sum of p m. Products run in the given format, sums in that of
+    the bank.
     """
 
     block = 8192  # rows of the bank at a time: B x 8192 logits stay inside the cache
-    block_on_gpu = 2**18  # there few large steps are faster; 134 MB at 128 images
+    block_on_gpu = 2**18  # few large steps are faster on a GPU; 134 MB at 128 images
 
     @staticmethod
     def forward(
@@ -105,9 +105,9 @@ class _BankSoftmax(torch.autograd.Function):
 
 
 class FullSoftmax(nn.Module):
-    """Cross-entropy over all N images ("LinearAverage", `--nce-k 0`): logits v M^T / T.
+    """Cross-entropy over all N images with logits v M^T / T ("LinearAverage", `--nce-k 0`).
 
-    Its value for embeddings that know nothing is log(N).
+    Its value for random embeddings is log(N).
     """
 
     def __init__(self, temperature: float = 0.1, bf16: bool = False) -> None:
@@ -118,7 +118,7 @@ class FullSoftmax(nn.Module):
         return math.log(num_images)
 
     def flops(self, num_images: int, dim: int) -> float:
-        """Floating point operations per image: the logits, and the sum of rows that is the gradient."""
+        """Count floating point operations per image: the logits, and the weighted rows of the gradient."""
         return 4.0 * num_images * dim
 
     def forward(
@@ -131,7 +131,7 @@ class FullSoftmax(nn.Module):
         first: int = 0,
         total: int = 0,
     ) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D."""
         return _BankSoftmax.apply(
             v, indexes, memory, self.temperature, self.bf16, total or len(indexes)
         )
@@ -147,11 +147,11 @@ def draw_negatives(
     first: int = 0,
     total: int = 0,
 ) -> Tensor:
-    """B x K image indexes, uniform over all images except each row's own.
+    """Draw B x K image indexes, uniform over all images except each row's own.
 
-    Drawn for the `total` rows of the whole batch, of which these are number `first` and following.
-    Uniform sampling needs no alias table: a draw from N - 1 numbers, moved up by one from the own
-    index on, is uniform over the others exactly, and never the positive.
+    They are drawn for the `total` rows of the whole batch, of which these begin at number `first`. Uniform
+    sampling needs no alias table: a draw from N - 1 numbers, plus one from the row's own index on, is
+    exactly uniform over the others and never the positive.
 
     Raises:
         ValueError: if there is no other image.
@@ -162,13 +162,13 @@ def draw_negatives(
         num_images - 1, (total or len(indexes), k), generator=generator(seed, "negatives", step)
     )
     drawn = drawn[first : first + len(indexes)]
-    if indexes.is_cuda:  # copied while the network is at work
+    if indexes.is_cuda:  # pinned memory is copied while the network computes
         drawn = drawn.pin_memory().to(indexes.device, non_blocking=True)
     return drawn + (drawn >= indexes[:, None])
 
 
 class _Sampled(nn.Module):
-    """What the two losses over K drawn negatives share."""
+    """Base of the two losses over K drawn negatives."""
 
     def __init__(self, k: int, temperature: float, seed: int) -> None:
         super().__init__()
@@ -180,15 +180,16 @@ class _Sampled(nn.Module):
         return num_images < GATHER_COST * self.k  # B x N products are cheaper than B x K x D copies
 
     def flops(self, num_images: int, dim: int) -> float:
-        """Floating point operations per image: similarities and their gradient."""
+        """Count floating point operations per image: similarities and their gradient."""
         return 4.0 * dim * (num_images if self._by_products(num_images) else 1 + self.k)
 
     def similarities(
         self, v: Tensor, indexes: Tensor, memory: Tensor, step: int, first: int, total: int
     ) -> Tensor:
-        """B x (1 + K) values v.m / T, the positive first."""
-        where = {"first": first, "total": total}
-        negatives = draw_negatives(indexes, self.k, len(memory), self.seed, step, **where)
+        """Compute B x (1 + K) values v.m / T, the positive first."""
+        negatives = draw_negatives(
+            indexes, self.k, len(memory), self.seed, step, first=first, total=total
+        )
         v = v.to(memory.dtype)
         rows = torch.cat([indexes[:, None], negatives], dim=1)
         if self._by_products(len(memory)):
@@ -198,7 +199,7 @@ class _Sampled(nn.Module):
         return products / self.temperature
 
     def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
-        """The sum of the losses of some rows, of `total` in the whole batch."""
+        """Sum the losses of some rows, of `total` in the whole batch."""
         raise NotImplementedError
 
     def forward(
@@ -211,7 +212,7 @@ class _Sampled(nn.Module):
         first: int = 0,
         total: int = 0,
     ) -> Tensor:
-        """v: B x D unit embeddings, indexes: B, memory: N x D -> their part of the mean loss."""
+        """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D."""
         total = total or len(indexes)
         similarities = self.similarities(v, indexes, memory, step, first, total)
         return self.summed(similarities, len(memory), total) / total
@@ -224,18 +225,18 @@ class NCE(_Sampled):
     log((K/N) / (P + K/N))], averaged over the batch.
 
     Args:
-        z_momentum: None estimates Z once, as N mean(exp) of the first batch, as published. A number
-            such as 0.99 keeps that estimate as an exponential moving average, the known repair:
-            the embeddings of the first batch are random, and Z moves a lot as they learn.
+        z_momentum: None estimates Z once, as N mean(exp) of the first batch, as published. A number such as
+            0.99 updates it as an exponential moving average: the embeddings of the first batch are random,
+            and Z changes a lot as they learn.
     """
 
     def __init__(self, k: int, temperature: float, seed: int, z_momentum: float | None) -> None:
         super().__init__(k, temperature, seed)
         self.z_momentum = z_momentum
-        self.register_buffer("z", torch.tensor(-1.0))  # -1: not yet estimated
+        self.register_buffer("z", torch.tensor(-1.0))  # -1 means not yet estimated
 
     def chance(self, num_images: int) -> float:
-        """Loss where every image is equally probable: P = 1/N for all."""
+        """Return the loss if every image is equally probable, P = 1/N."""
         share = 1 / (1 + self.k)
         return -math.log(share) - self.k * math.log(1 - share)
 
@@ -245,7 +246,7 @@ class NCE(_Sampled):
         estimate = mean.float() * num_images
         moving = self.z_momentum is not None and self.training
         later = self.z.lerp(estimate, 1 - self.z_momentum) if moving else self.z
-        # chosen on the device: to ask whether it is the first batch would wait for it at every step
+        # torch.where chooses on the device: asking whether this is the first batch would wait for it
         self.z.copy_(torch.where(self.z < 0, estimate, later))
 
     def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
@@ -261,7 +262,7 @@ class NCE(_Sampled):
 class InfoNCE(_Sampled):
     """Softmax cross-entropy of the positive against K bank negatives (`--nce-loss infonce`).
 
-    What later releases of instance discrimination use (K = 65,536): no Z to estimate.
+    Later releases of instance discrimination use it (K = 65,536). It needs no estimate of Z.
     """
 
     def chance(self, num_images: int) -> float:
@@ -281,7 +282,7 @@ def build_loss(
     seed: int = 0,
     bf16: bool = False,
 ) -> FullSoftmax | NCE | InfoNCE:
-    """The loss that `--nce-k` and `--nce-loss` describe: K = 0 is the full softmax."""
+    """Build the loss that `--nce-k` and `--nce-loss` describe; K = 0 is the full softmax."""
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: must be positive")
     if k == 0:

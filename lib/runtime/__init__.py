@@ -1,1 +1,1 @@
-"""Processes, devices, random numbers by address, signals and profiling: nothing of this project."""
+"""Processes, devices, random numbers by address, signals and profiling, free of anything of this project."""

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what precision."""
+"""The device that a run computes on, and the precision of its forward pass."""
 
 import os
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32."""
+    """Return whether the hardware multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -24,7 +24,7 @@ class Device:
     """A device and the number format of the forward pass.
 
     Attributes:
-        torch_device: where tensors live.
+        torch_device: device that holds the tensors.
         bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
     """
 
@@ -35,23 +35,23 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model there, its weights in channels-last order (the fast one everywhere)."""
+        """Move a model to the device, with its weights in channels-last order (fastest everywhere)."""
         return model.to(self.torch_device, memory_format=torch.channels_last)
 
     def to_device(self, x: Tensor) -> Tensor:
-        """`x` on the device. A GPU copies it while it works on what it was given before."""
+        """Return `x` on the device. A GPU copies it while it works on earlier tasks."""
         if self.torch_device.type != "cuda":
             return x.to(self.torch_device)
         return x.pin_memory().to(self.torch_device, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Until the device has done what it was given: before a clock is read."""
+        """Wait until the device has finished its work, before a clock is read."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
 
     def __str__(self) -> str:
         precision = "bf16 autocast" if self.bf16 else "fp32"
-        size = distributed.share().size
+        size = distributed.world_size()
         precision += f", {size} processes" if size > 1 else ""
         if self.torch_device.type == "cpu":
             return f"CPU, {torch.get_num_threads()} threads, {precision}"
@@ -59,32 +59,32 @@ class Device:
 
 
 def _be_deterministic() -> None:
-    """Let CUDA compute the same bits again, at some loss of speed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read as CUDA starts
+    """Make CUDA compute the same bits every time, at some loss of speed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA reads this as it starts
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
 
 
 def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = False) -> Device:
-    """The device of this process among those that `--gpus` names, as indexes of the visible ones.
+    """Return the device of this process among those that `--gpus` names, by index of the visible ones.
 
     `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
 
     Args:
-        gpus: as in `device_names`; with several, the one at this process's local rank.
+        gpus: as in `device_names`; of several devices, the one at this process's local rank is taken.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
-        deterministic: let GPUs too give the same bits every time (`--deterministic`).
+        deterministic: make GPUs compute the same bits every time (`--deterministic`).
 
     Raises:
-        ValueError: for devices that do not exist or are no numbers, several of them in a single process,
-            or an unknown precision.
+        ValueError: if a device does not exist or is not a number, if a single process is given several, or
+            if the precision is unknown.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
     if deterministic:
         _be_deterministic()
     names = distributed.device_names(gpus)
-    if len(names) > 1 and distributed.share().size == 1:
+    if len(names) > 1 and distributed.world_size() == 1:
         raise ValueError(f"--gpus {gpus}: name one device here")
     if names[0] == "cpu":
         device = torch.device("cpu")
@@ -93,9 +93,8 @@ def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = Fa
     else:
         device = torch.device("cuda", int(names[distributed.local_rank()]))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # or pinned memory and the like would go to device 0
-        torch.backends.cudnn.benchmark = (
-            not deterministic
-        )  # batches of one size: try every algorithm once
+        torch.cuda.set_device(device)  # else pinned memory and the like would go to device 0
+        # batches of one size: cuDNN tries every algorithm once
+        torch.backends.cudnn.benchmark = not deterministic
     bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return Device(device, bf16)

@@ -1,4 +1,4 @@
-"""Ending a run early without losing anything: SIGTERM, Ctrl-C and `--stop-after` wait for the step to end.
+"""Early end of a run without any loss: SIGTERM, Ctrl-C and `--stop-after` wait for the step to end.
 
 with interruption.watch(after=args.stop_after) as stop:
     for step in steps:
@@ -18,19 +18,19 @@ from types import FrameType
 from lib.runtime import distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-IMPATIENCE_S = 1.0  # a Ctrl-C that comes sooner is the same one, passed on by the launcher
+IMPATIENCE_S = 1.0  # a second Ctrl-C that comes sooner is the same one, passed on by the launcher
 
 
 class Stop:
-    """Whether the run shall end, asked once after every step; the same answer on every process."""
+    """The decision to end a run, asked for once after every step; the same on every process."""
 
     def __init__(self, after: int = 0) -> None:
         self._after, self._steps = after, 0
-        self._received, self._at = 0, 0.0  # by this process; which signal, when
-        self._agreed = 0  # what all processes know of
+        self._received, self._at = 0, 0.0  # signal that reached this process, and when
+        self._agreed = 0  # signal that all processes know of
 
     def receive(self, number: int, _: FrameType | None = None) -> None:
-        """The signal handler: sets a flag. A second Ctrl-C, a while after the first, ends at once."""
+        """Handle a signal by setting a flag; a second Ctrl-C, a while after the first, ends at once."""
         now = time.monotonic()
         if self._received and number == signal.SIGINT and now - self._at > IMPATIENCE_S:
             raise KeyboardInterrupt
@@ -38,20 +38,25 @@ class Stop:
             self._received, self._at = number, now
 
     def requested(self) -> bool:
-        """Count a step; True if a signal reached any process, or the steps asked for are done."""
+        """Count a step and return whether a signal reached any process, or `after` steps are done."""
         self._steps += 1
         self._agreed = distributed.all_reduce_max(self._received)
-        return bool(self._agreed) or self._steps == self._after
+        return self.reached
+
+    @property
+    def reached(self) -> bool:
+        """Answer of the last `requested`."""
+        return bool(self._agreed) or (self._steps > 0 and self._steps == self._after)
 
     @property
     def reason(self) -> str:
-        """What ended the run, for its last message."""
+        """Signal or option that ended the run, for its last message."""
         return signal.Signals(self._agreed).name if self._agreed else f"--stop-after {self._after}"
 
     def exit(self) -> None:
-        """End the process with 143 (SIGTERM) or 130 (SIGINT); nothing where no signal was met.
+        """Exit with 143 (SIGTERM) or 130 (SIGINT) if a signal was received.
 
-        Call it when everything is saved: it waits for the process that does so.
+        Call it after saving: it waits for the process that saves.
         """
         if self._agreed:
             distributed.barrier()
@@ -60,13 +65,10 @@ class Stop:
 
 @contextmanager
 def watch(after: int = 0) -> Iterator[Stop]:
-    """Keep SIGTERM and SIGINT from ending this process inside the block.
+    """Keep SIGTERM and SIGINT from ending this process inside the block; yield the `Stop` to ask.
 
     Args:
-        after: steps of this start after which to stop as well; 0: never.
-
-    Yields:
-        The `Stop` to ask after each step.
+        after: number of steps of this start after which to stop as well; 0 means never.
     """
     stop = Stop(after)
     before = {number: signal.signal(number, stop.receive) for number in SIGNALS}

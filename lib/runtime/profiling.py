@@ -1,4 +1,4 @@
-"""What the hardware could compute, what a network needs, and where the time of a training step goes."""
+"""Speed of the hardware, cost of a network, and traces of where a training step spends its time."""
 
 import copy
 import os
@@ -16,40 +16,40 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.runtime.devices import Device
-from lib.runtime.distributed import is_main, print_main, share
+from lib.runtime.distributed import is_main, print_main, world_size, wrap_ddp
 from lib.runtime.seeding import generator
 
-LONG_ENOUGH_S = 0.01  # a product that takes this long is not ruled by what it costs to start one
-SMALLEST, LARGEST = 512, 8192  # sides of the products tried
+LONG_ENOUGH_S = 0.01  # the start of a product that takes this long does not distort its time
+SMALLEST, LARGEST = 512, 8192  # sides of the matrices tried
 REPEATS = 6
 WARM_UP = 4  # steps before a trace: the first ones allocate memory and choose algorithms
 TABLE_ROWS = 12  # operations listed beside a trace
 TRACE = "trace.json.gz"
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a training step asks of the hardware.
+    """The cost of training, and the speed of the hardware.
 
     Attributes:
         per_image: floating point operations of forward and backward, per image.
-        rate: the hardware's operations per second in a large matrix product, all processes together.
+        rate: operations per second of a large matrix product, over all processes.
     """
 
     per_image: float
     rate: float
 
     def mfu(self, images_per_s: float) -> float:
-        """The part of the rate that training uses at that speed."""
+        """Return the model FLOPs utilization (MFU) of training at that speed."""
         return images_per_s * self.per_image / self.rate
 
 
 def matrix_rate(device: Device) -> float:
-    """Operations per second of a matrix product in the format of the forward pass, 2 n^3 being counted.
+    """Measure the operations per second (2 n^3 a product) of matrix products in the forward pass's format.
 
-    Measured on squares of growing size until one takes `LONG_ENOUGH_S`: a fraction of a second in all. The
-    fastest of several counts: other programs only make them slower.
+    Squares grow until a product takes `LONG_ENOUGH_S`, a fraction of a second in all. The fastest of several
+    counts, because other programs only slow them down.
     """
     dtype = torch.bfloat16 if device.bf16 else torch.float32
     best, size = 0.0, SMALLEST
@@ -72,15 +72,12 @@ def _product_s(square: Tensor, device: Device) -> float:
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
-    """Floating point operations of forward and backward for one image, those of matrix products alone.
+    """Count the floating point operations of matrix products in forward and backward for one C x H x W image.
 
-    Counted on a copy whose storage is let go: nothing is computed, and the network stays as it is. Layers in
+    A copy on the meta device is counted: nothing is computed, and the network stays as it is. Layers in
     front of all trainable parameters have no backward.
-
-    Args:
-        image_shape: C, H, W.
     """
-    ghost = copy.deepcopy(model).to("meta").eval()  # BatchNorm trains on no single value
+    ghost = copy.deepcopy(model).to("meta").eval()  # BatchNorm cannot train on a single value
     with FlopCounterMode(display=False) as counter:
         ghost(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return float(counter.get_total_flops())
@@ -93,21 +90,13 @@ def arithmetic(
     *,
     more_per_image: float = 0.0,
 ) -> Arithmetic:
-    """What training `model` asks for, with the rate measured now.
-
-    Args:
-        more_per_image: operations of the loss.
-    """
+    """Count the operations of training `model`, those of the loss given, and measure the hardware's rate."""
     needed = training_flops(model, image_shape) + more_per_image
-    return Arithmetic(needed, matrix_rate(device) * share().size)
+    return Arithmetic(needed, matrix_rate(device) * world_size())
 
 
 def require_compiler() -> None:
-    """Find out before anything else whether --compile can make kernels: PyTorch calls CXX, else g++.
-
-    Raises:
-        ValueError: saying what to install.
-    """
+    """Raise ValueError with what to install if --compile finds no compiler: PyTorch calls CXX, else g++."""
     if not shutil.which(
         os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     ):
@@ -119,10 +108,10 @@ def require_compiler() -> None:
 
 @contextmanager
 def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], None]]:
-    """Trace `number` training steps of rank 0 after a few to warm up; 0: none.
+    """Trace `number` training steps of rank 0 after `WARM_UP` steps; 0 traces none.
 
-    Gives a function to be called after each step. At the end of the traced steps, or of the block, the trace
-    lies in `folder` and a table of the costliest operations is printed.
+    Yields a function to call after each step. After the traced steps, or at the end of the block, the trace
+    is written to `folder` and a table of the costliest operations is printed.
     """
     if not number or not is_main():
         yield lambda: None
@@ -145,9 +134,16 @@ def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], N
         print_main(f"no trace: the run ended within the {WARM_UP} steps that come before it")
 
 
-def compile_network(model: nn.Module, mode: str) -> None:
-    """Let torch.compile make the kernels of `model`, in place: the names of its weights stay.
+def prepare_training(model: nn.Module, compile_mode: str = "") -> nn.Module:
+    """Compile `model` in place if `compile_mode` names one of `COMPILE_MODES`, and wrap it for DDP."""
+    if compile_mode:
+        compile_network(model, compile_mode)
+    return wrap_ddp(model)
 
-    For each size of batch kernels of its own: those for any size are slower, and there are two or three.
+
+def compile_network(model: nn.Module, mode: str) -> None:
+    """Compile `model` with torch.compile in place, so that its weights keep their names.
+
+    Each batch size gets its own kernels: there are two or three sizes, and kernels for any size are slower.
     """
     model.compile(mode=mode, dynamic=False)

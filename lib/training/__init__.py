@@ -1,1 +1,1 @@
-"""One step, its schedule and log, and the two phases that train."""
+"""Training: the step, its schedule and log, and the two phases that train."""

@@ -1,4 +1,4 @@
-"""Where results go: the terminal, TensorBoard, and one JSON object per line in `log.jsonl`."""
+"""The log of a run: TensorBoard events, and one JSON object per line in `log.jsonl`."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from tensorboardX import SummaryWriter
 
 from lib.runtime.distributed import is_main
 
-Writer = Callable[..., None]  # of an event: its name, the step, values
+Writer = Callable[..., None]  # function that logs an event: its name, the step, values
 
 
 def _plain(value: Any) -> Any:
-    """`value` with null for every number that is not finite, inside dicts and lists too."""
+    """Replace every number that is not finite by None, inside dicts and lists too."""
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
@@ -25,10 +25,9 @@ def _plain(value: Any) -> Any:
 
 
 class RunLog:
-    """The record of one run in the folder `folder`: TensorBoard events and `log.jsonl`.
+    """The log of one run in `folder`: TensorBoard events and `log.jsonl`, to which a resumed run appends.
 
-    A resumed run appends to both; what a line was written by is told by its `event`. Numbers that are
-    not finite become null, so that every line is valid JSON.
+    Numbers that are not finite become null, so that every line is valid JSON.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -41,7 +40,7 @@ class RunLog:
         self._board = SummaryWriter(str(self.folder))
 
     def write(self, event: str, step: int | None = None, **values: Any) -> None:
-        """Append one line; numbers of an event that has a step go to TensorBoard too."""
+        """Append one line; the numbers of an event with a step go to TensorBoard too."""
         plain = _plain(values)
         head = {"event": event, "time": round(time.time(), 3)}
         head |= {} if step is None else {"step": step}
@@ -66,7 +65,7 @@ class RunLog:
 
 @contextmanager
 def main_log(folder: Path) -> Iterator[Writer]:
-    """`RunLog.write` of the run's log; on other ranks than 0 one that does nothing."""
+    """Open the run's log and yield its `write`; on ranks other than 0 a function that does nothing."""
     if not is_main():
         yield lambda *_, **__: None
         return

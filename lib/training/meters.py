@@ -1,4 +1,4 @@
-"""Running means that stay on the device until they are read, and how fast images go by."""
+"""Running means that stay on the device until they are read, and the throughput of training."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ class AverageMeter:
         self._weight = self._weight + weight
 
     def state(self) -> tuple[float, float]:
-        """The two sums, to continue from them in another process to the last bit."""
+        """Return the two sums, from which a resumed run continues to the last bit."""
         return float(self._total), float(self._weight)
 
     def load_state(self, state: tuple[float, float]) -> None:
@@ -28,17 +28,17 @@ class AverageMeter:
 
     @property
     def value(self) -> float:
-        """The mean so far; NaN before the first update."""
+        """Mean so far; NaN before the first update."""
         weight = float(self._weight)
         return float(self._total) / weight if weight else float("nan")
 
 
 class Throughput:
-    """How fast training goes, and what share of the time it waits for images; pauses do not count.
+    """The speed of training, and the fraction of time spent waiting for images; pauses do not count.
 
     Args:
-        waited: gives the seconds spent waiting for images so far.
-        mfu: images per second -> the part of the hardware's matrix rate that they use.
+        waited: function that returns the seconds spent waiting for images so far.
+        mfu: function from images per second to model FLOPs utilization.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Throughput:
         self._images += images
 
     def lap(self) -> dict[str, float]:
-        """Since the last lap `images_per_s`, `data_wait`, the share of waiting, and `mfu`."""
+        """Return `images_per_s`, `data_wait` (fraction of waiting) and `mfu` since the last lap."""
         seconds = time.perf_counter() - self._since
         waited = self._waited_so_far() - self._waited
         speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
@@ -74,7 +74,7 @@ class Throughput:
 
 
 def speed(values: dict[str, float]) -> str:
-    """The end of a progress line, from what `Throughput.lap` gave."""
+    """Format the values of `Throughput.lap` for the end of a progress line."""
     parts = [f"{100 * values['data_wait']:.0f}% of the time waiting for images"]
     if "mfu" in values:
         parts.append(f"{100 * values['mfu']:.0f}% MFU")

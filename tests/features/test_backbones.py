@@ -19,11 +19,12 @@ from torchvision.transforms import InterpolationMode
 
 from datasets import build_datasets
 from datasets.images import IMAGENET_STATS, ImageSet
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.features import backbones, extraction
 from lib.features.extraction import extract
+from lib.features.networks import load_network
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files
 from lib.runtime.devices import select
 from models.layers import l2_normalize
 
@@ -266,7 +267,7 @@ def test_an_architecture_alone_is_enough_for_phase_2(files, folder, monkeypatch,
     script = load_script("scripts/propagate.py")
     script.main(script.build_parser().parse_args([str(w) for w in (*words, "--report")]))
     assert "--image-size has no effect with a network from elsewhere" in capsys.readouterr().err
-    pseudo = pseudo_labels.load("out/8.pth.tar")
+    pseudo = pseudo_files.load("out/8.pth.tar")
     assert pseudo.meta["classes"] == ["blue", "gray", "green", "red"]
     train, _ = build_datasets("folder", folder, in_memory=False)
     pseudo.require_fit(len(train), 4, 8, train.digest, train.classes)
@@ -451,5 +452,5 @@ def test_a_network_from_elsewhere_is_finetuned_continued_measured_and_read_for_p
     assert measured["top1"] == resumed["last"]
     state, given = checkpoint.load_dict(last), checkpoint.load_dict(weights)
     assert torch.equal(state["net"]["trunk.conv1.weight"], given["conv1.weight"])
-    model = extraction.rebuild(state, last)
+    model, _ = load_network(state, last)
     assert torch.equal(model.head.weight, state["net"]["head.weight"])

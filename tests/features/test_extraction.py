@@ -8,6 +8,7 @@ from torch import nn
 from datasets import UNKNOWN
 from datasets.images import ImageSet
 from lib.features import extraction
+from lib.features.networks import load_embedding
 from lib.files import checkpoint
 from lib.loading import batches
 from lib.runtime.devices import Device
@@ -269,7 +270,7 @@ def test_a_backbone_without_head_is_no_metric(tmp_path):
     weights = {"0.weight": torch.randn(16, 1, 3, 3)}
     checkpoint.save(weights, tmp_path / "colorization.pth.tar")
     with pytest.raises(ValueError, match=r"colorization\.pth\.tar holds no network"):
-        extraction.load_embedding(tmp_path / "colorization.pth.tar")
+        load_embedding(tmp_path / "colorization.pth.tar")
 
 
 def test_neither_features_nor_checkpoint_is_a_mistake_with_a_message():
@@ -282,9 +283,9 @@ def test_an_embedding_network_is_rebuilt_from_its_weights(tmp_path, channels, di
     model = build_model("resnet18", dims, in_channels=channels, normalize=True)
     weights = {f"module.{k}": v for k, v in model.state_dict().items()}
     checkpoint.save({"net": weights}, path := tmp_path / "published.pth.tar")
-    loaded = extraction.load_embedding(path, "resnet18")
+    loaded = load_embedding(path, "resnet18")
     assert loaded.normalize
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     with pytest.raises(ValueError, match="does not fit"):
-        extraction.load_embedding(path, "wrn-10-1")
+        load_embedding(path, "wrn-10-1")

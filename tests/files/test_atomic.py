@@ -12,7 +12,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from datasets import UNKNOWN, FileSet, build_datasets, files
-from datasets.files import Reader, Resizing, central_view, random_view, read_image
+from datasets.files import Reader, central_view, random_view, read_image
+from datasets.resizing import Resizing
 from datasets.transforms import RandomResizedCrop
 
 

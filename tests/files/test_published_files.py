@@ -11,14 +11,18 @@ from conftest import assert_ok, assert_refused, run_script
 from runs import make_folder
 
 from datasets import build_datasets
-from lib.cli import convert, options
-from lib.cli.options import load_script
+from lib.cli import convert, declared
+from lib.cli.start import load_script
 from lib.features import extraction
+from lib.features.networks import load_embedding
 from lib.files import checkpoint
+from lib.files.published import CIFAR_METRIC, IMAGENET_METRIC, bank_rows
 from lib.files.weights import load_weights, model_weights
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files, pseudo_labels
 from lib.runtime import devices
 from lib.training import pretraining
+from lib.training.optimizer import sgd
+from lib.training.state import TrainState
 from models import build_model
 
 CPU = devices.Device(torch.device("cpu"), bf16=False)
@@ -69,7 +73,7 @@ def test_a_cifar_checkpoint_with_a_pickled_bank_is_read_to_the_last_bit(tmp_path
     got = checkpoint.load(file)
     assert_equal(without_bank(got), without_bank(wanted))
     bank = wanted["lemniscate"]
-    assert torch.equal(checkpoint.bank_rows(got, file), memory)
+    assert torch.equal(bank_rows(got, file), memory)
     assert torch.equal(got["lemniscate"]["params"], bank.params)
     assert got["lemniscate"]["nLem"] == 60
     if nce:
@@ -81,7 +85,7 @@ def test_a_cifar_checkpoint_with_a_pickled_bank_is_read_to_the_last_bit(tmp_path
 def test_loading_a_published_checkpoint_gives_its_features_to_the_last_bit(tmp_path, wrn):
     model, memory = wrn
     published.cifar_checkpoint(file := tmp_path / "82.12.pth.tar", model, memory)
-    loaded = extraction.load_embedding(file, "wrn-28-2").eval()
+    loaded = load_embedding(file, "wrn-28-2").eval()
     images = torch.randn(3, 3, 32, 32)
     assert torch.equal(loaded(images), model(images))
 
@@ -92,7 +96,7 @@ def test_an_imagenet_checkpoint_is_read_to_the_last_bit(tmp_path):
     wanted = published.imagenet_checkpoint(file, model, "resnet18", memory)
     got = checkpoint.load_dict(file, "state_dict", "arch")
     assert_equal(without_bank(got), without_bank(wanted))
-    assert torch.equal(checkpoint.bank_rows(got, file), memory)
+    assert torch.equal(bank_rows(got, file), memory)
     again, classifier = (build_model("resnet18", n, imagenet=True) for n in (128, 7))
     weights = model_weights(got, file)
     assert not load_weights(again, weights, source=file).missing
@@ -104,11 +108,11 @@ def test_an_imagenet_checkpoint_is_read_to_the_last_bit(tmp_path):
 def test_a_bank_is_found_in_our_checkpoints_too_and_missed_where_there_is_none(tmp_path):
     state = {"lemniscate": {"memory": torch.ones(3, 4, dtype=torch.float64)}}
     checkpoint.save(state, tmp_path / "ours")
-    rows = checkpoint.bank_rows(checkpoint.load(tmp_path / "ours"), "ours")
+    rows = bank_rows(checkpoint.load(tmp_path / "ours"), "ours")
     assert torch.equal(rows, torch.ones(3, 4))
     for wrong in ({}, {"lemniscate": 3}, {"lemniscate": {}}, {"lemniscate": {"memory": rows[0]}}):
         with pytest.raises(ValueError, match="some_file holds no memory bank"):
-            checkpoint.bank_rows(wrong, "some_file")
+            bank_rows(wrong, "some_file")
 
 
 @pytest.mark.parametrize("prefix", ["train_", "", "val_"])
@@ -160,7 +164,7 @@ def test_a_colorization_backbone_is_refused_where_it_does_not_fit(tmp_path, keep
 def test_published_pseudo_labels_are_read(tmp_path, nc):
     labeled, unlabeled = torch.arange(8), torch.arange(8, 40)
     wanted = published.pseudo_labels(tmp_path / "8.pth.tar", labeled, unlabeled, 4, nc=nc)
-    got = pseudo_labels.load(tmp_path / "8.pth.tar")
+    got = pseudo_files.load(tmp_path / "8.pth.tar")
     for key in ("pseudo_indexes", "pseudo_labels", "pseudo_probs", "labeled_indexes"):
         assert torch.equal(got.state()[key], wanted[key]), key
     assert torch.equal(got.confidence, wanted["pseudo_probs"].amax(dim=1))
@@ -171,7 +175,7 @@ def test_published_chunks_of_pseudo_labels_are_read_as_one_ranking(tmp_path):
     for i, part in enumerate(parts):
         path = tmp_path / f"2_{i}.pth.tar"
         published.pseudo_labels(path, labeled, part, 3, nc=True, chunk=True)
-    whole = pseudo_labels.merged([pseudo_labels.load(tmp_path / f"2_{i}.pth.tar") for i in (0, 1)])
+    whole = pseudo_labels.merged([pseudo_files.load(tmp_path / f"2_{i}.pth.tar") for i in (0, 1)])
     assert torch.equal(whole.unlabeled, torch.arange(6, 46))
     assert bool((whole.confidence.diff() <= 0).all())
 
@@ -334,7 +338,7 @@ def test_labels_are_propagated_through_a_published_bare_tensor(world, tmp_path):
     words = ("--features", folder / "bare.t7", "--dataset", "folder", "--image-size", 16)
     words = (*words, "--data-dir", folder / "pictures", "--num-labeled", 8, "--method", "knn")
     call(propagation, *words, "--save-path", tmp_path)
-    got = pseudo_labels.load(tmp_path / "8.pth.tar")
+    got = pseudo_files.load(tmp_path / "8.pth.tar")
     one_hot = torch.nn.functional.one_hot(train.targets[got.labeled]).float()
     votes = (rows[got.indexes] @ rows[got.labeled].T / 0.1).exp() @ one_hot
     assert torch.equal(got.labels, votes.argmax(dim=1))
@@ -356,13 +360,15 @@ def test_a_published_checkpoint_is_extracted_and_propagated(world, tmp_path):
 def assert_taken_over(script, words, file, model, memory, *, epochs, accuracy):
     """A run of `script` that has read a published file stands where that one ended."""
     args = script.build_parser().parse_args([str(w) for w in words])
-    settings, imagenet = options.values(args, pretraining.Settings), "imagenet" in script.__file__
-    network = pretraining.build_network(settings, CPU, imagenet=imagenet)
-    run = pretraining.start(network, settings, len(memory), CPU, imagenet=imagenet)
-    files = pretraining.Files(file.parent, "", "", file.parent, {}, imagenet=imagenet)
-    pretraining.resume(run, str(file), files, 4)
+    settings, imagenet = declared.values(args, pretraining.Settings), "imagenet" in script.__file__
+    network = build_model(args.architecture, args.low_dim, imagenet=imagenet, normalize=True)
+    objective = pretraining.build_objective(settings, len(memory), CPU)
+    optimizer = sgd(network.parameters(), args.lr, args.weight_decay, nesterov=not imagenet)
+    names = IMAGENET_METRIC if imagenet else CIFAR_METRIC
+    run = TrainState(network, objective, optimizer, None, names, {})
+    pretraining.resume(run, str(file), 4)
     assert_equal(run.model.state_dict(), model.state_dict())
-    assert torch.equal(run.bank.memory, memory)
+    assert torch.equal(run.objective.bank.memory, memory)
     momenta = published_momenta(checkpoint.load(file)["optimizer"])
     got = [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
     assert_equal(got, momenta)

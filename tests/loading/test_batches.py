@@ -28,7 +28,7 @@ from datasets.transforms import (
 )
 from lib.loading.batches import LOADERS, Batches, in_order
 from lib.runtime.devices import Device
-from lib.runtime.distributed import Share
+from lib.runtime.distributed import shard_of
 from lib.runtime.seeding import generator
 
 CPU = Device(torch.device("cpu"), bf16=False)
@@ -74,7 +74,7 @@ def loader(request):
 
 
 def as_rank(monkeypatch, rank, size):
-    monkeypatch.setattr("lib.loading.batches.share", lambda: Share(rank, size))
+    monkeypatch.setattr("lib.loading.batches.shard", lambda n: shard_of(n, rank, size))
 
 
 def assert_same(batches, others):
@@ -102,12 +102,12 @@ def test_an_epoch_visits_every_image_once_the_short_last_batch_included():
 def test_a_batch_reached_from_another_start_is_the_same(loader):
     data, indexes = noisy(), torch.tensor([2, 3, 5, 7, 11, 13, 17])
     words = {"ops": instance_ops(), "loader": loader}
-    straight = list(batches_of(data, **words).stream(indexes, 0, 12))
-    resumed = list(batches_of(data, **words).stream(indexes, 8, 12))
-    for (batch, positions), (again, again_positions) in zip(straight[8:], resumed, strict=True):
+    straight = list(batches_of(data, **words).repeat(indexes, 0, 12))
+    resumed = list(batches_of(data, **words).repeat(indexes, 8, 12))
+    for batch, again in zip(straight[8:], resumed, strict=True):
         assert torch.equal(batch.images, again.images)
         assert torch.equal(batch.indexes, again.indexes)
-        assert torch.equal(positions, again_positions)
+        assert torch.equal(batch.positions, again.positions)
     epochs = batches_of(data, **words)
     list(epochs.epoch(0))
     for batch, again in zip(epochs.epoch(3), batches_of(data, **words).epoch(3), strict=True):
@@ -127,9 +127,9 @@ def test_the_last_batch_of_an_epoch_and_the_first_of_the_next_are_augmented_diff
 
 def test_stream_positions_point_into_the_given_indexes():
     indexes = torch.tensor([20, 4, 9])
-    for batch, positions in batches_of(numbered()).stream(indexes, 0, 9):
+    for batch in batches_of(numbered()).repeat(indexes, 0, 9):
         assert batch.indexes.shape == (5,)
-        assert torch.equal(indexes[positions], batch.indexes)
+        assert torch.equal(indexes[batch.positions], batch.indexes)
         assert torch.equal(values(batch), batch.indexes)
 
 
@@ -138,7 +138,7 @@ def test_seeds_give_other_orders_and_other_augmentation(loader):
     seeded = [batches_of(data, finetune_ops(), seed=s, loader=loader) for s in (0, 1)]
     one, two = (next(batches.epoch(0)) for batches in seeded)
     assert not torch.equal(one.indexes, two.indexes)
-    one, two = (next(batches.stream(torch.arange(5), 0, 1))[0] for batches in seeded)
+    one, two = (next(batches.repeat(torch.arange(5), 0, 1)) for batches in seeded)
     assert not torch.equal(one.images, two.images)
 
 
@@ -174,25 +174,25 @@ def test_an_epoch_can_be_entered_at_any_batch(data, first, loader):
 def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, loader, monkeypatch):
     indexes = torch.tensor([1, 4, 6, 12, 7])
     batches = batches_of(data, instance_ops(), loader=loader)
-    whole, streamed = list(batches.epoch(1)), list(batches.stream(indexes, 1, 4))
+    whole, streamed = list(batches.epoch(1)), list(batches.repeat(indexes, 1, 4))
     epochs, streams = [], []
     for rank in range(size):
         as_rank(monkeypatch, rank, size)
         epochs.append(list(batches.epoch(1)))
-        streams.append(list(batches.stream(indexes, 1, 4)))
+        streams.append(list(batches.repeat(indexes, 1, 4)))
     for batch, parts in zip(whole, zip(*epochs, strict=True), strict=True):
         assert torch.equal(torch.cat([part.indexes for part in parts]), batch.indexes)
         assert torch.allclose(torch.cat([part.images for part in parts]), batch.images, atol=1e-5)
         assert {part.total for part in parts} == {len(batch.indexes)} == {batch.total}
         lengths = torch.tensor([len(part.indexes) for part in parts])
         assert [part.first for part in parts] == [0, *lengths.cumsum(0)[:-1].tolist()]
-    for (batch, positions), parts in zip(streamed, zip(*streams, strict=True), strict=True):
-        assert torch.equal(torch.cat([rows for _, rows in parts]), positions)
-        assert torch.equal(torch.cat([part.indexes for part, _ in parts]), batch.indexes)
-        images = torch.cat([part.images for part, _ in parts])
+    for batch, parts in zip(streamed, zip(*streams, strict=True), strict=True):
+        assert torch.equal(torch.cat([part.positions for part in parts]), batch.positions)
+        assert torch.equal(torch.cat([part.indexes for part in parts]), batch.indexes)
+        images = torch.cat([part.images for part in parts])
         assert torch.allclose(images, batch.images, atol=1e-5)
-        for part, rows in parts:
-            assert torch.equal(indexes[rows], part.indexes)
+        for part in parts:
+            assert torch.equal(indexes[part.positions], part.indexes)
 
 
 @pytest.mark.parametrize("size", [2, 3, 20])
@@ -283,15 +283,14 @@ def test_augmenting_is_no_waiting_for_images(data, monkeypatch):
         return images.float()
 
     batches = batches_of(data, instance_ops(), 5)
-    read = batches._source
+    (view,) = batches._views
 
     def slowly(jobs):
-        for item in read(jobs):
+        for item in view.source(jobs):
             now[0] += 1
             yield item
 
-    monkeypatch.setattr(batches, "_source", slowly)
-    monkeypatch.setattr(batches, "_remaining", augment)
+    batches._views = [view._replace(source=slowly, remaining=augment)]
     assert len(list(batches.epoch(0))) == batches.waited_s
 
 
@@ -299,7 +298,7 @@ def test_a_worker_that_is_killed_ends_the_epoch_with_a_message(in_files):
     batches = batches_of(in_files, instance_ops(), 1, num_workers=1)
     epoch = batches.epoch(0)
     next(epoch)
-    (worker,) = batches._source.loader._iterator._workers
+    (worker,) = batches._views[0].source.loader._iterator._workers
     os.kill(worker.pid, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(ValueError, match="a process that reads images has ended"):
@@ -312,7 +311,7 @@ def test_workers_outlast_the_signals_that_end_a_run_after_its_step(in_files):
     batches = batches_of(in_files, instance_ops(), 1, num_workers=1)
     epoch = batches.epoch(0)
     next(epoch)
-    (worker,) = batches._source.loader._iterator._workers
+    (worker,) = batches._views[0].source.loader._iterator._workers
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     assert len(list(epoch)) == 12
@@ -328,3 +327,49 @@ def test_dummy_images_are_made_on_the_fly_for_any_number(tmp_path):
     batch = next(batches_of(data, (), 300).epoch(0))
     expected = torch.stack([data[i][0] for i in batch.indexes.tolist()]) / 255
     assert torch.equal(batch.images, expected)
+
+
+def test_every_view_shows_the_same_images_and_the_first_is_that_of_one_view():
+    data, chain = noisy(), [PadCrop(), RandomHorizontalFlip()]
+    augmentations = [
+        Augmentation(chain, STATS),
+        Augmentation(chain, STATS),
+        Augmentation((), STATS),
+    ]
+    several = Batches(data, augmentations, CPU, batch_size=5)
+    for batch, alone in zip(several.epoch(1), batches_of(data, chain).epoch(1), strict=True):
+        assert torch.equal(batch.indexes, alone.indexes)
+        assert torch.equal(batch.images, alone.images)
+        assert not torch.equal(batch.views[1], batch.views[0])  # random numbers of its own
+        plain = data.images[batch.indexes] / 255
+        assert torch.allclose(batch.views[2], plain)
+    assert len(batch.views) == 3
+
+
+def test_views_of_files_are_read_with_random_numbers_of_their_own(in_files):
+    crop = Augmentation([RandomResizedCrop(0.2)], STATS)
+    for number_of_workers in (0, 2):
+        batches = Batches(in_files, [crop, crop], CPU, batch_size=7, num_workers=number_of_workers)
+        found = [batch for epoch in (0, 1) for batch in batches.epoch(epoch)]
+        assert [len(batch.indexes) for batch in found] == [7, 6, 7, 6]
+        alone = Batches(in_files, crop, CPU, batch_size=7)
+        for batch, other in zip(found, (b for e in (0, 1) for b in alone.epoch(e)), strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert not torch.equal(batch.views[1], batch.images)
+
+
+def test_streams_with_one_seed_have_an_order_and_random_numbers_of_their_own():
+    data, indexes = noisy(), torch.arange(23)
+    plain, crop = Augmentation((), STATS), Augmentation([PadCrop()], STATS)
+    first, second = (Batches(data, plain, CPU, batch_size=5, stream=s) for s in (0, 1))
+    orders = [torch.cat([b.indexes for b in s.repeat(indexes, 0, 4)]) for s in (first, second)]
+    assert not torch.equal(*orders)
+    assert [b.stream for b in second.epoch(0)] == [1] * 5
+    data.images[:] = data.images[0]  # so that only the crop tells batches apart
+    crops = [
+        next(Batches(data, crop, CPU, batch_size=5, stream=s).repeat(indexes, 3, 4)).images
+        for s in (0, 1)
+    ]
+    assert not torch.equal(*crops)
+    again = next(Batches(data, crop, CPU, batch_size=5, stream=1).repeat(indexes, 3, 4)).images
+    assert torch.equal(crops[1], again)

@@ -11,9 +11,9 @@ from runs import assert_same, call, load_script, pictures, pretraining, without_
 from scipy.stats import ks_2samp
 from torchvision import transforms
 
-from datasets.files import FileSet, Resizing, random_view
+from datasets.files import FileSet, random_view
 from datasets.images import ImageSet
-from datasets.pil import central_cut
+from datasets.resizing import Resizing
 from datasets.transforms import (
     Augmentation,
     ColorJitter,
@@ -248,7 +248,7 @@ def test_files_without_a_crop_are_cut_as_in_evaluation(in_files):
     for image, index in zip(batch.images, batch.indexes.tolist(), strict=True):
         with Image.open(in_files.root / f"{min(index, 3)}.png") as picture:
             assert torch.equal(image, chain(picture))
-            squashed = central_cut(SIDE, Resizing(40, squash=True))(picture)
+            squashed = Resizing(40, squash=True)(picture, SIDE)
             assert squashed == transforms.CenterCrop(SIDE)(transforms.Resize((40, 40))(picture))
 
 
@@ -258,7 +258,7 @@ def test_a_batch_of_no_images_has_the_shape_of_others(gray):
     augmentation = Augmentation([PadCrop()], STATS, gray=gray)
     batches = Batches(data, augmentation, CPU, batch_size=2, loader="workers")
     (batch,) = batches.epoch(0)
-    images, problems = batches._source.loader.dataset[torch.empty(0), torch.empty(0)]
+    images, problems = batches._views[0].source.loader.dataset[torch.empty(0), torch.empty(0)]
     assert images.shape[1:] == batch.images.shape[1:] == (1 if gray else 3, SIDE, SIDE)
     assert (len(images), problems) == (0, [])
 
@@ -269,7 +269,7 @@ def test_an_operation_that_fails_is_not_taken_for_a_file_that_cannot_be_read(in_
     def fail(_):
         raise KeyError("of the operation")
 
-    monkeypatch.setattr(batches._source.loader.dataset, "transform", fail)
+    monkeypatch.setattr(batches._views[0].source.loader.dataset, "transform", fail)
     with pytest.raises(KeyError, match="of the operation"):
         next(batches.epoch(0))
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.loading.batches import Batch
-from lib.objectives import memory_bank
+from lib.objectives import instance, memory_bank
+from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import (
     NCE,
     FullSoftmax,
@@ -20,7 +21,7 @@ from lib.objectives.memory_bank import (
     draw_negatives,
 )
 from lib.runtime.devices import Device
-from lib.training import engine
+from lib.training.step import train_steps
 from models.layers import l2_normalize
 
 CPU = Device(torch.device("cpu"), bf16=False)
@@ -311,7 +312,7 @@ def test_bank_is_updated_after_the_optimizer_step_with_the_embeddings_of_the_bat
 
     model, bank = Embed(), MemoryBank(10, 8, momentum=0.5)
     start, weight = bank.memory.clone(), model.linear.weight.detach().clone()
-    batch = Batch(torch.randn(4, 3, 2, 2), torch.tensor([3, 1, 8, 6]))
+    batch = Batch((torch.randn(4, 3, 2, 2),), torch.tensor([3, 1, 8, 6]))
     v = model(batch.images).detach()
     seen_by_optimizer = []
 
@@ -321,9 +322,8 @@ def test_bank_is_updated_after_the_optimizer_step_with_the_embeddings_of_the_bat
             return super().step(closure)
 
     optimizer = Watching(model.parameters(), lr=0.5)
-    steps = engine.pretrain(
-        *(model, bank, FullSoftmax(0.1), optimizer, [batch], lambda _: 0.5, CPU), first_step=0
-    )
+    objective = InstanceDiscrimination(bank, FullSoftmax(0.1))
+    steps = train_steps(model, objective, optimizer, [batch], lambda _: 0.5, CPU)
     assert len(list(steps)) == 1
     assert torch.equal(seen_by_optimizer[0], start)
     assert not torch.equal(model.linear.weight, weight)
@@ -337,15 +337,14 @@ def test_bank_is_updated_after_the_optimizer_step_with_the_embeddings_of_the_bat
 def test_the_rows_of_all_processes_move_in_the_bank_of_each(monkeypatch):
     others = {torch.int64: torch.tensor([5, 7]), torch.float32: unit(2, 8)}
     monkeypatch.setattr(
-        engine, "all_gather_rows", lambda own, _: torch.cat([own, others[own.dtype]])
+        instance, "all_gather_rows", lambda own, _: torch.cat([own, others[own.dtype]])
     )
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
     bank, optimizer = MemoryBank(10, 8), torch.optim.SGD(model.parameters(), lr=0.5)
     start = bank.memory.clone()
-    batch = Batch(torch.randn(2, 3, 2, 2), torch.tensor([3, 1]), total=4)
-    steps = engine.pretrain(
-        *(model, bank, FullSoftmax(0.1), optimizer, [batch], lambda _: 0.5, CPU), first_step=0
-    )
+    batch = Batch((torch.randn(2, 3, 2, 2),), torch.tensor([3, 1]), total=4)
+    objective = InstanceDiscrimination(bank, FullSoftmax(0.1))
+    steps = train_steps(model, objective, optimizer, [batch], lambda _: 0.5, CPU)
     assert len(list(steps)) == 1
     moved = (bank.memory != start).any(dim=1).nonzero()[:, 0]
     assert moved.tolist() == [1, 3, 5, 7]

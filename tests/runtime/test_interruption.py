@@ -22,10 +22,11 @@ from runs import (
     without_meta,
 )
 
-from lib.cli import options
+from lib.cli import start
 from lib.files import checkpoint
 from lib.files.resume import newest_readable
 from lib.runtime import interruption
+from lib.training.state import Checkpoints
 
 NAMES = ("ckpt.pth.tar", "best.pth.tar")
 
@@ -99,7 +100,7 @@ def test_the_command_that_resumes_is_the_one_that_was_typed(monkeypatch):
     typed = ["s.py", "--lr", "0.1", "--resume", "old", "--stop-after=3", "--auto-resume", "-b", "8"]
     monkeypatch.setattr(sys, "argv", typed)
     expected = "python s.py --lr 0.1 -b 8 --resume 'my file'"
-    assert options.resume_command("my file") == expected
+    assert start.resume_command("my file") == expected
 
 
 @pytest.fixture(scope="module")
@@ -176,18 +177,18 @@ def test_twenty_random_interruptions_end_in_the_same_bits(pretrain):
 def test_a_checkpoint_from_before_steps_were_recorded_still_continues(pretrain):
     whole = pretrain("--epochs", 2, name="whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining.pretraining, "_save", save_and_interrupt)
+        patch.setattr(Checkpoints, "save", save_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
             pretrain("--epochs", 2, name="cut")
     file = whole.parent / "cut" / "ckpt.cifar.pth.tar"
     state = checkpoint.load_dict(file)
-    new = ("step", "loss_sums", "classes")
+    new = ("step", "loss_sums", "classes", "description")
     checkpoint.save({key: value for key, value in state.items() if key not in new}, file)
     cut = pretrain("--epochs", 2, "--resume", file, name="cut")
     assert_same(without_meta(last(whole)), without_meta(last(cut)))
 
 
-original_save = pretraining.pretraining._save
+original_save = Checkpoints.save
 
 
 def save_and_interrupt(*words, **keywords):

@@ -11,13 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.images import CIFAR10_STATS, ImageSet
 from datasets.transforms import Augmentation, finetune_ops, instance_ops
-from lib.cli import options
+from lib.cli import start
 from lib.loading.batches import Batches
-from lib.objectives.memory_bank import MemoryBank, build_loss
+from lib.objectives.classification import Classification
+from lib.objectives.instance import instance_discrimination
+from lib.objectives.memory_bank import build_loss
 from lib.runtime import profiling
 from lib.runtime.devices import Device
-from lib.training import engine
 from lib.training.meters import AverageMeter, Throughput, speed
+from lib.training.optimizer import sgd, trainable
+from lib.training.step import LossWatch, train_steps
 from models import build_model
 
 CPU = Device(torch.device("cpu"), bf16=False)
@@ -64,7 +67,7 @@ def test_counting_leaves_the_network_as_it_is():
 def test_frozen_layers_in_front_of_the_head_have_no_backward():
     model = build_model("wrn-10-1", 10)
     whole = profiling.training_flops(model, (3, 32, 32))
-    engine.trainable(model, head_only=True)
+    trainable(model, head_only=True)
     forward = profiling.training_flops(model, (3, 32, 32)) - 2 * model.fc.weight.numel()
     assert 0.3 * whole < forward < 0.4 * whole
 
@@ -114,23 +117,21 @@ def small_set(n: int = 64) -> ImageSet:
 
 def loop(phase: int, data: ImageSet):
     model = build_model("wrn-10-1", 8, normalize=phase == 1)
-    optimizer = engine.sgd(model.parameters(), 0.1, 5e-4)
+    optimizer = sgd(model.parameters(), 0.1, 5e-4)
     ops = instance_ops() if phase == 1 else finetune_ops()
     batches = Batches(data, Augmentation(ops, data.stats), CPU, batch_size=16)
     if phase == 1:
-        bank, criterion = MemoryBank(len(data), 8), build_loss(0, 0.1)
-        parts = bank, criterion, optimizer, batches.epoch(0)
-        return engine.pretrain(model, *parts, lambda _: 0.1, CPU, first_step=0)
-    stream = batches.stream(torch.arange(len(data)), 0, 4)
-    about = data.targets, torch.ones(len(data)), lambda _: 0.1, CPU
-    criterion = nn.CrossEntropyLoss(reduction="none")
-    return engine.finetune(model, criterion, optimizer, stream, *about, first_step=0)
+        objective = instance_discrimination(len(data), 8)
+        return train_steps(model, objective, optimizer, batches.epoch(0), lambda _: 0.1, CPU)
+    items = batches.repeat(torch.arange(len(data)), 0, 4)
+    objective = Classification(data.targets, torch.ones(len(data)))
+    return train_steps(model, objective, optimizer, items, lambda _: 0.1, CPU)
 
 
 @pytest.mark.parametrize("phase", [1, 3])
 def test_no_step_waits_for_the_device(phase, monkeypatch):
     # as on a GPU, where losses are looked at now and then
-    monkeypatch.setattr(engine._LossWatch, "see", lambda *_: None)
+    monkeypatch.setattr(LossWatch, "see", lambda *_: None)
     loss = AverageMeter()
     with _Waits() as waits:
         for _, step in zip(range(3), loop(phase, small_set()), strict=False):
@@ -154,7 +155,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys, steps, fo
         for _ in zip(range(steps), epochs, strict=False):
             after_step()
     names = traced_steps(tmp_path / "log")
-    for part in ("forward", "loss", "backward", "memory bank", "optimizer"):
+    for part in ("forward", "objective", "backward", "after step", "optimizer"):
         assert names.count(part) == found
     assert f"trace: {tmp_path / 'log' / profiling.TRACE}" in capsys.readouterr().out
 
@@ -191,7 +192,7 @@ def test_both_phases_write_a_trace_beside_their_log(tmp_path, capsys):
     }
     folders = tmp_path / "1", tmp_path / "3" / "exp"
     for (name, more), folder in zip(lines.items(), folders, strict=True):
-        script = options.load_script(name)
+        script = start.load_script(name)
         words = (*SMALL, *more, "--profile", 2)
         script.main(script.build_parser().parse_args([str(word) for word in words]))
         steps = [name for name in traced_steps(folder) if name.startswith("ProfilerStep")]

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import assert_ok, assert_refused, run_script
 
-SCRIPT = "scripts/benchmark_input.py"
+SCRIPT = "scripts/benchmarks/input.py"
 
 
 @pytest.mark.slow

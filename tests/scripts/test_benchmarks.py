@@ -9,7 +9,7 @@ import torch
 from conftest import assert_ok, assert_refused, run_script
 from PIL import Image
 
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.objectives.memory_bank import build_loss
 
 
@@ -18,7 +18,7 @@ def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
     words = ("--images", 450, 900, "--classes", 3, "--num-labeled", 30, 90)
     output, picture = tmp_path / "numbers.json", tmp_path / "growth.png"
     words += ("--output", output, "--picture", picture)
-    printed = assert_ok(run_script("scripts/benchmark_propagation.py", *words))
+    printed = assert_ok(run_script("scripts/benchmarks/propagation.py", *words))
     record = json.loads(output.read_text())
     variants = record["variants"]
     assert list(variants) == ["literal", "nc", "filter", "knn"]
@@ -36,8 +36,29 @@ def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
 
 
 def test_features_without_labels_cannot_be_measured(tmp_path):
-    result = run_script("scripts/benchmark_propagation.py", "--features", tmp_path / "missing")
+    result = run_script("scripts/benchmarks/propagation.py", "--features", tmp_path / "missing")
     assert_refused(result, "missing", "does not exist")
+
+
+def test_the_benchmark_of_neighbors_probes_as_few_lists_as_give_the_recall(monkeypatch):
+    benchmark = load_script("scripts/benchmarks/neighbors.py")
+    exact = torch.linspace(0.9, 0.5, benchmark.K).repeat(10, 1)
+    asked = []
+
+    class Index:
+        nlist, nprobe = 100, 0
+
+        def search(self, sample, k):
+            asked.append(self.nprobe)
+            found = exact.clone()
+            found[:, self.nprobe // 2 :] = 0  # another neighbor for every second list
+            return found.numpy(), None
+
+    assert benchmark.fewest_probes(Index(), torch.zeros(10, 2), exact, 9 / 19) == 20
+    assert max(asked) <= 32
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        benchmark.main(benchmark.build_parser().parse_args([]))
 
 
 @pytest.mark.slow
@@ -45,7 +66,7 @@ def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
     output = tmp_path / "numbers.json"
     words = ("--arch", "wrn-10-1", "--tasks", "pretrain-cifar", "finetune-cifar", "-b", 8)
     words += ("--variants", "literal", "ours", "bare", "--rounds", 2, "--steps", 1)
-    printed = assert_ok(run_script("scripts/benchmark_training.py", *words, "--output", output))
+    printed = assert_ok(run_script("scripts/benchmarks/training.py", *words, "--output", output))
     record = json.loads(output.read_text())
     assert record["matrix_rate"] > 0
     for name in ("pretrain-cifar", "finetune-cifar"):
@@ -63,7 +84,7 @@ def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
     output = tmp_path / "numbers.json"
     words = ("--tasks", "pretrain-imagenet", "finetune-imagenet", "--arch", "resnet18", "-b", 2)
     words += ("--rounds", 1, "--steps", 1, "--output", output)
-    assert_ok(run_script("scripts/benchmark_training.py", *words))
+    assert_ok(run_script("scripts/benchmarks/training.py", *words))
     tasks = json.loads(output.read_text())["tasks"]
     assert all(
         min(speeds) > 0 for found in tasks.values() for speeds in found["images_per_s"].values()
@@ -71,7 +92,7 @@ def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
 
 
 def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
-    benchmark = load_script("scripts/benchmark_training.py")
+    benchmark = load_script("scripts/benchmarks/training.py")
     task = replace(benchmark.TASKS["pretrain-imagenet"], num_images=50, nce_k=6)
     drawn = {}
 
@@ -99,7 +120,7 @@ def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
 def test_curves_of_all_variants_are_compared_over_the_seeds(tmp_path):
     words = ("--image-size", 8, "--seeds", 2, "--epochs", 2, "--max-iters", 12, "-b", 256)
     words += ("--output-dir", tmp_path)
-    printed = assert_ok(run_script("scripts/compare_training.py", *words))
+    printed = assert_ok(run_script("scripts/benchmarks/compare_training.py", *words))
     results = json.loads((tmp_path / "numbers.json").read_text())["results"]
     assert len(results) == 4
     for title, rows in results.items():
@@ -109,6 +130,8 @@ def test_curves_of_all_variants_are_compared_over_the_seeds(tmp_path):
             assert 0 <= row["p"] <= 1
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
     before = (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns
-    assert_ok(run_script("scripts/compare_training.py", *words))
+    assert_ok(run_script("scripts/benchmarks/compare_training.py", *words))
     assert (tmp_path / "phase1-fp32-0" / "log.jsonl").stat().st_mtime_ns == before
-    assert_refused(run_script("scripts/compare_training.py", *words, "--seeds", 1), "--seeds")
+    assert_refused(
+        run_script("scripts/benchmarks/compare_training.py", *words, "--seeds", 1), "--seeds"
+    )

@@ -13,7 +13,7 @@ from runs import call, fake_venv, finetuning, pretraining, run_shell
 
 from datasets import UNKNOWN, build_datasets
 from datasets.patches import PHOTOGRAPHS, load_patches
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.files import checkpoint
 
 make_pictures = load_script("scripts/make_pictures.py")

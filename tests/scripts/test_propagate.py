@@ -17,10 +17,10 @@ from PIL import Image
 from runs import make_folder
 
 from datasets import build_datasets
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.features.extraction import FeatureSet
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
 from lib.report import page
@@ -54,7 +54,7 @@ def test_one_file_per_number_of_labels_and_its_precision(features, tmp_path, cap
     printed = capsys.readouterr().out
     targets = build_datasets("patches", "")[0].targets
     for n in (20, 50):
-        pseudo = pseudo_labels.load(tmp_path / f"{n}.pth.tar")
+        pseudo = pseudo_files.load(tmp_path / f"{n}.pth.tar")
         split = labeled_split(targets, n, 10, 0)
         assert torch.equal(pseudo.labeled, split.labeled)
         assert set(pseudo.indexes.tolist()) == set(split.unlabeled.tolist())
@@ -71,13 +71,13 @@ def test_parameters_reach_the_method(features, tmp_path):
     few = call(*words, "--k", 1, "--save-path", tmp_path / "few")
     many = call(*words, "--k", 50, "--save-path", tmp_path / "many")
     assert few["50"]["precision"] != many["50"]["precision"]
-    assert pseudo_labels.load(tmp_path / "few" / "50.pth.tar").meta["propagation"]["k"] == 1
+    assert pseudo_files.load(tmp_path / "few" / "50.pth.tar").meta["propagation"]["k"] == 1
 
 
 def test_chunks_are_shuffled_and_hold_every_image_once(features, tmp_path):
     words = ("--features", features, "--num-eigenvectors", 12, "--save-path", tmp_path)
     call(*words, "--num-labeled", 50, "--chunks", 3)
-    parts = pseudo_labels.load_chunks(tmp_path / "num_labeled_50")
+    parts = pseudo_files.load_chunks(tmp_path / "num_labeled_50")
     assert len(parts) == 3
     targets = build_datasets("patches", "")[0].targets
     split = labeled_split(targets, 50, 10, 0)
@@ -107,7 +107,7 @@ def test_chunks_differ_in_size_by_one_at_most(count, chunks, seed):
 
 def test_merged_chunks_are_one_ranking(features, tmp_path):
     call("--features", features, "--method", "knn", "--save-path", tmp_path, "--num-labeled", 20)
-    whole = pseudo_labels.load(tmp_path / "20.pth.tar")
+    whole = pseudo_files.load(tmp_path / "20.pth.tar")
     positions = torch.arange(len(whole.indexes))
     parts = []
     for remainder in range(2):
@@ -160,7 +160,7 @@ def test_the_graph_file_is_used_again_and_gives_the_same_labels(features, tmp_pa
     call(*words, "--save-path", tmp_path / "second")
     assert (tmp_path / "graph.pth.tar").stat().st_mtime_ns == written
     first, second = (
-        pseudo_labels.load(tmp_path / run / "20.pth.tar") for run in ("first", "second")
+        pseudo_files.load(tmp_path / run / "20.pth.tar") for run in ("first", "second")
     )
     assert torch.equal(first.labels, second.labels)
     call(*words, "--num-neighbors", 5, "--save-path", tmp_path / "third")
@@ -217,14 +217,14 @@ def test_a_damaged_file_in_the_work_folder_is_named(features, tmp_path):
 STAGES = """
 import sys, time
 sys.path.insert(0, {root!r})
-from lib.cli import options
-import lib.propagation.algorithms as algorithms
+from lib.cli import start
+import lib.propagation.embedding_graph as embedding_graph
 def endless(*_, **__):
     print("eigenvectors begin", flush=True)
     time.sleep(120)
-algorithms.laplacian_spectrum = endless
-script = options.load_script("scripts/propagate.py")
-options.run(script.main, script.build_parser())
+embedding_graph.laplacian_spectrum = endless
+script = start.load_script("scripts/propagate.py")
+start.run(script.main, script.build_parser())
 """
 
 
@@ -300,9 +300,9 @@ def test_chunks_that_were_interrupted_continue_with_their_graphs(
 def test_probabilities_can_be_left_out(features, tmp_path):
     words = ("--features", features, "--method", "knn", "--save-path", tmp_path)
     whole = call(*words, "--num-labeled", 20)
-    with_them = pseudo_labels.load(tmp_path / "20.pth.tar")
+    with_them = pseudo_files.load(tmp_path / "20.pth.tar")
     without = call(*words, "--num-labeled", 20, "--no-probabilities")
-    pseudo = pseudo_labels.load(tmp_path / "20.pth.tar")
+    pseudo = pseudo_files.load(tmp_path / "20.pth.tar")
     assert "pseudo_probs" not in checkpoint.load(tmp_path / "20.pth.tar")
     assert torch.equal(pseudo.labels, with_them.labels)
     assert without["20"]["precision"] == whole["20"]["precision"]
@@ -315,13 +315,13 @@ def test_choices_of_search_and_solver_reach_the_graph(features, tmp_path, monkey
         asked.update(choices)
         raise ValueError("enough")
 
-    monkeypatch.setattr("lib.propagation.algorithms.nearest_neighbors", found)
+    monkeypatch.setattr("lib.propagation.embedding_graph.nearest_neighbors", found)
     words = ("--features", features, "--save-path", tmp_path, "--num-labeled", 20)
     with pytest.raises(ValueError, match="enough"):
         call(*words, "--search", "ivf", "--search-precision", "bf16", "--block-mib", 7)
     assert (asked["method"], asked["precision"], asked["block_bytes"]) == ("ivf", "bf16", 7 * 2**20)
     monkeypatch.undo()
-    monkeypatch.setattr("lib.propagation.algorithms.laplacian_spectrum", found)
+    monkeypatch.setattr("lib.propagation.embedding_graph.laplacian_spectrum", found)
     with pytest.raises(ValueError, match="enough"):
         call(*words, "--solver", "block", "--basis-mib", 9)
     assert (asked["solver"], asked["basis_bytes"]) == ("block", 9 * 2**20)
@@ -338,10 +338,10 @@ def test_choices_of_search_and_solver_reach_the_graph(features, tmp_path, monkey
 def test_parameters_of_a_filter_reach_it(features, tmp_path, words, parameters):
     common = ("--features", features, "--method", "filter", "--num-labeled", 20)
     call(*common, *words, "--save-path", tmp_path)
-    made = pseudo_labels.load(tmp_path / "20.pth.tar")
+    made = pseudo_files.load(tmp_path / "20.pth.tar")
     assert parameters.items() <= made.meta["propagation"].items()
     call(*common, "--save-path", tmp_path / "default")
-    default = pseudo_labels.load(tmp_path / "default" / "20.pth.tar")
+    default = pseudo_files.load(tmp_path / "default" / "20.pth.tar")
     assert not torch.equal(made.confidence, default.confidence)
 
 
@@ -349,7 +349,7 @@ def test_the_report_shows_a_sheet_of_every_class(features, tmp_path, capsys):
     words = ("--features", features, "--dataset", "patches", "--method", "knn")
     call(*words, "--num-labeled", 50, "--save-path", tmp_path, "--report")
     page = (tmp_path / "report.html").read_text()
-    pseudo = pseudo_labels.load(tmp_path / "50.pth.tar")
+    pseudo = pseudo_files.load(tmp_path / "50.pth.tar")
     for label in pseudo.labels.unique().tolist():
         file = f"sheets_50/class_{label:04d}.png"
         assert f'src="{file}"' in page
@@ -399,7 +399,7 @@ def test_parameters_are_checked_before_features_are_made(tmp_path, words):
 
 def test_frames_of_a_sheet_tell_right_from_wrong(features, tmp_path):
     call("--features", features, "--method", "knn", "--save-path", tmp_path, "--num-labeled", 20)
-    pseudo = pseudo_labels.load(tmp_path / "20.pth.tar")
+    pseudo = pseudo_files.load(tmp_path / "20.pth.tar")
     data, _ = build_datasets("patches", "")
     members = pseudo.indexes[pseudo.labels == 3]
     sheet = page.contact_sheet(pseudo, data, 3, shown=1)
@@ -430,8 +430,6 @@ def test_the_script_runs_in_a_process_of_its_own_from_any_folder(features, tmp_p
         (("--features", "F", "--method", "knn", "--alpha", "0.5"), "no parameter alpha"),
         (("--features", "F", "--method", "auto", "--alpha", "0.5"), "auto has no parameter alpha"),
         (("--features", "F", "--method", "filter", "--power", "2"), "has no parameter power"),
-        (("--features", "F", "--basis-mib", "0"), "--basis-mib 0"),
-        (("--features", "F", "--chunks", "0"), "--chunks 0"),
         (("--features", "F", "--chunks", "2", "--graph-file", "g"), "--graph-file"),
     ],
 )
@@ -465,5 +463,5 @@ def test_class_names_go_into_the_files_and_images_are_read_at_the_size_of_traini
     words = (*words, "--data-dir", tmp_path / "pictures", "--num-labeled", 8, "--chunks", 2)
     call(*words, "--save-path", tmp_path)
     assert asked == [24]
-    for part in pseudo_labels.load_chunks(tmp_path / "num_labeled_8"):
+    for part in pseudo_files.load_chunks(tmp_path / "num_labeled_8"):
         assert part.meta["classes"] == ["blue", "gray", "green", "red"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_ok, assert_refused, run_script
 
-from lib.cli.options import load_script
-from lib.labels import pseudo_labels
+from lib.cli.start import load_script
+from lib.labels import pseudo_files
 
 quickstart = load_script("scripts/quickstart.py")
 
@@ -41,11 +41,11 @@ def test_every_file_on_the_way_is_left(small):
         assert (output / name).stat().st_size > 1000
     for algorithm in ("knn", "nc"):
         folder = output / "pseudos" / f"{algorithm}-split0"
-        assert len(pseudo_labels.load(folder / "20.pth.tar").labels) == 2980
+        assert len(pseudo_files.load(folder / "20.pth.tar").labels) == 2980
         executed = json.loads((folder / f"{algorithm}.ipynb").read_text())
         assert any(cell.get("outputs") for cell in executed["cells"])
     clamped = quickstart.pseudo_file(output, "nc-clamped", 20, 0)
-    assert pseudo_labels.load(clamped).meta["propagation"] == {"method": "nc", "clamp": True}
+    assert pseudo_files.load(clamped).meta["propagation"] == {"method": "nc", "clamp": True}
     for kind in quickstart.TRAINED:
         assert (output / "finetune" / f"{kind}-20-split0" / "ckpt.pth.tar").is_file()
 
@@ -57,19 +57,25 @@ def test_the_other_splits_get_what_the_notebooks_write_for_the_first(small, tmp_
     )
     quickstart.spread(metric, [20], range(1), tmp_path)
     for algorithm in ("knn", "nc"):
-        first = pseudo_labels.load(quickstart.pseudo_file(output, algorithm, 20, 0))
-        again = pseudo_labels.load(quickstart.pseudo_file(tmp_path, algorithm, 20, 0))
+        first = pseudo_files.load(quickstart.pseudo_file(output, algorithm, 20, 0))
+        again = pseudo_files.load(quickstart.pseudo_file(tmp_path, algorithm, 20, 0))
         assert first.indexes.tolist() == again.indexes.tolist()
         assert first.labels.tolist() == again.labels.tolist()
 
 
-@pytest.mark.parametrize("words", [("--epochs", 0), ("--num-labeled", 10, 15)])
-def test_impossible_numbers_are_refused_before_anything_is_deleted(tmp_path, words):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--epochs", 0), "--epochs: must be positive, not 0"),
+        (("--num-labeled", 10, 15), "--num-labeled 15"),
+    ],
+)
+def test_impossible_numbers_are_refused_before_anything_is_deleted(tmp_path, words, message):
     kept = tmp_path / "metric" / "kept"
     kept.parent.mkdir()
     kept.write_text("x")
     result = run_script("scripts/quickstart.py", *words, "--output", tmp_path)
-    assert_refused(result, f"{words[0]} {words[-1]}")
+    assert_refused(result, message)
     assert kept.is_file()
 
 

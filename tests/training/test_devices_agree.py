@@ -1,5 +1,7 @@
 """What a device computes against naive float64 on the CPU: on a GPU where there is one, else on the CPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,14 @@ from lib.graph.knn import classify
 from lib.graph.neighbors import nearest_neighbors
 from lib.labels.split import labeled_split
 from lib.loading.batches import Batches
+from lib.objectives.classification import Classification
+from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.propagation import EmbeddingGraph, propagate
 from lib.runtime.devices import Device
 from lib.runtime.seeding import generator
-from lib.training import engine
+from lib.training.optimizer import sgd
+from lib.training.step import train_steps
 from models import build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,12 +88,10 @@ def test_twenty_steps_end_near_those_of_float64(bf16):
         ops = Augmentation(finetune_ops(), data.stats)
         batches = Batches(data, ops, device, batch_size=16)
         items = [batch for epoch in range(7) for batch in batches.epoch(epoch)][:20]
-        items = [
-            type(b)(b.images.to(dtype), b.indexes, b.first, b.total) for b in items
-        ]  # the same pixels
-        sgd = engine.sgd(model.parameters(), 0.01, 5e-4)
-        parts = bank, build_loss(0, 0.1, bf16=device.bf16), sgd, items
-        steps = list(engine.pretrain(model, *parts, lambda _: 0.01, device, first_step=0))
+        items = [replace(b, views=(b.images.to(dtype),)) for b in items]  # the same pixels
+        optimizer = sgd(model.parameters(), 0.01, 5e-4)
+        objective = InstanceDiscrimination(bank, build_loss(0, 0.1, bf16=device.bf16))
+        steps = list(train_steps(model, objective, optimizer, items, lambda _: 0.01, device))
         losses = torch.stack([step.loss for step in steps])
         return losses.cpu().double(), bank.memory.cpu().double()
 
@@ -146,16 +149,14 @@ def test_the_loop_never_waits_for_a_gpu(phase):
     model = device.prepare(build_model("wrn-10-1", 8, normalize=phase == 1))
     ops = instance_ops() if phase == 1 else finetune_ops()
     batches = Batches(data, Augmentation(ops, data.stats), device, batch_size=8)
-    sgd = engine.sgd(model.parameters(), 0.1, 5e-4)
     if phase == 1:
-        bank = MemoryBank(len(data), 8).to(DEVICE)
-        parts = bank, build_loss(0, 0.1), sgd, batches.epoch(0)
-        steps = engine.pretrain(model, *parts, lambda _: 0.1, device, first_step=0)
+        objective = InstanceDiscrimination(MemoryBank(len(data), 8), build_loss(0, 0.1))
+        items = batches.epoch(0)
     else:
-        stream = batches.stream(torch.arange(len(data)), 0, 12)
-        about = data.targets, torch.ones(len(data)), lambda _: 0.1, device
-        criterion = nn.CrossEntropyLoss(reduction="none")
-        steps = engine.finetune(model, criterion, sgd, stream, *about, first_step=0)
+        objective = Classification(data.targets, torch.ones(len(data)))
+        items = batches.repeat(torch.arange(len(data)), 0, 12)
+    optimizer = sgd(model.parameters(), 0.1, 5e-4)
+    steps = train_steps(model, objective.to(DEVICE), optimizer, items, lambda _: 0.1, device)
     next(steps)
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")

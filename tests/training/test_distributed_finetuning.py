@@ -20,9 +20,12 @@ from datasets.images import CIFAR10_STATS, UNKNOWN, ImageSet
 from datasets.transforms import Augmentation, finetune_ops
 from lib.files import checkpoint
 from lib.loading.batches import Batches
+from lib.objectives.classification import Classification
 from lib.runtime import distributed
 from lib.runtime.devices import Device
-from lib.training import engine
+from lib.training.evaluation import evaluate
+from lib.training.optimizer import sgd
+from lib.training.step import train_steps
 from models import build_model
 
 __all__ = ["world"]  # the fixture
@@ -64,13 +67,13 @@ def trained(model: nn.Module, iter_size: int) -> list[float]:
     augmentation = Augmentation(finetune_ops(), data.stats)
     batches = Batches(data, augmentation, CPU, batch_size=12 // iter_size)
     weights = torch.linspace(0.2, 1, NUM_IMAGES)
-    steps = engine.finetune(
+    steps = train_steps(
         distributed.wrap_ddp(model),
-        nn.CrossEntropyLoss(reduction="none"),
-        engine.sgd(model.parameters(), 0.05, 5e-4),
-        batches.stream(torch.arange(NUM_IMAGES), 0, STEPS * iter_size),
-        *(data.targets, weights, lambda step: 0.05 / (1 + step), CPU),
-        first_step=0,
+        Classification(data.targets, weights),
+        sgd(model.parameters(), 0.05, 5e-4),
+        batches.repeat(torch.arange(NUM_IMAGES), 0, STEPS * iter_size),
+        lambda step: 0.05 / (1 + step),
+        CPU,
         iter_size=iter_size,
     )
     return [float(step.loss) for step in steps]
@@ -97,12 +100,12 @@ def experiment() -> dict[str, Any]:
     if not distributed.is_main():
         model.bn1.running_mean.fill_(3.0)
     data = images()
-    found["test"] = engine.evaluate(model, data, CPU)
+    found["test"] = evaluate(model, data, CPU)
     data.targets[::2] = UNKNOWN
-    found["half"] = engine.evaluate(model, data, CPU)
+    found["half"] = evaluate(model, data, CPU)
     found["statistics"] = distributed.all_gather_rows(model.bn1.running_mean[None])
     one = ImageSet("one", data.images[1:2], data.targets[1:2], data.classes, data.stats)
-    found["one image"] = engine.evaluate(model, one, CPU)
+    found["one image"] = evaluate(model, one, CPU)
     return found
 
 
@@ -141,12 +144,13 @@ def test_the_gradients_of_two_batches_make_the_step_of_their_union():
     for iter_size in (1, 2, 3):
         model = Network(torch.float64)
         batches = Batches(data, plain, CPU, batch_size=12 // iter_size)
-        steps = engine.finetune(
+        steps = train_steps(
             model,
-            nn.CrossEntropyLoss(reduction="none"),
-            engine.sgd(model.parameters(), 0.05, 5e-4),
-            batches.stream(torch.arange(NUM_IMAGES), iter_size * 2, iter_size * 6),
-            *(data.targets, torch.ones(NUM_IMAGES), lambda _: 0.05, CPU),
+            Classification(data.targets, torch.ones(NUM_IMAGES)),
+            sgd(model.parameters(), 0.05, 5e-4),
+            batches.repeat(torch.arange(NUM_IMAGES), iter_size * 2, iter_size * 6),
+            lambda _: 0.05,
+            CPU,
             first_step=2,
             iter_size=iter_size,
         )

@@ -19,16 +19,18 @@ from torch import nn
 
 from datasets.images import ImageSet
 from datasets.transforms import Augmentation, instance_ops
-from lib.cli import options
-from lib.cli.options import load_script
+from lib.cli import checks
+from lib.cli.start import load_script
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.graph import knn
 from lib.loading.batches import Batches
+from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import distributed
 from lib.runtime.devices import Device
-from lib.training import engine
+from lib.training.optimizer import sgd
+from lib.training.step import train_steps
 from models import build_model
 
 CPU = Device(torch.device("cpu"), bf16=False)
@@ -68,7 +70,7 @@ def noise(n=103, seed=0):
 
 
 def in_format(batches, dtype):
-    return (replace(batch, images=batch.images.to(dtype)) for batch in batches)
+    return (replace(batch, views=(batch.images.to(dtype),)) for batch in batches)
 
 
 def several_epochs(batches, num_batches):
@@ -82,12 +84,13 @@ def train(loss, batch_size, iter_size, dtype, steps=STEPS, ops=None):
     model = Frozen().to(dtype)
     bank = MemoryBank(103, 8).to(dtype)
     criterion = build_loss(temperature=0.2, z_momentum=0.9, **LOSSES[loss])
-    optimizer = engine.sgd(model.parameters(), 0.05, 5e-4)
+    optimizer = sgd(model.parameters(), 0.05, 5e-4)
     augmentation = Augmentation(instance_ops() if ops is None else ops, STATS)
     batches = Batches(noise(), augmentation, CPU, batch_size=batch_size)
     taken = in_format(several_epochs(batches, steps * iter_size), dtype)
-    parts = (distributed.wrap_ddp(model), bank, criterion, optimizer, taken, lambda _: 0.05, CPU)
-    done = list(engine.pretrain(*parts, first_step=0, iter_size=iter_size))
+    objective = InstanceDiscrimination(bank, criterion)
+    parts = (distributed.wrap_ddp(model), objective, optimizer, taken, lambda _: 0.05, CPU)
+    done = list(train_steps(*parts, iter_size=iter_size))
     losses = torch.stack([step.loss for step in done])
     return {"net": model.state_dict(), "bank": bank.memory, "losses": losses}
 
@@ -109,13 +112,13 @@ def work(folder):
     results["one row"] = statistics_of_one_row()
     for name, case in zip(IDS, CASES, strict=True):
         results[name] = train(*case)
-    torch.save(results, Path(folder) / f"{distributed.share().rank}.pth.tar")
+    torch.save(results, Path(folder) / f"{distributed.rank()}.pth.tar")
     return 0
 
 
 def buffers_of_rank_0():
     model = nn.BatchNorm2d(3)
-    model.running_mean.fill_(distributed.share().rank + 5)
+    model.running_mean.fill_(distributed.rank() + 5)
     distributed.share_buffers(model)
     return model.running_mean
 
@@ -126,9 +129,10 @@ def statistics_of_one_row():
     model, bank = build_model("wrn-10-1", 8, normalize=True), MemoryBank(1, 8)
     before = [buffer.clone() for buffer in model.buffers()]
     batches = Batches(noise(1), Augmentation((), STATS), CPU, batch_size=1).epoch(0)
-    optimizer = engine.sgd(model.parameters(), 0.05, 5e-4)
-    parts = (distributed.wrap_ddp(model), bank, build_loss(0, 0.2), optimizer, batches)
-    list(engine.pretrain(*parts, lambda _: 0.05, CPU, first_step=0))
+    optimizer = sgd(model.parameters(), 0.05, 5e-4)
+    objective = InstanceDiscrimination(bank, build_loss(0, 0.2))
+    parts = (distributed.wrap_ddp(model), objective, optimizer, batches)
+    list(train_steps(*parts, lambda _: 0.05, CPU))
     return {"before": before, "after": list(model.buffers()), "training": model.training}
 
 
@@ -213,16 +217,11 @@ def test_a_short_step_counts_each_image_once():
     def step(batch_size, iter_size):
         torch.manual_seed(0)
         model, bank = Frozen().double(), MemoryBank(7, 8).double()
-        optimizer = engine.sgd(model.parameters(), 0.05, 0.0)
+        optimizer = sgd(model.parameters(), 0.05, 0.0)
         batches = Batches(noise(7), Augmentation((), STATS), CPU, batch_size=batch_size)
-        parts = (
-            model,
-            bank,
-            build_loss(0, 0.2),
-            optimizer,
-            in_format(batches.epoch(0), torch.double),
-        )
-        (done,) = engine.pretrain(*parts, lambda _: 0.05, CPU, first_step=0, iter_size=iter_size)
+        objective = InstanceDiscrimination(bank, build_loss(0, 0.2))
+        parts = (model, objective, optimizer, in_format(batches.epoch(0), torch.double))
+        (done,) = train_steps(*parts, lambda _: 0.05, CPU, iter_size=iter_size)
         return model.state_dict(), done
 
     (parts, accumulated), (whole, single) = step(4, 2), step(7, 1)
@@ -261,11 +260,11 @@ def test_two_processes_speak_with_one_voice(pictures, tmp_path):
 
 
 def test_a_batch_that_the_processes_cannot_share_equally_is_refused(monkeypatch):
-    monkeypatch.setattr(options.distributed, "share", lambda: distributed.Share(0, 4))
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     parse = load_script("unsupervised/cifar.py").build_parser().parse_args
-    options.check_common(parse(["-b", "12"]))
+    checks.check_common(parse(["-b", "12"]))
     with pytest.raises(ValueError, match=r"--batch-size 15.* 4 processes; take 12"):
-        options.check_common(parse(["-b", "15"]))
+        checks.check_common(parse(["-b", "15"]))
 
 
 @pytest.mark.slow

@@ -32,16 +32,23 @@ from runs import (
     run_shell,
     scalars,
     without_meta,
+    world,
 )
 
 from datasets import build_datasets
-from lib.cli import options
+from lib.cli import declared
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import pseudo_files
 from lib.loading.batches import Batch
-from lib.training import engine
+from lib.objectives.classification import Classification
 from lib.training import finetuning as shared
+from lib.training import training_set
+from lib.training.optimizer import sgd, trainable
+from lib.training.state import Checkpoints
+from lib.training.step import train_steps
 from models import build_model
+
+__all__ = ["world"]  # the fixture
 
 
 @pytest.fixture
@@ -68,8 +75,8 @@ def examples_of(world: Path, *words: object) -> Any:
     data = ("--dataset", "folder", "--data-dir", world / "pictures", "--num-labeled", LABELS)
     args = finetuning.build_parser().parse_args([str(w) for w in (*data, *words)])
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
-    parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return shared.choose_training_set(train, parts, options.values(args, shared.Settings))
+    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    return training_set.choose_training_set(train, parts, declared.values(args, shared.Settings))
 
 
 def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp_path):
@@ -116,14 +123,14 @@ def test_with_a_pseudo_file_the_same_images_are_labeled_and_keep_their_true_labe
     baseline = examples_of(world)
     assert torch.equal(examples.indexes[:LABELS], baseline.indexes)
     assert torch.equal(examples.labels[:LABELS], baseline.labels)
-    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     assert torch.equal(examples.indexes[LABELS:], pseudo.indexes)
     assert torch.equal(examples.labels[LABELS:], pseudo.labels)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
 def test_pseudo_ratio_takes_the_most_confident_share_of_one_global_ranking(world, ratio):
-    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     examples = examples_of(
         world, "--pseudo-file", world / "pseudo.pth.tar", "--pseudo-ratio", ratio
     )
@@ -132,7 +139,7 @@ def test_pseudo_ratio_takes_the_most_confident_share_of_one_global_ranking(world
 
 
 def test_class_balanced_takes_the_share_of_each_class(world):
-    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     words = ("--pseudo-file", world / "pseudo.pth.tar", "--pseudo-ratio", 0.5, "--class-balanced")
     examples = examples_of(world, *words)
     for label in range(4):
@@ -142,7 +149,7 @@ def test_class_balanced_takes_the_share_of_each_class(world):
 
 
 def test_confidence_weighted_gives_pseudo_labels_their_confidence_and_true_labels_one(world):
-    pseudo = pseudo_labels.load(world / "pseudo.pth.tar")
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     file = ("--pseudo-file", world / "pseudo.pth.tar")
     assert examples_of(world, *file).weights.eq(1).all()
     weights = examples_of(world, *file, "--confidence-weighted").weights
@@ -159,12 +166,13 @@ def test_a_weight_multiplies_its_own_example_in_the_loss():
         log_p = model(images).log_softmax(dim=1)
     losses = [-float(log_p[row, labels[p]] * weights[p]) for row, p in enumerate(positions)]
     step = next(
-        engine.finetune(
-            *(model, torch.nn.CrossEntropyLoss(reduction="none")),
-            engine.sgd(model.parameters(), 0.1, 0.0),
-            [(Batch(images, torch.arange(4)), positions)],
-            *(labels, weights, lambda _: 0.1, CPU),
-            first_step=0,
+        train_steps(
+            model,
+            Classification(labels, weights),
+            sgd(model.parameters(), 0.1, 0.0),
+            [Batch((images,), torch.arange(4), positions=positions)],
+            lambda _: 0.1,
+            CPU,
             head_only=True,  # evaluation mode, so that the closed form above holds
         )
     )
@@ -177,7 +185,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(finetune, world, tmp_path, star
     words += ("--pseudo-file", world / "pseudo.pth.tar", "--confidence-weighted")
     metric = ("--resume", world / "metric.pth.tar") if start == "metric" else ()
     whole = finetune(*words, *metric, name="whole")
-    with interrupted(shared, "save", 3):
+    with interrupted(Checkpoints, "save", 3):
         finetune(*words, *metric, name="cut")
     file = tmp_path / "cut" / "e" / "ckpt.pth.tar"
     assert checkpoint.load_dict(file)["step"] == 6
@@ -222,6 +230,16 @@ def test_a_run_stopped_between_two_lines_of_the_log_logs_them_as_the_uninterrupt
     finetune(*words, "--resume", "auto", name="cut")
     assert f"--resume auto takes {file}" in capsys.readouterr().out
     assert_same_run(whole, cut)
+
+
+def test_a_checkpoint_from_before_descriptions_goes_on_to_the_same_bits(finetune, world):
+    words = (*STOPPED, "--max-iters", 8, "--pseudo-file", world / "pseudo.pth.tar")
+    whole = finetune(*words, name="whole")
+    cut = finetune(*words, "--stop-after", 3, name="cut")
+    file = cut / "e" / "ckpt.pth.tar"
+    state = checkpoint.load_dict(file)
+    checkpoint.save({k: v for k, v in state.items() if k != "description"}, file)
+    assert_same_run(whole, finetune(*words, "--resume", file, name="cut"))
 
 
 def test_resume_auto_starts_afresh_where_there_is_no_checkpoint_and_says_so(finetune, capsys):
@@ -311,7 +329,7 @@ def test_class_names_travel_and_others_are_refused(finetune, tmp_path):
 
 
 def test_the_best_accuracy_is_remembered_on_resume(finetune, tmp_path):
-    with interrupted(shared, "save", 2):
+    with interrupted(Checkpoints, "save", 2):
         finetune("--eval-freq", 2)
     file, best = (tmp_path / "run" / "e" / f"ckpt.{x}pth.tar" for x in ("", "best."))
     checkpoint.save(checkpoint.load_dict(file) | {"best_acc": 101.0}, file)
@@ -411,8 +429,8 @@ def test_finetune_leaves_all_but_the_last_layer_bit_identical(finetune, world):
 
 def test_finetune_gives_the_frozen_layers_no_gradient():
     model = build_model("wrn-10-1", 4)
-    assert len(engine.trainable(model, head_only=False)) == len(list(model.parameters()))
-    assert engine.trainable(model, head_only=True) == [model.fc.weight, model.fc.bias]
+    assert len(trainable(model, head_only=False)) == len(list(model.parameters()))
+    assert trainable(model, head_only=True) == [model.fc.weight, model.fc.bias]
     model(torch.rand(2, 3, 16, 16)).sum().backward()
     with_gradient = [name for name, p in model.named_parameters() if p.grad is not None]
     assert with_gradient == ["fc.weight", "fc.bias"]

@@ -23,12 +23,13 @@ from runs import (
 
 from datasets import build_datasets
 from datasets.transforms import RandomHorizontalFlip, RandomResizedCrop
-from lib.cli import options
+from lib.cli import declared
 from lib.files import checkpoint
-from lib.labels import pseudo_labels
+from lib.labels import confidence, pseudo_files, pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
 from lib.training import finetuning as shared
+from lib.training import training_set
 from models import build_model
 
 imagenet = load_script("imagenet-semi.py")
@@ -111,7 +112,7 @@ def world(tmp_path_factory) -> Path:
     meta = {"data_digest": train.digest, "classes": list(train.classes)}
     for number, unlabeled in enumerate(cut_into_chunks(split, CHUNKS)):
         part = Split(split.labeled, unlabeled)
-        part = pseudo_labels.from_probabilities(votes, part, meta)
+        part = confidence.from_probabilities(votes, part, meta)
         save_part(part, root, LABELS, number, CHUNKS)
     weights = build_model("resnet18", 128, imagenet=True, normalize=True).state_dict()
     metric = {
@@ -154,18 +155,18 @@ def chunks_of(world: Path) -> Path:
     return world / f"num_labeled_{LABELS}"
 
 
-def examples_of(world: Path, *more: object) -> shared.TrainingSet:
+def examples_of(world: Path, *more: object) -> training_set.TrainingSet:
     """What a command line would train on."""
     line = ["--data-dir", world / "pictures", "--num-labeled", LABELS, *more]
     args = imagenet.build_parser().parse_args([str(w) for w in line])
     train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
-    parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return shared.choose_training_set(train, parts, options.values(args, shared.Settings))
+    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    return training_set.choose_training_set(train, parts, declared.values(args, shared.Settings))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
 def test_chunks_are_one_ranking_or_an_equal_share_of_each(world, ratio):
-    parts = [pseudo_labels.load(chunks_of(world) / f"3_{i}.pth.tar") for i in range(CHUNKS)]
+    parts = [pseudo_files.load(chunks_of(world) / f"3_{i}.pth.tar") for i in range(CHUNKS)]
     everything = [
         (float(-c), int(i), int(y))
         for part in parts
@@ -188,8 +189,8 @@ def test_chunks_are_one_ranking_or_an_equal_share_of_each(world, ratio):
 
 
 def test_a_single_file_is_the_ranking_of_its_chunks(world, tmp_path):
-    merged = pseudo_labels.merged(pseudo_labels.load_chunks(chunks_of(world)))
-    pseudo_labels.save(merged, tmp_path / "8.pth.tar")
+    merged = pseudo_labels.merged(pseudo_files.load_chunks(chunks_of(world)))
+    pseudo_files.save(merged, tmp_path / "8.pth.tar")
     one, many = (
         examples_of(world, *where, "--pseudo-ratio", 0.5, "--confidence-weighted")
         for where in (("--pseudo-file", tmp_path / "8.pth.tar"), ("--pseudo-dir", chunks_of(world)))
@@ -229,10 +230,16 @@ def test_multi_step_drops_to_a_tenth_at_three_and_at_six_sevenths(finetune):
 
 
 def test_the_augmentation_is_that_of_imagenet_classifiers(finetune, monkeypatch):
-    seen = []
-    monkeypatch.setattr(shared, "train", lambda run, files, ops, **words: seen.append((ops, words)))
-    finetune()
-    ((crop, flip), _) = seen[0]
+    class SeenError(Exception):
+        pass
+
+    def seen(ops, *_, **__):
+        raise SeenError(*ops)
+
+    monkeypatch.setattr(imagenet, "Augmentation", seen)
+    with pytest.raises(SeenError) as caught:
+        finetune()
+    crop, flip = caught.value.args
     assert isinstance(crop, RandomResizedCrop)
     assert (crop.min_scale, crop.max_scale) == (0.08, 1)
     assert isinstance(flip, RandomHorizontalFlip)
@@ -301,10 +308,8 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_uninterrupted_one_bit_for_
         (("--pretrained", "/nowhere/c.pth.tar"), "--pretrained /nowhere/c.pth.tar: there is no"),
         (("--pseudo-dir", "CHUNKS", "--pseudo-file", "CHUNKS"), "name one of them"),
         (("--pseudo-dir", "CHUNKS", "--num-labeled", 12), "made with 8 labeled images"),
-        (("--pseudo-dir", "/nowhere"), "/nowhere is no folder"),
+        (("--pseudo-dir", "/nowhere"), "/nowhere is not a folder"),
         (("--arch", "wrn-28-2"), "--arch wrn-28-2: take one of resnet18"),
-        (("--iter-size", 0), "--iter-size 0: must be positive"),
-        (("--stop-after", -1), "--stop-after -1: must not be negative"),
         (("--eval",), "--eval measures a checkpoint"),
         (("--eval", "--resume", "auto"), "this run has none yet"),
         (("--eval", "--resume", "METRIC"), "metric of phase 1"),

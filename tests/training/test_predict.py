@@ -14,7 +14,7 @@ from runs import call, make_folder
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.files import checkpoint
 from lib.files.atomic import write_whole
 from lib.report import page
@@ -89,7 +89,7 @@ def test_batches_and_blocks_change_nothing(world, tmp_path, monkeypatch):
 def test_a_gray_classifier_reads_gray_pictures(world, tmp_path):
     file = classifier_file(tmp_path / "gray.pth.tar", channels=1)
     classifier = prediction.load_classifier(file)
-    assert classifier.gray
+    assert classifier.description.is_gray
     words = ("--checkpoint", file, "--images", world / "pictures", "--output", tmp_path / "o.csv")
     call(predict, *words)
     assert (
@@ -102,9 +102,9 @@ def test_a_classifier_of_the_imagenet_kind_sees_the_center_of_a_larger_picture(w
     words = ("--checkpoint", file, "--images", world / "pictures" / "test", "--precision", "fp32")
     call(predict, *words, "--output", tmp_path / "o.csv", "-j", 0)
     classifier = prediction.load_classifier(file)
-    assert (classifier.from_files, classifier.image_size) == (True, 64)
+    assert (classifier.description.has_margin, classifier.description.image_size) == (True, 64)
     model = classifier.model.eval()
-    mean, std = (np.array(s) for s in classifier.stats)
+    mean, std = (np.array(s) for s in (classifier.description.mean, classifier.description.std))
     for row in rows_of(tmp_path / "o.csv")[:4]:
         with Image.open(world / "pictures" / "test" / row["path"]) as file:
             picture = file.resize((73, 73), Image.Resampling.BILINEAR).crop((4, 4, 68, 68))
@@ -121,7 +121,7 @@ def test_a_classifier_of_the_imagenet_kind_sees_the_center_of_a_larger_picture(w
 )
 def test_pictures_are_normalized_as_those_of_the_training_set(tmp_path, dataset, first_mean):
     file = classifier_file(tmp_path / "ckpt.pth.tar", dataset=dataset)
-    assert prediction.load_classifier(file).stats[0][0] == first_mean
+    assert prediction.load_classifier(file).description.mean[0] == first_mean
 
 
 def test_a_published_classifier_needs_the_name_of_its_network_only(world, tmp_path):
@@ -131,7 +131,10 @@ def test_a_published_classifier_needs_the_name_of_its_network_only(world, tmp_pa
     with pytest.raises(ValueError, match="--architecture"):
         prediction.load_classifier(tmp_path / "bare.pth.tar")
     classifier = prediction.load_classifier(tmp_path / "bare.pth.tar", "wrn-10-1")
-    assert (classifier.classes, classifier.image_size) == (("0", "1", "2", "3"), 32)
+    assert (classifier.description.classes, classifier.description.image_size) == (
+        ("0", "1", "2", "3"),
+        32,
+    )
 
 
 def test_names_that_need_quotes_come_back_from_the_table():
@@ -161,12 +164,12 @@ def test_outputs_that_are_no_numbers_are_refused(world, tmp_path):
 
 def test_the_report_shows_every_class_that_was_found(world, tmp_path):
     rows = run(world, tmp_path / "out.csv", "--report")
-    page = (tmp_path / "out.html").read_text()
+    html = (tmp_path / "out.html").read_text()
     for name in {row["class"] for row in rows}:
         count = sum(row["class"] == name for row in rows)
         file = f"out_sheets/class_{CLASSES.index(name):04d}.png"
-        assert f"{name} ({count} images)" in page
-        assert f'src="{file}"' in page
+        assert f"{name} ({count} images)" in html
+        assert f'src="{file}"' in html
         pixels = np.asarray(Image.open(tmp_path / file), dtype=float)
         assert pixels.std() > 20
         assert (pixels == page.UNCLEAR).all(axis=2).any()  # framed as unknown
@@ -175,7 +178,8 @@ def test_the_report_shows_every_class_that_was_found(world, tmp_path):
 
 def test_large_pictures_are_small_on_a_contact_sheet(world):
     classifier = prediction.load_classifier(world / "ckpt.pth.tar")
-    data = prediction.pictures(world / "pictures" / "test", replace(classifier, image_size=224))
+    large = replace(classifier, description=replace(classifier.description, image_size=224))
+    data = prediction.pictures(world / "pictures" / "test", large)
     everything = prediction.Predictions(torch.zeros(20, 1).long(), torch.ones(20, 1))
     sheet = page.contact_sheet(everything.as_pseudo_labels(), data, 0)
     side = page.MOST_SIDE + 6 + 2  # its frame, and the gap to the next
@@ -218,7 +222,6 @@ def test_bad_words_end_in_one_message(world, tmp_path):
         ({"--checkpoint": metric}, "metric of phase 1"),
         ({"--checkpoint": other}, "holds no network that this project builds"),
         ({"--checkpoint": tmp_path / "broken.pth.tar"}, "cannot be read"),
-        ({"--top": 0}, "--top 0"),
         ({"--output": tmp_path}, "is a folder"),
     ]:
         options = {"--output": tmp_path / "out.csv"} | given | words

@@ -26,13 +26,15 @@ from runs import (
 
 import lib.training.pretraining
 from datasets import build_datasets
-from lib.cli import options
+from lib.cli import start
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.objectives import memory_bank
 from lib.runtime.devices import Device
-from lib.training import engine
 from lib.training import pretraining as loop
+from lib.training import state, step
+from lib.training.state import Checkpoints
+from lib.training.step import require_finite
 from models import build_model
 
 
@@ -140,10 +142,14 @@ def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatc
     # cut off between the two, a resume from the older last repeats the epoch; the other way round the
     # best would be lost for good
     written = []
-    monkeypatch.setattr(loop.checkpoint, "save", lambda state, path: written.append(path.name))
-    files = loop.Files(tmp_path, "last", "best", tmp_path, {}, numbered="{epoch}", save_freq=2)
-    loop.save({}, files, is_best=True, epoch=2)
-    loop.save({}, files, is_best=False, epoch=3)
+    monkeypatch.setattr(state.checkpoint, "save", lambda _, path: written.append(path.name))
+    monkeypatch.setattr(state.TrainState, "state_dict", lambda _: {})
+    files = Checkpoints(tmp_path, "last", "best", numbered="{epoch}", save_freq=2)
+    network = torch.nn.Linear(2, 2)
+    run = state.TrainState(network, network, None, None, None, {}, epoch=2)
+    files.save(run, is_best=True, end_of_epoch=True)
+    run.epoch = 3
+    files.save(run, is_best=False, end_of_epoch=True)
     assert written == ["best", "2", "last", "last"]
 
 
@@ -298,7 +304,7 @@ def test_test_only_needs_the_weights_alone(pretrain, pictures, tmp_path, capsys)
 
 def test_test_only_trains_nothing(pretrain, monkeypatch):
     folder = pretrain("--epochs", 1)
-    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(pretraining, "train_steps", lambda *_, **__: pytest.fail("training began"))
     pretrain("--epochs", 1, "--test-only", "--resume", folder / "ckpt.cifar.pth.tar")
 
 
@@ -335,7 +341,7 @@ def test_divergence_ends_the_process_with_one_message_and_exit_code_1(
     words = ("--dataset", "folder", "--data-dir", pictures, *TINY, "--lr", 1e30, *files)
     monkeypatch.setattr(sys, "argv", ["cifar.py", *map(str, words)])
     with pytest.raises(SystemExit) as exit_:
-        options.run(pretraining.main, pretraining.build_parser())
+        start.run(pretraining.main, pretraining.build_parser())
     assert exit_.value.code == 1
     assert "step 2 is not finite" in capsys.readouterr().err
     assert not list((tmp_path / "m").iterdir())
@@ -353,19 +359,19 @@ def test_weights_that_a_last_step_blew_up_are_not_saved(pretrain, tmp_path, stop
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_never_saved(number):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    engine.require_finite(3, model)
+    require_finite(3, model)
     model[1].running_var[1] = number
     with pytest.raises(FloatingPointError, match=r"1\.running_var is not finite after step 3"):
-        engine.require_finite(3, model)
+        require_finite(3, model)
 
 
 def test_a_gpu_is_not_waited_for_at_every_step_and_the_very_step_is_named():
-    watch = engine._LossWatch(Device(torch.device("cpu"), bf16=False))
-    watch._every = engine.CHECK_EVERY  # as on a GPU
-    for step in range(1, engine.CHECK_EVERY):
-        watch.see(torch.tensor(math.nan if step >= 7 else 1.0), step)
+    watch = step.LossWatch(Device(torch.device("cpu"), bf16=False))
+    watch._every = step.CHECK_EVERY  # as on a GPU
+    for number in range(1, step.CHECK_EVERY):
+        watch.see(torch.tensor(math.nan if number >= 7 else 1.0), number)
     with pytest.raises(FloatingPointError, match="step 7 "):
-        watch.see(torch.tensor(math.nan), engine.CHECK_EVERY)
+        watch.see(torch.tensor(math.nan), step.CHECK_EVERY)
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from conftest import ROOT, assert_ok, assert_refused, run_script
 from runs import assert_same, call, deterministic, log_lines, make_folder, without_meta
 
 from datasets import FileSet, build_datasets
-from lib.cli.options import load_script
+from lib.cli.start import load_script
 from lib.features import extraction
+from lib.features.networks import load_embedding
 from lib.files import checkpoint
 from lib.graph import knn
 from lib.loading.sampler import permutation
@@ -184,8 +185,8 @@ def test_pretrained_takes_weights_alone_and_the_last_layer_only_where_it_fits(fi
     expected = last(finished)["state_dict"]
     same, other = (build_model("resnet18", d, imagenet=True, normalize=True) for d in (128, 32))
     head = other.fc.weight.clone()
-    loop.load_backbone(same, source)
-    loop.load_backbone(other, source)
+    loop.load_pretrained(same, source)
+    loop.load_pretrained(other, source)
     assert_same(dict(same.state_dict()), dict(expected))
     assert torch.equal(other.layer4[1].conv2.weight, expected["layer4.1.conv2.weight"])
     assert torch.equal(other.fc.weight, head)
@@ -196,20 +197,20 @@ def test_pretrained_leaves_out_the_last_layer_of_a_classifier_even_where_it_has_
     classifier, model = (build_model("resnet18", 128, imagenet=True) for _ in range(2))
     head = model.fc.weight.clone()
     checkpoint.save({"state_dict": classifier.state_dict()}, tmp_path / "c.pth.tar")
-    loop.load_backbone(model, str(tmp_path / "c.pth.tar"))
+    loop.load_pretrained(model, str(tmp_path / "c.pth.tar"))
     assert torch.equal(model.conv1.weight, classifier.conv1.weight)
     assert torch.equal(model.fc.weight, head)
 
 
 def test_a_normalizer_that_is_not_finite_is_never_saved(pictures, tmp_path, monkeypatch):
-    begin = loop.start
+    build = loop.build_objective
 
     def broken(*words, **keywords):
-        run = begin(*words, **keywords)
-        run.criterion.register_buffer("spoiled", torch.tensor(math.nan))
-        return run
+        objective = build(*words, **keywords)
+        objective.loss.register_buffer("spoiled", torch.tensor(math.nan))
+        return objective
 
-    monkeypatch.setattr(imagenet.pretraining, "start", broken)
+    monkeypatch.setattr(imagenet.pretraining, "build_objective", broken)
     with pytest.raises(FloatingPointError, match="spoiled is not finite after step 1"):
         run(pictures, tmp_path, "--stop-after", 1)
     assert not list(tmp_path.glob("*.pth.tar"))
@@ -261,10 +262,6 @@ def test_a_run_stopped_within_an_epoch_and_resumed_by_auto_resume_ends_in_the_sa
         (("-e",), "name it with --resume"),
         (("--auto-resume", "--resume", "file"), "two checkpoints"),
         (("--start-epoch", 200), "last epoch is 199"),
-        (("-vb", 0), "--val-batch-size 0"),
-        (("--save-freq", -1), "--save-freq -1"),
-        (("--iter-size", 0), "--iter-size 0"),
-        (("--momentum", 1), "--momentum 1.0"),
         (("--nce-k", 52), "only 51 others"),
         (("--resume", "/nowhere/file"), "/nowhere/file"),
     ],
@@ -300,7 +297,7 @@ def test_features_of_such_a_checkpoint_come_from_the_files_at_the_size_of_traini
     words = {"dataset": "folder", "data_dir": pictures, "num_workers": 0, "device": CPU}
     found = extraction.load_or_extract(checkpoint_file=file, **words)
     train, _ = build_datasets("folder", pictures, image_size=40, in_memory=False)
-    model = extraction.load_embedding(file)
+    model = load_embedding(file)
     torch.testing.assert_close(found.features, extraction.extract(model, train, CPU))
     assert found.digest == train.digest
     again = extraction.load_or_extract(checkpoint_file=file, **words)
@@ -361,15 +358,12 @@ def test_twenty_random_interruptions_end_in_the_same_bits(pictures, tmp_path, wo
 
 def with_still_statistics(*words, **keywords):
     """The script's network, its BatchNorm as in evaluation: what is left is the same for any processes."""
-    model = build_network(*words, **keywords)
+    model = build_model(*words, **keywords)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
             module.train = lambda _=True, module=module: module
     return model
-
-
-build_network = loop.build_network
 
 
 class StillRun:
@@ -379,11 +373,11 @@ class StillRun:
         self.words = [str(word) for word in words]
 
     def __call__(self):
-        loop.build_network = with_still_statistics
+        imagenet.build_model = with_still_statistics
         try:
             call(imagenet, *self.words)
         finally:
-            loop.build_network = build_network
+            imagenet.build_model = build_model
         return 0
 
 

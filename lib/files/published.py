@@ -1,0 +1,141 @@
+"""Published checkpoints: the meaning of their keys, and a guess of the network that they do not describe.
+
+The scripts of 2019 wrote no description of a network. Only this module guesses one, from the names of
+entries, the shapes of weights and, in older files of this project, the recorded options.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from datasets.cifar import CIFAR
+from datasets.images import IMAGENET_STATS
+from datasets.patches import STATS as PATCHES_STATS
+from datasets.resizing import MARGIN
+from lib.files import description, weights
+from lib.files.description import CLASSIFIER, METRIC, Description
+from models.resnet import STEM
+
+BANK = "lemniscate"  # key of the memory bank of phase 1, which no classifier has
+HEADS = ("fc.weight", "linear.weight", "head.weight")
+SMALL_SIZE, IMAGENET_SIZE = 32, 224  # image sizes for a checkpoint that does not record its own
+DEFAULT_METRIC = "wrn-28-2"  # network of the published metrics for CIFAR, which do not name it
+STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHES_STATS}
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of the entries in a kind of checkpoint.
+
+    Attributes:
+        network: key of the weights.
+        best: key of the highest accuracy so far, written in addition to `best_acc`.
+        first_epoch: value of `epoch` after the first one, if epochs are counted.
+        architecture: key of the network's name, written in addition to `architecture`.
+    """
+
+    network: str
+    best: str = "best_acc"
+    first_epoch: int | None = None
+    architecture: str = "architecture"
+
+
+CIFAR_METRIC = Names("net", first_epoch=0)
+IMAGENET_METRIC = Names("state_dict", "best_prec1", first_epoch=1, architecture="arch")
+CLASSIFIERS = Names("net")
+
+
+def describe(
+    state: Mapping[str, Any],
+    source: str | Path,
+    architecture: str = "",
+    *,
+    unsaid: str = CLASSIFIER,
+) -> Description:
+    """Describe the network that a checkpoint of any phase holds.
+
+    Args:
+        source: the file, for messages.
+        architecture: name that replaces the one in the file, or stands in where it has none.
+        unsaid: kind of a file that gives no sign of its own, such as bare weights.
+
+    Raises:
+        ValueError: if the file's description is wrong, or it holds no network weights.
+    """
+    if description.KEY in state:
+        found = description.read(state[description.KEY], str(source))
+    else:
+        kind = METRIC if is_metric(state) else CLASSIFIER if "step" in state else unsaid
+        found = _guess(state, weights.model_weights(state, source), kind)
+    return replace(found, architecture=architecture or found.architecture)
+
+
+def is_metric(state: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is of phase 1: its last layer is an embedding."""
+    entry = state.get(description.KEY)
+    if isinstance(entry, Mapping) and "kind" in entry:
+        return entry["kind"] == METRIC
+    return BANK in state
+
+
+def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
+    """Return the memory bank of a checkpoint of phase 1, N x D float32, ours or a published module's.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    bank = state.get(BANK)
+    rows = bank.get("memory") if isinstance(bank, Mapping) else None
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+        raise ValueError(
+            f"{path} holds no memory bank (an entry `lemniscate` with `memory`, N x D)"
+        )
+    return rows.float()
+
+
+def class_names(state: Mapping[str, Any]) -> list[str]:
+    """Return the class names that a checkpoint records, or an empty list.
+
+    Raises:
+        ValueError: if the entry is not a list of names.
+    """
+    names = state.get("classes") or []
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError("the classes of a checkpoint are not a list of names")
+    return list(names)
+
+
+def recorded_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options of the run that wrote a checkpoint; empty if it records none."""
+    meta = state.get("meta")
+    options = meta.get("options") if isinstance(meta, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
+def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Description:
+    options, metric = recorded_options(state), kind == METRIC
+    name = state.get("architecture") or state.get("arch") or (DEFAULT_METRIC if metric else "")
+    stem = tensors.get("conv1.weight")
+    head = next((tensors[key] for key in HEADS if key in tensors), None)
+    imagenet = stem is not None and stem.shape[-1] == STEM
+    arguments: dict[str, Any] = {"normalize": metric, "imagenet": imagenet}
+    if head is not None:
+        arguments["out_features"] = len(head)
+    if stem is not None:
+        arguments["in_channels"] = stem.shape[1]
+    dataset = options.get("dataset", "folder" if imagenet else "cifar10")
+    size = int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE))
+    mean, std = STATS.get(dataset, IMAGENET_STATS)
+    return Description(
+        kind,
+        str(name),
+        arguments,
+        mean,
+        std,
+        size,
+        round(size * MARGIN) if imagenet and dataset == "folder" else size,
+        tuple(class_names(state)),
+    )

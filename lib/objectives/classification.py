@@ -1,0 +1,41 @@
+"""Supervised training on labels and pseudo-labels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.loading.batches import Batch
+from lib.objectives.objective import Network, Objective
+
+CRITERIA = ("CrossEntropyLoss", "MultiMarginLoss")  # classes of torch.nn
+
+
+class Classification(Objective):
+    """The weighted mean loss of the images of a batch (equation 6 of the paper).
+
+    Args:
+        labels: M class numbers, indexed by the `positions` of a batch.
+        weights: M weights of the images' losses: ones, or the confidence of pseudo-labels.
+        criterion: one of `CRITERIA`.
+    """
+
+    labels: Tensor
+    weights: Tensor
+
+    def __init__(self, labels: Tensor, weights: Tensor, criterion: str = CRITERIA[0]) -> None:
+        super().__init__()
+        self.register_buffer("labels", labels, persistent=False)  # checkpoints need no copy of them
+        self.register_buffer("weights", weights, persistent=False)
+        self.criterion = getattr(nn, criterion)(reduction="none")
+
+    def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        outputs = at_least_float32(network(batch.images))
+        losses = self.criterion(outputs, self.labels[batch.positions])
+        losses = losses * self.weights[batch.positions]
+        return {"loss": losses.sum() / batch.total}, None
+
+
+def at_least_float32(outputs: Tensor) -> Tensor:
+    """Cast outputs of lower precision to float32, so that a loss can be computed on them."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -1,0 +1,64 @@
+"""The interface of every objective that training minimizes."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib.loading.batches import Batch
+
+Network = Callable[[Tensor], Tensor]  # function from images to outputs, in the precision of the run
+
+
+class Objective(nn.Module):
+    """A loss of a batch, and the memory that it keeps from step to step.
+
+    The memory (a memory bank, a moving average) is held in buffers, which move to the device and into the
+    checkpoint. `forward` computes on the device alone, with shapes that depend on the batch size only, and
+    never makes the host wait.
+    """
+
+    def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
+        """Compute the losses of one batch.
+
+        Args:
+            network: function from B x C x S x S images to B x D outputs; runs under autocast.
+            batch: this process's rows of the batch.
+
+        Returns:
+            Losses by name, and the data of this batch that `after_step` needs. Training minimizes `loss`,
+            this process's part of the mean over the `batch.total` rows.
+        """
+        raise NotImplementedError
+
+    def after_step(self, kept: Sequence[Any]) -> None:
+        """Update the memory after the optimizer's step, from `forward`'s data of each of its batches."""
+
+    @property
+    def chance(self) -> float:
+        """Loss of outputs that know nothing; NaN where that is not a number known beforehand."""
+        return math.nan
+
+    @property
+    def bank_rows(self) -> Tensor | None:
+        """N x D memory bank of the training images' embeddings; None for a loss without one."""
+        return None
+
+    def flops_per_image(self) -> float:
+        """Count the floating point operations of the loss for one image, without the network's."""
+        return 0.0
+
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """Return the entries of a checkpoint that hold the memory, if there is any."""
+        state = self.state_dict()
+        return {"objective": state} if state else {}
+
+    def load_entries(self, state: Mapping[str, Any]) -> None:
+        """Restore the memory from the entries of `checkpoint_entries`.
+
+        Raises:
+            KeyError, RuntimeError: if an entry is missing or does not fit.
+        """
+        if self.state_dict():
+            self.load_state_dict(state["objective"])
