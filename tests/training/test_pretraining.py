@@ -304,7 +304,7 @@ def test_test_only_needs_the_weights_alone(pretrain, pictures, tmp_path, capsys)
 
 def test_test_only_trains_nothing(pretrain, monkeypatch):
     folder = pretrain("--epochs", 1)
-    monkeypatch.setattr(pretraining, "train_steps", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(pretraining, "Batches", lambda *_, **__: pytest.fail("training began"))
     pretrain("--epochs", 1, "--test-only", "--resume", folder / "ckpt.cifar.pth.tar")
 
 
