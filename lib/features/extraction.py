@@ -158,9 +158,7 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
 
 def _from_file(path: str | Path, dataset: str, data_dir: str, **reading: int) -> FeatureSet:
     features, targets, meta = read(path)
-    if (
-        targets is None
-    ):  # takes the labels of the data set, if it has as many images as there are rows
+    if targets is None:  # the data set gives the labels, if it has as many images as there are rows
         data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
         check(features, len(data), source=str(path))
         digest = data.portable_digest

@@ -26,9 +26,7 @@ from lib.runtime.seeding import address, generator
 LOADERS = ("device", "workers")
 FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 15 MB at 224 pixels
 
-Remaining = Callable[
-    [Tensor, Sequence[Tensor]], Tensor
-]  # part of the augmentation left to the device
+Remaining = Callable[[Tensor, Sequence[Tensor]], Tensor]  # augmentation that is left to the device
 
 
 @dataclass(frozen=True)
