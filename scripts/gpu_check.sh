@@ -18,6 +18,7 @@ cifar=${2:-}
 [ -z "$cifar" ] || cifar=$(realpath "$cifar")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 || command -v python)}
+gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -64,7 +65,7 @@ step() {
         "$(grep -v '^$' "$out/$name.log" | tail -n 1 | tr '|\r' '/ ' | cut -c 1-150)" >> "$out/summary.md"
 }
 
-[ "${PYTEST:-1}" = 0 ] || step agreement 50 "$python" -m pytest -q tests/training/test_devices_agree.py tests/runtime/test_profiling.py
+[ "${PYTEST:-1}" = 0 ] || step agreement 50 env TEST_GPU="$gpu" "$python" -m pytest -q -m gpu tests/training/test_devices_agree.py
 cifar_tasks=(--tasks pretrain-cifar finetune-cifar)
 step training 70 "$python" scripts/benchmarks/training.py "${training[@]}" "${cifar_tasks[@]}" --output "$out/training.json"
 step imagenet 60 "$python" scripts/benchmarks/training.py "${imagenet[@]}" --tasks pretrain-imagenet finetune-imagenet \

@@ -7,15 +7,22 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+# Tests compute on the CPU, so that they mean the same on every machine. scripts/test.sh repeats those marked
+# `gpu` with TEST_GPU=1 where there is one. CUDA reads this variable when it is first asked for its devices.
+ON_GPU = os.environ.get("TEST_GPU") == "1"
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# The only reasons to skip a test, and whether they hold on this machine. Any other skip, an expected
+# The only reasons to skip a test, and whether they hold in this session. Any other skip, an expected
 # failure included, fails: what a Linux CPU can run, it runs.
 ALLOWED_SKIPS = {
-    "needs CUDA": not torch.cuda.is_available(),
+    "needs CUDA": not ON_GPU,
 }
 
 
@@ -46,6 +53,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _refuse_other_skips(report)
     return report
+
+
+def pytest_sessionstart() -> None:
+    if ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("TEST_GPU=1, but torch finds no GPU")
 
 
 def run_script(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

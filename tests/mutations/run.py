@@ -16,6 +16,7 @@ measured.
 """
 
 import argparse
+import faulthandler
 import fnmatch
 import multiprocessing
 import os
@@ -49,7 +50,7 @@ NOT_COPIED = shutil.ignore_patterns(
 )
 CAUGHT_BY, AT_IMPORT = "caught by: ", "caught at import"
 PASSED, FAILED, NOT_COLLECTED = 0, 1, 2  # exit codes of pytest
-LIMIT_S = 300.0  # for the tests of one patch
+LIMIT_S = 150.0  # for the tests of one patch; where they hang, the log says in which line
 # Imported once and shared by the processes that run tests: they take longer than most tests do.
 SHARED_MODULES = (
     *("torch", "torchvision.transforms.v2", "scipy.sparse.linalg", "scipy.sparse.csgraph"),
@@ -191,6 +192,7 @@ def _pytest(folder: str, tests: Sequence[str], log: str, compiles: bool) -> None
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() not in (HERE, ROOT)]
     import pytest
 
+    faulthandler.dump_traceback_later(LIMIT_S - 10, file=output)
     sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "", *tests])))
 
 
@@ -224,6 +226,9 @@ def check(patch: Patch, folder: Path) -> Outcome:
     try:
         with applied(folder, patch.path) as problem:
             code, output = (None, "") if problem else run_tests(folder, patch.tests)
+            if code is None and not problem:  # a process that hangs is no verdict: once more
+                print(f"{patch.name} hung and is tried again:\n{output[-3000:]}", file=sys.stderr)
+                code, output = run_tests(folder, patch.tests)
     except OSError as error:  # a file that it changes is gone
         problem = str(error)
     seconds = time.perf_counter() - start

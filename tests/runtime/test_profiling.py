@@ -209,13 +209,16 @@ def test_without_a_compiler_compile_is_refused_before_anything_else(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_kernels_train_the_same_network(tmp_path):
-    losses = []
+    runs = []
     for more in ((), ("--compile",)):
         folder = tmp_path / f"run{len(more)}"
-        words = (*SMALL, "--epochs", 1, "--precision", "fp32", "--model-dir", folder)
+        words = (*SMALL, "--stop-after", 1, "--precision", "fp32", "--model-dir", folder)
         assert_ok(run_script("unsupervised/cifar.py", *words, "--log-dir", folder, *more))
-        lines = (folder / "log.jsonl").read_text().splitlines()
-        losses.append([json.loads(line) for line in lines][-1]["loss"])
         state = torch.load(folder / "ckpt.cifar.pth.tar", weights_only=True)
         assert state["net"].keys() == build_model("wrn-10-1", 128).state_dict().keys()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        runs.append(state["optimizer"]["state"])
+    # After the first step the momenta are the gradients. Later ones differ more: rounding turns a ReLU on or off.
+    assert len(runs[0]) > 20
+    for eager, compiled in zip(*(run.values() for run in runs), strict=True):
+        difference = (eager["momentum_buffer"] - compiled["momentum_buffer"]).norm()
+        assert difference < 1e-4 * eager["momentum_buffer"].norm()

@@ -117,14 +117,14 @@ def test_a_literal_nce_step_has_the_loss_and_gradient_of_ours(monkeypatch):
 
 
 @pytest.mark.slow
-def test_curves_of_all_variants_are_compared_over_the_seeds(tmp_path):
+def test_curves_of_two_variants_are_compared_over_the_seeds(tmp_path):
     words = ("--image-size", 8, "--seeds", 2, "--epochs", 2, "--max-iters", 12, "-b", 256)
-    words += ("--output-dir", tmp_path)
+    words += ("--variants", "fp32", "bf16", "--output-dir", tmp_path)
     printed = assert_ok(run_script("scripts/benchmarks/compare_training.py", *words))
     results = json.loads((tmp_path / "numbers.json").read_text())["results"]
     assert len(results) == 4
     for title, rows in results.items():
-        assert printed.count(f"| {title} |") == 2
+        assert printed.count(f"| {title} |") == 1
         for row in rows:
             assert row["difference"] == pytest.approx(row["means"][0] - row["means"][1])
             assert 0 <= row["p"] <= 1

@@ -1,4 +1,4 @@
-"""What a device computes against naive float64 on the CPU: on a GPU where there is one, else on the CPU."""
+"""What a device computes against naive float64 on the CPU: on the CPU, and with TEST_GPU=1 on a GPU."""
 
 from dataclasses import replace
 
@@ -26,6 +26,7 @@ from lib.training.optimizer import sgd
 from lib.training.step import train_steps
 from models import build_model
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32 = Device(DEVICE, bf16=False)
 

@@ -342,14 +342,14 @@ def test_the_shell_script_has_the_published_settings(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_twenty_random_interruptions_end_in_the_same_bits(pictures, tmp_path, workers):
-    words = ("--epochs", 8, "-j", workers)
-    run(pictures, tmp_path / "whole", *words)
-    rng, starts = random.Random(workers), 0
+def test_twenty_random_interruptions_end_in_the_same_bits_with_workers_or_without(
+    pictures, tmp_path
+):
+    run(pictures, tmp_path / "whole", "--epochs", 8, "-j", 0)
+    rng, starts = random.Random(0), 0
     while not starts or last(tmp_path / "cut")["epoch"] < 8:
         stop = ("--auto-resume", "--stop-after", rng.choice([1, 1, 1, 2, 3]))
-        run(pictures, tmp_path / "cut", *words, *stop)
+        run(pictures, tmp_path / "cut", "--epochs", 8, "-j", (2, 0)[starts % 2], *stop)
         starts += 1
     assert starts >= 20
     both = [without_meta(last(tmp_path / name)) for name in ("whole", "cut")]
