@@ -217,7 +217,7 @@ def test_compiled_kernels_train_the_same_network(tmp_path):
         state = torch.load(folder / "ckpt.cifar.pth.tar", weights_only=True)
         assert state["net"].keys() == build_model("wrn-10-1", 128).state_dict().keys()
         runs.append(state["optimizer"]["state"])
-    # After the first step the momenta are the gradients. Later ones differ more: rounding turns a ReLU on or off.
+    # After one step the momenta are the gradients; later ones differ more, as rounding turns ReLUs on or off.
     assert len(runs[0]) > 20
     for eager, compiled in zip(*(run.values() for run in runs), strict=True):
         difference = (eager["momentum_buffer"] - compiled["momentum_buffer"]).norm()
