@@ -41,11 +41,7 @@ def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Check the options of phase 3, and warn of options that have no effect.
-
-    Raises:
-        ValueError: if no run can work with them.
-    """
+    """Check the options of phase 3, and warn of options that have no effect."""
     check_common(args)
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
@@ -77,10 +73,8 @@ def require_imagenet_network(
 ) -> None:
     """Raise ValueError if the network is not one for ImageNet, or the images are too small for it.
 
-    Args:
-        args: the options.
-        small: the script for small images, which the message names.
-        external_too: accept networks of other libraries too (`lib.features.backbones`).
+    The message names the script `small` for small images. `external_too` accepts networks of other
+    libraries (`lib.features.backbones`).
     """
     external = external_too and is_external(args.architecture)
     if args.architecture not in IMAGENET_ARCHITECTURES and not external:
@@ -98,13 +92,7 @@ def require_imagenet_network(
 def keep_dummy_apart(
     args: argparse.Namespace, parser: argparse.ArgumentParser, *names: str
 ) -> None:
-    """Give a run on random images folders of its own, unless the user names some.
-
-    Args:
-        args: the options, changed in place.
-        parser: knows their defaults.
-        names: the options for folders.
-    """
+    """Give a run on random images folders of its own, in place, unless the user names some."""
     for name in names if args.dataset == "dummy" else ():
         if getattr(args, name) == parser.get_default(name):
             setattr(args, name, f"{parser.get_default(name)}-dummy")
@@ -128,8 +116,7 @@ def warn_unused(
 def writable_folder(option: str, path: str | Path) -> Path:
     """Make the folder `path` and prove that files can be written to it, before hours of training.
 
-    Raises:
-        ValueError: if they cannot, naming the option that gave the folder.
+    The ValueError, if they cannot, names the option that gave the folder.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

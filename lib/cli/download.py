@@ -51,25 +51,17 @@ class UnreachableError(ValueError):
 
 @dataclass(frozen=True)
 class Published:
-    """One published file.
-
-    Attributes:
-        path: its place below the base address, and below the folder that files go to.
-        purpose: what it is for.
-        make: the command of our own phases that makes a file of the same kind.
-        sha256: its digest, where it is known.
-        members: names in the archive; empty for a file that is not an archive.
-    """
+    """One published file, at `path` below the base address and below the folder that files go to."""
 
     path: str
     purpose: str
-    make: str
-    sha256: str | None = None
-    members: tuple[str, ...] = ()
+    make: str  # command of our own phases that makes a file of the same kind
+    sha256: str | None = None  # where it is known
+    members: tuple[str, ...] = ()  # names in the archive; empty for a file that is not an archive
 
     @property
     def result(self) -> str:
-        """The file, or the folder that an archive becomes."""
+        """Path of the file, or of the folder that an archive becomes."""
         return self.path.removesuffix(".tar") if self.members else self.path
 
     def check(self, place: Path) -> None:
@@ -81,12 +73,9 @@ class Published:
 def read_manifest() -> tuple[list[str], list[Published]]:
     """Return the base addresses, and the files that are published below each of them."""
     written = json.loads(MANIFEST.read_text())
-    members = {None: ()} | {kind: tuple(names) for kind, names in written["members"].items()}
-    files = [
-        Published(f["path"], f["purpose"], f["make"], f["sha256"], members[f.get("members")])
-        for f in written["files"]
-    ]
-    return written["base_urls"], files
+    members = {kind: tuple(names) for kind, names in written["members"].items()}
+    files = [f | {"members": members.get(f.get("members"), ())} for f in written["files"]]
+    return written["base_urls"], [Published(**file) for file in files]
 
 
 def select(files: Sequence[Published], patterns: Sequence[str]) -> list[Published]:
@@ -105,7 +94,6 @@ def obtain(file: Published, folder: Path, base_urls: Sequence[str]) -> str:
 
     Raises:
         ValueError: if no address has it, or it is not what it should be; nothing of it is kept.
-        OSError: if it cannot be written.
     """
     target = folder / file.result
     if target.exists():

@@ -26,7 +26,8 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(temporary, path)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # half a file on a full disk is of no use
             temporary.unlink()
@@ -35,7 +36,7 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
 
 def _failure(path: Path, num_bytes: int, error: OSError) -> str:
     try:
-        free: int | str = free_bytes(path.parent)
+        free: int | str = shutil.disk_usage(path.parent).free
     except OSError:
         free = "an unknown number"
     return (
@@ -44,23 +45,13 @@ def _failure(path: Path, num_bytes: int, error: OSError) -> str:
     )
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a file that is already flushed, and flush the rename too."""
-    os.replace(temporary, path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush `folder`, so that what was created, renamed or removed in it survives a power failure."""
+def _flush_folder(folder: Path) -> None:
+    """Flush `folder`, so that a renamed file in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
 
 
 def sha256_of(path: Path) -> str:

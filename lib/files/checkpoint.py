@@ -21,13 +21,9 @@ MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
 
 
 def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
-    """Write `state` so that `path` holds either the old file or the new one, never a part.
-
-    The state is serialized to memory, written beside the target, flushed to the disk and renamed.
+    """Write a dict, or one bare tensor, so that `path` holds either the old file or the new one.
 
     Args:
-        state: a dict, or one bare tensor (features as colorization published them).
-        path: the file; missing folders are made.
         legacy: write the stream that torch before 1.6 reads instead of a zip archive.
 
     Raises:
@@ -72,8 +68,7 @@ def load(path: str | Path) -> Any:
     What remains possible, as in torch itself, is a file made to keep the process busy or to end it.
 
     Raises:
-        ValueError: if it is missing, damaged, claims sizes that it does not have, or asks for more than
-            tensors and plain values.
+        ValueError: if it is missing, damaged, claims sizes that it does not have, or asks for more.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -89,15 +84,11 @@ def container(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
     with open(path, "rb") as file:
-        return "zip archive" if _is_zip(file) else "legacy stream"
-
-
-def _is_zip(file: BinaryIO) -> bool:
-    return file.read(len(ZIP_START)) == ZIP_START
+        return "zip archive" if file.read(len(ZIP_START)) == ZIP_START else "legacy stream"
 
 
 def _unpickled(file: BinaryIO) -> Any:
-    if not _is_zip(file):
+    if file.read(len(ZIP_START)) != ZIP_START:
         return published_pickle.read(file)
     _check_members(file)
     file.seek(0)
@@ -146,16 +137,14 @@ class _Plain:
         if isinstance(value, PickledModule):
             value = value.entries()
         if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
-            return {self._key(k): self.convert(v) for k, v in dict.items(value)}
+            for key in dict.keys(value):
+                if type(key) not in (str, int, bool):
+                    raise RefusedError(f"it has a {type(key).__name__} as a key")
+            return {key: self.convert(entry) for key, entry in dict.items(value)}
         kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
         if kind is None:
             raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
         return kind([self.convert(member) for member in value])
-
-    def _key(self, key: Any) -> Any:
-        if type(key) not in (str, int, bool):
-            raise RefusedError(f"it has a {type(key).__name__} as a key")
-        return key
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Refuse tensors that are not dense, or that take more memory than the file can fill."""
@@ -170,11 +159,7 @@ class _Plain:
 
 
 def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Load a file that must hold a dict with `keys`.
-
-    Raises:
-        ValueError: as `load`, or naming the keys that are missing.
-    """
+    """Load a file that must hold a dict with `keys`; a ValueError names those that are missing."""
     state = load(path)
     if not isinstance(state, dict):
         raise ValueError(

@@ -28,19 +28,12 @@ STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHE
 
 @dataclass(frozen=True)
 class Names:
-    """The names of the entries in a kind of checkpoint.
-
-    Attributes:
-        network: key of the weights.
-        best: key of the highest accuracy so far, written in addition to `best_acc`.
-        first_epoch: value of `epoch` after the first one, if epochs are counted.
-        architecture: key of the network's name, written in addition to `architecture`.
-    """
+    """The names of the entries in a kind of checkpoint."""
 
     network: str
-    best: str = "best_acc"
-    first_epoch: int | None = None
-    architecture: str = "architecture"
+    best: str = "best_acc"  # written in addition to that name
+    first_epoch: int | None = None  # value of `epoch` after the first one, if epochs are counted
+    architecture: str = "architecture"  # written in addition to that name
 
 
 CIFAR_METRIC = Names("net", first_epoch=0)
@@ -82,11 +75,7 @@ def is_metric(state: Mapping[str, Any]) -> bool:
 
 
 def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
-    """Return the memory bank of a checkpoint of phase 1, N x D float32, ours or a published module's.
-
-    Raises:
-        ValueError: if it holds none.
-    """
+    """Return the memory bank of a checkpoint of phase 1, N x D float32, ours or a published module's."""
     bank = state.get(BANK)
     rows = bank.get("memory") if isinstance(bank, Mapping) else None
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
@@ -97,26 +86,21 @@ def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
 
 
 def class_names(state: Mapping[str, Any]) -> list[str]:
-    """Return the class names that a checkpoint records, or an empty list.
+    """Return the class names in a checkpoint or in another record; [] where it has none.
 
     Raises:
-        ValueError: if the entry is not a list of names.
+        ValueError: if it has something else in their place.
     """
     names = state.get("classes") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError("the classes of a checkpoint are not a list of names")
+        raise ValueError("its classes are not a list of names")
     return list(names)
 
 
-def recorded_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options of the run that wrote a checkpoint; empty if it records none."""
-    meta = state.get("meta")
-    options = meta.get("options") if isinstance(meta, Mapping) else None
-    return options if isinstance(options, Mapping) else {}
-
-
 def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Description:
-    options, metric = recorded_options(state), kind == METRIC
+    metric, meta = kind == METRIC, state.get("meta")
+    options = meta.get("options") if isinstance(meta, Mapping) else None
+    options = options if isinstance(options, Mapping) else {}
     name = state.get("architecture") or state.get("arch") or (DEFAULT_METRIC if metric else "")
     stem = tensors.get("conv1.weight")
     head = next((tensors[key] for key in HEADS if key in tensors), None)

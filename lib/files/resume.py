@@ -17,9 +17,8 @@ def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
     Raises:
         ValueError: if there are such files and none of them can be read.
     """
-    return distributed.broadcast_object(
-        _newest(Path(folder), names) if distributed.is_main() else ""
-    )
+    found = _newest(Path(folder), names) if distributed.is_main() else ""
+    return distributed.broadcast_object(found)
 
 
 def _newest(folder: Path, names: Iterable[str]) -> str:

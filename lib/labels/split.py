@@ -20,11 +20,7 @@ class Split:
 
 
 def parse_num_labeled(text: str | int) -> int | str:
-    """Read a number of labeled images, as a command line or a notebook gives it: an integer, or `all`.
-
-    Raises:
-        ValueError: if it is something else.
-    """
+    """Read a number of labeled images, as a command line or a notebook gives it: an integer, or `all`."""
     if text == ALL:
         return ALL
     try:
@@ -54,12 +50,11 @@ def labeled_split(
     Args:
         targets: N class numbers, `UNKNOWN` where an image has no label.
         num_labeled: number of labels to use, or `all` for every known one, balanced or not.
-        num_classes: number of classes, C.
+        num_classes: C.
         seed: seed of the draw; the published files were made with 0.
 
     Raises:
-        ValueError: if a class has too few labeled images, if fewer labels than classes are asked for, or if
-            a target is not a class number.
+        ValueError: if a class has too few labeled images, or none, or a target is not a class number.
     """
     num_labeled = parse_num_labeled(num_labeled)
     strange = targets[(targets != UNKNOWN) & ((targets < 0) | (targets >= num_classes))]
@@ -105,9 +100,6 @@ def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor
 
     The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
     classes and gives its labels away.
-
-    Raises:
-        ValueError: if there are fewer images than chunks.
     """
     if not 1 <= num_chunks <= len(split.unlabeled):
         raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabeled images")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lib.files.atomic import write_whole
-from lib.labels.pseudo_labels import PseudoLabels, class_names, listed
+from lib.files.published import class_names
+from lib.labels.pseudo_labels import PseudoLabels, listed
 
 COLUMNS = ("index", "path", "label", "confidence")
 CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
@@ -29,19 +30,13 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     `unlabeled`.
 
     Args:
-        pseudo: the pseudo-labels.
-        path: the file to write.
         paths: file of each image of the training set, for the column path; () leaves it empty.
-
-    Raises:
-        ValueError: if the file cannot be written, or there are fewer paths than images.
     """
     names = _table_names(pseudo.meta)
     places = pseudo.indexes.tolist()
     labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
-    confidence = [
-        f"{value:.9g}" for value in pseudo.confidence.tolist()
-    ]  # nine digits give a float32 back exactly
+    # Nine digits give a float32 back exactly.
+    confidence = [f"{value:.9g}" for value in pseudo.confidence.tolist()]
     rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)].tolist()
     places += rest + pseudo.labeled.tolist()
     labels += [""] * (len(places) - len(labels))
@@ -76,9 +71,10 @@ def from_csv(path: str | Path) -> PseudoLabels:
         meta, table = _csv_meta(text)
         rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
         labeled = [row.index for row in rows if row.confidence is None]
-        given = [row for row in rows if row.confidence is not None and row.label is not None]
-        given.sort(key=lambda row: -row.confidence)
         rest = [row.index for row in rows if row.confidence is not None and row.label is None]
+        given = sorted(
+            (row for row in rows if row.label is not None), key=lambda row: -row.confidence
+        )
         indexes = [row.index for row in given]
         return PseudoLabels(
             torch.tensor(indexes, dtype=torch.int64),
@@ -107,7 +103,7 @@ class _Row(NamedTuple):
 
 
 def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
-    """Split a table into the record in its first line, {} where there is none, and the other lines."""
+    """Split a table into the record in its first line, {} where there is none, and the rest."""
     if not text.startswith("#"):
         return {}, text
     line, _, table = text.partition("\n")

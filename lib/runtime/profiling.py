@@ -30,15 +30,10 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # modes of torch
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The cost of training, and the speed of the hardware.
+    """The cost of training, and the speed of the hardware."""
 
-    Attributes:
-        per_image: floating point operations of forward and backward, per image.
-        rate: operations per second of a large matrix product, over all processes.
-    """
-
-    per_image: float
-    rate: float
+    per_image: float  # floating point operations of forward and backward
+    rate: float  # operations per second of a large matrix product, over all processes
 
     def mfu(self, images_per_s: float) -> float:
         """Return the model FLOPs utilization (MFU) of training at that speed."""
@@ -97,9 +92,8 @@ def arithmetic(
 
 def require_compiler() -> None:
     """Raise ValueError with what to install if --compile finds no compiler: PyTorch calls CXX, else g++."""
-    if not shutil.which(
-        os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    ):
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    if not shutil.which(os.environ.get("CXX") or usual):
         raise ValueError(
             "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
             "apt install g++), or leave --compile out"
