@@ -115,7 +115,7 @@ def obtain(file: Published, folder: Path, base_urls: Sequence[str]) -> str:
 
 def receive(file: Published, folder: Path, base_urls: Sequence[str]) -> Path:
     """Download a file into `folder` from the first address that has it."""
-    arrived, reasons, unreachable = folder / Path(file.path).name, [], 0
+    arrived, errors = folder / Path(file.path).name, {}
     for base_url in base_urls:
         url = f"{base_url.rstrip('/')}/{file.path}"
         try:
@@ -124,11 +124,11 @@ def receive(file: Published, folder: Path, base_urls: Sequence[str]) -> Path:
             )
             return arrived
         except (OSError, HTTPException, RuntimeError) as error:
-            reasons.append(f"{url} ({error})")
-            is_host = base_url.startswith("http")
-            unreachable += is_host and type(error) is URLError  # an HTTPError is an answer
-    kind = UnreachableError if unreachable == len(base_urls) else ValueError
-    raise kind(f"cannot be fetched from {', '.join(reasons)}")
+            errors[url] = error
+    reasons = ", ".join(f"{url} ({error})" for url, error in errors.items())
+    # An HTTPError is a URLError as well, but it is an answer; and a folder has no host.
+    gone = all(u.startswith("http") and type(e) is URLError for u, e in errors.items())
+    raise (UnreachableError if gone else ValueError)(f"cannot be fetched from {reasons}")
 
 
 def unpack(archive: Path, folder: Path, members: Collection[str]) -> Path:

@@ -29,12 +29,6 @@ from models import SMALL_ARCHITECTURES
 
 
 @dataclass(frozen=True)
-class _Images(Data):
-    data_dir: str = redeclared(Data, "data_dir", "--data_dir")
-    image_size: int | None = redeclared(Data, "image_size", default=None)
-
-
-@dataclass(frozen=True)
 class _Embedding(Network):
     architecture: str = redeclared(
         Network,
@@ -188,8 +182,11 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Propagation(_Images, _Embedding, _Algorithm, _Parameters, _Graph, Compute, _Files):
+class _Propagation(Data, _Embedding, _Algorithm, _Parameters, _Graph, Compute, _Files):
     """Every option but --num-labeled, which takes several values."""
+
+    data_dir: str = redeclared(Data, "data_dir", "--data_dir")
+    image_size: int | None = redeclared(Data, "image_size", default=None)
 
 
 GRAPH_OPTIONS = (*options_of(_Graph), "work_dir", "fresh")  # without effect where there is no graph

@@ -27,31 +27,22 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name survives a power failure, too
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):  # half a file on a full disk is of no use
             temporary.unlink()
-        raise OSError(error.errno, _failure(path, len(data), error)) from error
-
-
-def _failure(path: Path, num_bytes: int, error: OSError) -> str:
-    try:
-        free: int | str = shutil.disk_usage(path.parent).free
-    except OSError:
-        free = "an unknown number"
-    return (
-        f"cannot write {path} ({num_bytes} bytes, {free} free): {error.strerror or error}; the file that "
-        "was there before is intact"
-    )
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush `folder`, so that a renamed file in it survives a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        free: int | str = "an unknown number"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"cannot write {path} ({len(data)} bytes, {free} free): {error.strerror or error}; the file "
+            "that was there before is intact",
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

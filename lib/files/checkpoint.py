@@ -95,7 +95,14 @@ def _unpickled(file: BinaryIO) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RefusedError(_refusal(error)) from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        danger = (
+            f", which could run code when opened ({found[1]})"
+            if found
+            else f" ({printable(reason)})"
+        )
+        raise RefusedError(f"it holds more than tensors and plain values{danger}") from error
 
 
 def _check_members(file: BinaryIO) -> None:
@@ -109,15 +116,6 @@ def _check_members(file: BinaryIO) -> None:
             )
     if sum(member.file_size for member in members) > num_bytes:
         raise RefusedError("its members together are larger than the file")
-
-
-def _refusal(error: Exception) -> str:
-    """Say in one line why `torch.load` refused a file."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found:
-        return f"it holds more than tensors and plain values, which could run code when opened ({found[1]})"
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return f"it holds more than tensors and plain values ({printable(reason)})"
 
 
 class _Plain:

@@ -6,7 +6,7 @@ and `lib.labels.table` writes it as a CSV table.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,15 +21,14 @@ SHOWN = 6  # names in a message
 TOP = 5  # classes of each image that are kept where its probabilities are not
 
 
-def _index_problems(name: str, indexes: Tensor) -> list[str]:
+def _index_problems(name: str, indexes: Tensor) -> Iterator[str]:
     if not isinstance(indexes, Tensor) or indexes.dtype != torch.int64 or indexes.ndim != 1:
-        return [f"{name} is not an int64 vector"]
-    problems = []
+        yield f"{name} is not an int64 vector"
+        return
     if len(indexes) and int(indexes.min()) < 0:
-        problems.append(f"{name} holds the negative index {int(indexes.min())}")
+        yield f"{name} holds the negative index {int(indexes.min())}"
     if len(torch.unique(indexes)) != len(indexes):
-        problems.append(f"{name} holds an index twice")
-    return problems
+        yield f"{name} holds an index twice"
 
 
 def _largest(numbers: Tensor) -> int:
@@ -78,35 +77,38 @@ class PseudoLabels:
     top_classes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        problems = self._problems()
+        problems = [
+            *_index_problems("pseudo_indexes", self.indexes),
+            *_index_problems("labeled_indexes", self.labeled),
+            *_index_problems("unlabeled_indexes", self.unlabeled),
+        ] or list(self._problems())
         if problems:
             raise ValueError("these pseudo-labels are not usable: " + "; ".join(problems))
 
-    def _problems(self) -> list[str]:
-        """List what is wrong with these pseudo-labels by themselves, whatever data set they are for."""
-        found = _index_problems("pseudo_indexes", self.indexes)
-        found += _index_problems("labeled_indexes", self.labeled)
-        found += _index_problems("unlabeled_indexes", self.unlabeled)
-        if found:
-            return found
+    def _problems(self) -> Iterator[str]:
+        """Yield what is wrong with these pseudo-labels by themselves, given that all indexes are sound."""
         if torch.isin(self.indexes, self.labeled).any():
-            found.append("an image is both labeled and pseudo-labeled")
+            yield "an image is both labeled and pseudo-labeled"
         if not torch.isin(self.indexes, self.unlabeled).all():
-            found.append("a pseudo-labeled image is not among unlabeled_indexes")
-        found += self._meta_problems()
-        labels = self._label_problems()
-        found += labels + self._confidence_problems()
-        return found if labels else found + self._probability_problems()
+            yield "a pseudo-labeled image is not among unlabeled_indexes"
+        yield from self._meta_problems()
+        labels = list(self._label_problems())
+        yield from labels
+        yield from self._confidence_problems()
+        if self.probabilities is not None and not labels:
+            yield from self._probability_problems(self.probabilities)
 
-    def _meta_problems(self) -> list[str]:
+    def _meta_problems(self) -> Iterator[str]:
         if not isinstance(self.meta, Mapping):
-            return [f"meta is a {type(self.meta).__name__}, not a record of names and values"]
+            yield f"meta is a {type(self.meta).__name__}, not a record of names and values"
+            return
         try:
-            known = class_names(self.meta)
+            known, label = class_names(self.meta), _largest(self.labels)
         except ValueError as error:
-            return [str(error)]
-        label = _largest(self.labels)
-        return [f"the label {label} of {len(known)} class names"] if 0 < len(known) <= label else []
+            yield str(error)
+        else:
+            if 0 < len(known) <= label:
+                yield f"the label {label} of {len(known)} class names"
 
     def _unlike_indexes(self, name: str, values: Tensor, wanted: str) -> str:
         return (
@@ -114,44 +116,37 @@ class PseudoLabels:
             f"indexes; {wanted} expected"
         )
 
-    def _label_problems(self) -> list[str]:
+    def _label_problems(self) -> Iterator[str]:
         labels = self.labels
         if labels.dtype != torch.int64 or labels.shape != self.indexes.shape:
-            return [self._unlike_indexes("pseudo_labels", labels, "int64 is")]
-        if len(labels) and int(labels.min()) < 0:
-            return [f"the label {int(labels.min())} is negative"]
-        return []
+            yield self._unlike_indexes("pseudo_labels", labels, "int64 is")
+        elif len(labels) and int(labels.min()) < 0:
+            yield f"the label {int(labels.min())} is negative"
 
-    def _confidence_problems(self) -> list[str]:
+    def _confidence_problems(self) -> Iterator[str]:
         weights = self.confidence
         if not weights.is_floating_point() or weights.shape != self.indexes.shape:
-            return [self._unlike_indexes("pseudo_weights", weights, "floats are")]
-        if not torch.isfinite(weights).all():
-            return ["pseudo_weights hold NaN or infinity"]
-        if len(weights) and (weights.min() < -SLACK or weights.max() > 1 + SLACK):
-            return ["pseudo_weights leave [0, 1]"]
+            yield self._unlike_indexes("pseudo_weights", weights, "floats are")
+        elif not torch.isfinite(weights).all():
+            yield "pseudo_weights hold NaN or infinity"
+        elif len(weights) and (weights.min() < -SLACK or weights.max() > 1 + SLACK):
+            yield "pseudo_weights leave [0, 1]"
         # Against all values before it, not only the last: small steps add up to a ranking upside down.
-        if len(weights) and (weights - weights.cummin(0).values > SLACK).any():
-            return ["pseudo_weights do not fall"]
-        return []
+        elif len(weights) and (weights - weights.cummin(0).values > SLACK).any():
+            yield "pseudo_weights do not fall"
 
-    def _probability_problems(self) -> list[str]:
-        """List what is wrong with `probabilities`, given that `labels` are sound."""
-        probs = self.probabilities
-        if probs is None:
-            return []
+    def _probability_problems(self, probs: Tensor) -> Iterator[str]:
+        """Yield what is wrong with the probabilities, given that the labels are sound."""
         if probs.ndim != 2 or len(probs) != len(self.indexes) or not probs.is_floating_point():
-            return [f"pseudo_probs of shape {tuple(probs.shape)} for {len(self.indexes)} indexes"]
-        if not torch.isfinite(probs).all() or (probs < -SLACK).any():
-            return ["pseudo_probs hold NaN, infinity or negative values"]
-        if ((probs.sum(dim=1) - 1).abs() > 10 * SLACK).any():
-            return ["rows of pseudo_probs do not sum to 1"]
-        if (label := _largest(self.labels)) >= probs.shape[1]:
-            return [f"label {label} is out of range for {probs.shape[1]} probabilities"]
-        own = probs.gather(1, self.labels[:, None])[:, 0]
-        if (probs.amax(dim=1) - own > SLACK).any():
-            return ["a label is not the most probable one of its row"]
-        return []
+            yield f"pseudo_probs of shape {tuple(probs.shape)} for {len(self.indexes)} indexes"
+        elif not torch.isfinite(probs).all() or (probs < -SLACK).any():
+            yield "pseudo_probs hold NaN, infinity or negative values"
+        elif ((probs.sum(dim=1) - 1).abs() > 10 * SLACK).any():
+            yield "rows of pseudo_probs do not sum to 1"
+        elif (label := _largest(self.labels)) >= probs.shape[1]:
+            yield f"label {label} is out of range for {probs.shape[1]} probabilities"
+        elif (probs.amax(dim=1) - probs.gather(1, self.labels[:, None])[:, 0] > SLACK).any():
+            yield "a label is not the most probable one of its row"
 
     def require_fit(
         self,

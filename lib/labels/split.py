@@ -65,9 +65,8 @@ def labeled_split(
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     shuffled = targets[order]
     members = [order[shuffled == label] for label in range(num_classes)]
-    if num_labeled == ALL:
-        counts = [len(m) for m in members]
-    else:
+    per_class = len(targets)
+    if num_labeled != ALL:
         per_class = num_labeled // num_classes
         if per_class < 1:
             raise ValueError(
@@ -79,19 +78,18 @@ def labeled_split(
                 f"{per_class * num_classes} labeled images, {per_class} of each class",
                 stacklevel=2,
             )
-        counts = [per_class] * num_classes
-    for label, (have, want) in enumerate(zip(map(len, members), counts, strict=True)):
-        if have == 0:
+    for label, own in enumerate(members):
+        if not len(own):
             raise ValueError(f"class {label} has no labeled image; every class needs one at least")
-        if have < want:
+        if num_labeled != ALL and len(own) < per_class:
             raise ValueError(
-                f"class {label} has {have} labeled images and {want} are asked for; lower the number "
-                "of labels"
+                f"class {label} has {len(own)} labeled images and {per_class} are asked for; lower the "
+                "number of labels"
             )
     unknown = order[shuffled == UNKNOWN]
     return Split(
-        torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]),
-        torch.cat([m[n:] for m, n in zip(members, counts, strict=True)] + [unknown]),
+        torch.cat([own[:per_class] for own in members]),
+        torch.cat([own[per_class:] for own in members] + [unknown]),
     )
 
 

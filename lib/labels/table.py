@@ -1,8 +1,4 @@
-"""Pseudo-labels as a CSV table, which every other tool reads.
-
-The columns are index (into the training set), path, label (a class name where the file knows them, else a
-number) and confidence. An image whose true label was used has a row without confidence.
-"""
+"""Pseudo-labels as a CSV table, which every other tool reads."""
 
 import csv
 import io
@@ -27,29 +23,26 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     Labels are class names where `meta` has them and no two are the same, else numbers. A labeled image has
     no confidence; an image that got no pseudo-label has no label and the confidence 0. `meta` stands in a
     first line that starts with #. `from_csv` brings back everything but the probabilities and the order of
-    `unlabeled`.
-
-    Args:
-        paths: file of each image of the training set, for the column path; () leaves it empty.
+    `unlabeled`. `paths`, the files of all training images, fill the column path.
     """
     names = _table_names(pseudo.meta)
-    places = pseudo.indexes.tolist()
-    labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
-    # Nine digits give a float32 back exactly.
-    confidence = [f"{value:.9g}" for value in pseudo.confidence.tolist()]
-    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)].tolist()
-    places += rest + pseudo.labeled.tolist()
-    labels += [""] * (len(places) - len(labels))
-    confidence += ["0"] * len(rest) + [""] * len(pseudo.labeled)
-    if paths and max(places, default=0) >= len(paths):
-        raise ValueError(f"{len(paths)} paths for the image with index {max(places)}")
+    values = (pseudo.indexes.tolist(), pseudo.labels.tolist(), pseudo.confidence.tolist())
+    rows = [  # nine digits give a float32 back exactly
+        (index, names[label] if names else label, f"{confidence:.9g}")
+        for index, label, confidence in zip(*values, strict=True)
+    ]
+    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)]
+    rows += [(index, "", "0") for index in rest.tolist()]
+    rows += [(index, "", "") for index in pseudo.labeled.tolist()]
+    last = max((index for index, _, _ in rows), default=0)
+    if paths and last >= len(paths):
+        raise ValueError(f"{len(paths)} paths for the image with index {last}")
     buffer = io.StringIO()
     if pseudo.meta:
         buffer.write(CSV_META + json.dumps(dict(pseudo.meta), default=str) + "\n")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    files = [paths[place] for place in places] if paths else [""] * len(places)
-    writer.writerows(zip(places, files, labels, confidence, strict=True))
+    writer.writerows((index, paths[index] if paths else "", *more) for index, *more in rows)
     try:
         # The name of an image need not be UTF-8, but the table is.
         write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))

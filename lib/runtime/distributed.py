@@ -200,8 +200,8 @@ def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
     Leaving NCCL's group would wait for the collectives of other processes, which wait for this one.
     """
     on_gpus = names[0] != "cpu"
-    if "GLOO_SOCKET_IFNAME" not in os.environ and _one_machine() and not _resolves():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo cannot find an interface by such a host name
+    if "GLOO_SOCKET_IFNAME" not in os.environ and _needs_loopback():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # gloo beside NCCL carries the few numbers that steer a run, which need not wait for the device
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **options)
@@ -222,17 +222,15 @@ def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
             dist.destroy_process_group()
 
 
-def _one_machine() -> bool:
-    size = os.environ.get("WORLD_SIZE")
-    return size is None or size == os.environ.get("LOCAL_WORLD_SIZE")
-
-
-def _resolves() -> bool:
+def _needs_loopback() -> bool:
+    """Return whether the host name of a run on one machine does not resolve: gloo needs it for an address."""
+    if os.environ.get("WORLD_SIZE") not in (None, os.environ.get("LOCAL_WORLD_SIZE")):
+        return False
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _child(rank: int, work: Callable[[], int], names: list[str], store: str, threads: int) -> None:

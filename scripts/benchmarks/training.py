@@ -417,7 +417,7 @@ def ours(
     optimizer = sgd(model.parameters(), 0.01, 5e-4)
     steps = train_steps(model, objective, optimizer, endless, _constant, device)
     if compiled:
-        profiling.compile_network(model, profiling.COMPILE_MODES[0])
+        model.compile(mode=profiling.COMPILE_MODES[0], dynamic=False)
     return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
 
 
