@@ -12,19 +12,12 @@ Meta = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """Result and where it came from.
-
-    Attributes:
-        value: the result.
-        meta: facts about it: those of its file, or what computing reported.
-        path: its file; empty where it is not kept.
-        seconds: how long computing took; None where it was read.
-    """
+    """Result and where it came from."""
 
     value: T
-    meta: Meta
-    path: str | Path
-    seconds: float | None = None
+    meta: Meta  # of its file, or what computing reported
+    path: str | Path  # empty where it is not kept
+    seconds: float | None = None  # that computing took; None where it was read
 
     def origin(self, verb: str = "computed") -> str:
         """Say in a few words where the result came from, for a log line."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import pickle
 import re
 import zipfile
@@ -76,7 +77,7 @@ def load(path: str | Path) -> Any:
         with _opened(path):
             return reader.load_file(path)
     with _opened(path) as file:
-        return _Plain(path.stat().st_size).convert(_unpickled(file))
+        return _plain(_unpickled(file), path.stat().st_size, itertools.count())
 
 
 def container(path: Path) -> str:
@@ -96,13 +97,9 @@ def _unpickled(file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-        danger = (
-            f", which could run code when opened ({found[1]})"
-            if found
-            else f" ({printable(reason)})"
-        )
-        raise RefusedError(f"it holds more than tensors and plain values{danger}") from error
+        reason = printable(str(error).rpartition("WeightsUnpickler error: ")[2].strip())
+        why = f", which could run code when opened ({found[1]})" if found else f" ({reason})"
+        raise RefusedError(f"it holds more than tensors and plain values{why}") from error
 
 
 def _check_members(file: BinaryIO) -> None:
@@ -118,42 +115,40 @@ def _check_members(file: BinaryIO) -> None:
         raise RefusedError("its members together are larger than the file")
 
 
-class _Plain:
-    """Copies what an unpickler gives into dicts, lists, numbers, text and tensors without history."""
+def _plain(value: Any, num_bytes: int, parts: Iterator[int]) -> Any:
+    """Copy what an unpickler gives into dicts, lists, numbers, text and tensors without history.
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self.num_parts = num_bytes, 0
+    `parts` counts the values, because a list of the same list of the same list ... is endless.
+    """
+    if next(parts) == MAX_PARTS:
+        raise RefusedError(f"it has more than {MAX_PARTS} parts")
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, Tensor):
+        return _dense(value, num_bytes)
+    if isinstance(value, PickledModule):
+        value = value.entries()
+    if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
+        for key in dict.keys(value):
+            if type(key) not in (str, int, bool):
+                raise RefusedError(f"it has a {type(key).__name__} as a key")
+        return {key: _plain(entry, num_bytes, parts) for key, entry in dict.items(value)}
+    kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
+    if kind is None:
+        raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
+    return kind([_plain(member, num_bytes, parts) for member in value])
 
-    def convert(self, value: Any) -> Any:
-        self.num_parts += 1
-        if self.num_parts > MAX_PARTS:  # a list of the same list of the same list ... is endless
-            raise RefusedError(f"it has more than {MAX_PARTS} parts")
-        if value is None or type(value) in (bool, int, float, str, bytes):
-            return value
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, PickledModule):
-            value = value.entries()
-        if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
-            for key in dict.keys(value):
-                if type(key) not in (str, int, bool):
-                    raise RefusedError(f"it has a {type(key).__name__} as a key")
-            return {key: self.convert(entry) for key, entry in dict.items(value)}
-        kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
-        if kind is None:
-            raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
-        return kind([self.convert(member) for member in value])
 
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        """Refuse tensors that are not dense, or that take more memory than the file can fill."""
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise RefusedError("it holds a tensor that is sparse or of another special kind")
-        if tensor.is_quantized or tensor.device.type != "cpu":
-            raise RefusedError("it holds a quantized tensor, or one without contents")
-        if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > self.num_bytes:
-            shape = printable(list(tensor.shape))
-            raise RefusedError(f"a tensor of size {shape} does not fit into the file")
-        return tensor.detach()
+def _dense(tensor: Tensor, num_bytes: int) -> Tensor:
+    """Refuse tensors that are not dense, or that take more memory than a file of so many bytes can fill."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        raise RefusedError("it holds a tensor that is sparse or of another special kind")
+    if tensor.is_quantized or tensor.device.type != "cpu":
+        raise RefusedError("it holds a quantized tensor, or one without contents")
+    if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > num_bytes:
+        shape = printable(list(tensor.shape))
+        raise RefusedError(f"a tensor of size {shape} does not fit into the file")
+    return tensor.detach()
 
 
 def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:

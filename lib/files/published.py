@@ -54,9 +54,6 @@ def describe(
         source: the file, for messages.
         architecture: name that replaces the one in the file, or stands in where it has none.
         unsaid: kind of a file that gives no sign of its own, such as bare weights.
-
-    Raises:
-        ValueError: if the file's description is wrong, or it holds no network weights.
     """
     if description.KEY in state:
         found = description.read(state[description.KEY], str(source))

@@ -182,14 +182,10 @@ def read(file: BinaryIO) -> Any:
     keys = Unpickler(head).load()
     file.seek(head.tell())
     for key in keys:
-        _fill(unpickler.storages.pop(key), file)
+        flat = unpickler.storages.pop(key)
+        contents, numel = flat.view(torch.uint8).numpy(), int.from_bytes(file.read(8), "little")
+        if numel != flat.numel() or file.readinto(contents) != len(contents):
+            raise ValueError("the contents of a tensor are cut off or of another size")
     if unpickler.storages:
         raise ValueError("it lacks the contents of some tensors")
     return loaded
-
-
-def _fill(flat: Tensor, file: BinaryIO) -> None:
-    contents = flat.view(torch.uint8).numpy()
-    numel = int.from_bytes(file.read(8), "little")
-    if numel != flat.numel() or file.readinto(contents) != len(contents):
-        raise ValueError("the contents of a tensor are cut off or of another size")

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.files import checkpoint
-from lib.labels.pseudo_labels import SHOWN, PseudoLabels, listed, sorted_labeled
+from lib.labels.pseudo_labels import KEYS, SHOWN, PseudoLabels, listed, sorted_labeled
 
 SUFFIX = ".pth.tar"
 CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of chunks, of this one
@@ -32,27 +32,19 @@ def load(path: str | Path) -> PseudoLabels:
     Raises:
         ValueError: if the file cannot be used, naming everything that is wrong with it.
     """
-    keys = ("pseudo_indexes", "pseudo_labels", "labeled_indexes", "unlabeled_indexes")
-    state = checkpoint.load_dict(path, *keys)
-    probs, weights = state.get("pseudo_probs"), state.get("pseudo_weights")
-    if probs is None and weights is None:
-        raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
-    kinds = [key for key in (*keys, "pseudo_probs", "pseudo_weights") if key in state]
-    wrong = [key for key in kinds if not isinstance(state[key], Tensor)]
+    needed = ("indexes", "labels", "labeled", "unlabeled")
+    state = checkpoint.load_dict(path, *(KEYS[name] for name in needed))
+    found = {name: state[key] for name, key in KEYS.items() if key in state}
+    wrong = [n for n, value in found.items() if n != "meta" and not isinstance(value, Tensor)]
     if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)} must be dense tensors")
-    if weights is None:
-        weights = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
+        raise ValueError(f"{path}: {', '.join(KEYS[n] for n in wrong)} must be dense tensors")
+    if "confidence" not in found:
+        if "probabilities" not in found:
+            raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
+        probs = found["probabilities"]
+        found["confidence"] = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
     try:
-        return PseudoLabels(
-            state["pseudo_indexes"],
-            state["pseudo_labels"],
-            weights,
-            state["labeled_indexes"],
-            state["unlabeled_indexes"],
-            probs,
-            state.get("meta", {}),
-        )
+        return PseudoLabels(**found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -18,6 +18,15 @@ from lib.files.published import class_names
 SLACK = 1e-4  # rounding of float32 probabilities
 EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.999999999999996
 SHOWN = 6  # names in a message
+KEYS = {  # names of the attributes in files; all but `meta` are the published ones
+    "indexes": "pseudo_indexes",
+    "labels": "pseudo_labels",
+    "confidence": "pseudo_weights",
+    "labeled": "labeled_indexes",
+    "unlabeled": "unlabeled_indexes",
+    "meta": "meta",
+    "probabilities": "pseudo_probs",
+}
 TOP = 5  # classes of each image that are kept where its probabilities are not
 
 
@@ -207,18 +216,10 @@ class PseudoLabels:
         return (rank < quota[self.labels]).nonzero()[:, 0]
 
     def state(self) -> dict[str, Any]:
-        """Return these pseudo-labels under the published keys, and `meta`: what a file holds."""
-        entries = {
-            "pseudo_indexes": self.indexes,
-            "pseudo_labels": self.labels,
-            "pseudo_weights": self.confidence,
-            "labeled_indexes": self.labeled,
-            "unlabeled_indexes": self.unlabeled,
-            "meta": dict(self.meta),
-        }
-        if self.probabilities is not None:
-            entries["pseudo_probs"] = self.probabilities
-        return entries
+        """Return these pseudo-labels under their `KEYS`: what a file holds."""
+        entries = {key: getattr(self, name) for name, key in KEYS.items()}
+        entries["meta"] = dict(self.meta)
+        return {key: entry for key, entry in entries.items() if entry is not None}
 
 
 def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:

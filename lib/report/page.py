@@ -88,12 +88,12 @@ def write_page(
     sheets: Mapping[str, Sequence[tuple[str, str, int]]],
     heading: str = "{} labels: most confident images above, least confident below",
 ) -> None:
-    """Write an HTML page that shows the pictures beside it.
+    """Write an HTML page that shows the pictures beside it, whose file names are relative to the page.
 
     Args:
         facts: what made the pseudo-labels, as names and values.
         curves: the curve of each number of labels; {} if no true label is known.
-        pictures: caption of each file; files are relative to the page.
+        pictures: caption of each file.
         sheets: for each number of labels, class, file and number of images of each contact sheet.
         heading: heading of the sheets of one number of labels, which replaces {}.
     """

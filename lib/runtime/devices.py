@@ -56,15 +56,13 @@ class Device:
 def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = False) -> Device:
     """Return the device of this process among those that `--gpus` names, by index of the visible ones.
 
-    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
+    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU. A device
+    that does not exist, and several devices for a single process, are a ValueError.
 
     Args:
         gpus: as in `device_names`; of several devices, the one at this process's local rank is taken.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
         deterministic: make GPUs compute the same bits every time, at some loss of speed.
-
-    Raises:
-        ValueError: if a device does not exist, or a single process is given several; or for the precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")

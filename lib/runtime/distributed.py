@@ -183,8 +183,7 @@ def device_names(gpus: str) -> list[str]:
     if numbers and not torch.cuda.is_available():
         return ["cpu"]
     if numbers and under_torchrun():  # torchrun decides how many processes there are
-        numbers = [str(local_rank())]
-        names = numbers
+        names = numbers = [str(local_rank())]
     missing = [number for number in numbers if int(number) >= torch.cuda.device_count()]
     if missing:
         raise ValueError(
