@@ -4,6 +4,8 @@ The limits of single options are declared with them (`lib.runtime.option`) and c
 """
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +13,6 @@ from pathlib import Path
 from lib.cli.declared import flag
 from lib.features.backbones import is_external
 from lib.runtime import distributed
-from lib.runtime.profiling import require_compiler
 from models import IMAGENET_ARCHITECTURES
 
 ONLY_TRAINING = ("loader", "compile", "profile")  # without effect where a checkpoint is measured
@@ -21,8 +22,14 @@ SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs m
 
 def check_common(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared options that no run can work with."""
-    if args.compile:
-        require_compiler()
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    if args.compile and not shutil.which(
+        os.environ.get("CXX") or usual
+    ):  # as torch.compile looks for it
+        raise ValueError(
+            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
+            "apt install g++), or leave --compile out"
+        )
     size = distributed.world_size()
     if args.batch_size % size:
         raise ValueError(

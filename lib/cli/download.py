@@ -45,10 +45,6 @@ CHECKS: dict[str, Callable[[Path], Any]] = {  # by the top folder of the publish
 }
 
 
-class UnreachableError(ValueError):
-    """None of the hosts can be reached, so the other files cannot be fetched either."""
-
-
 @dataclass(frozen=True)
 class Published:
     """One published file, at `path` below the base address and below the folder that files go to."""
@@ -94,6 +90,7 @@ def obtain(file: Published, folder: Path, base_urls: Sequence[str]) -> str:
 
     Raises:
         ValueError: if no address has it, or it is not what it should be; nothing of it is kept.
+        ConnectionError: if no host can be reached, so that other files cannot be fetched either.
     """
     target = folder / file.result
     if target.exists():
@@ -128,7 +125,7 @@ def receive(file: Published, folder: Path, base_urls: Sequence[str]) -> Path:
     reasons = ", ".join(f"{url} ({error})" for url, error in errors.items())
     # An HTTPError is a URLError as well, but it is an answer; and a folder has no host.
     gone = all(u.startswith("http") and type(e) is URLError for u, e in errors.items())
-    raise (UnreachableError if gone else ValueError)(f"cannot be fetched from {reasons}")
+    raise (ConnectionError if gone else ValueError)(f"cannot be fetched from {reasons}")
 
 
 def unpack(archive: Path, folder: Path, members: Collection[str]) -> Path:
@@ -197,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             failed = True
             print(f"failed         {file.path}: {error}", file=sys.stderr)
-            if isinstance(error, UnreachableError):
+            if isinstance(error, ConnectionError):
                 break
     if failed:
         print(

@@ -90,7 +90,7 @@ def class_names(state: Mapping[str, Any]) -> list[str]:
     """
     names = state.get("classes") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError("its classes are not a list of names")
+        raise ValueError("the recorded classes are not a list of names")
     return list(names)
 
 

@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,16 +72,6 @@ def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float
     with FlopCounterMode(display=False) as counter:
         ghost(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return float(counter.get_total_flops())
-
-
-def require_compiler() -> None:
-    """Raise ValueError with what to install if --compile finds no compiler: PyTorch calls CXX, else g++."""
-    usual = "clang++" if sys.platform == "darwin" else "g++"
-    if not shutil.which(os.environ.get("CXX") or usual):
-        raise ValueError(
-            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
-            "apt install g++), or leave --compile out"
-        )
 
 
 @contextmanager
