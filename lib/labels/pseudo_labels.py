@@ -1,6 +1,6 @@
 """Pseudo-labels: the value that phase 2 makes and phase 3 reads, checked whenever one is made.
 
-`lib.labels.confidence` makes it from scores or probabilities, `lib.labels.pseudo_files` keeps it in files,
+`lib.labels.confidence` makes it from scores, `lib.labels.pseudo_files` keeps it in files,
 and `lib.labels.table` writes it as a CSV table.
 """
 
