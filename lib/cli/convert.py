@@ -9,7 +9,6 @@ Any file may be given, also one from a stranger: nothing in it is ever executed.
 """
 
 import argparse
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lib.cli import options, start
 from lib.files import checkpoint
+from lib.files.atomic import write_whole
 from lib.files.weights import NETWORKS, strip_wrappers
 
 
@@ -49,7 +49,7 @@ def _save_safetensors(state: Any, path: Path) -> list[str]:
     if not tensors:
         raise ValueError(f"there are no tensors to write to {path}")
     notes = {str(k): str(v) for k, v in state.items() if isinstance(v, str | int | float)}
-    checkpoint.replace(path, io.BytesIO(writer.save(tensors, metadata=notes)))
+    write_whole(writer.save(tensors, metadata=notes), path)
     return [str(name) for name in state if str(name) not in (network, *tensors, *notes)]
 
 

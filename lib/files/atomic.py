@@ -16,8 +16,8 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
     Missing folders are made.
 
     Raises:
-        OSError: if the file cannot be written; `strerror` names the path, the bytes needed and the bytes
-            free, the old file stays and nothing else is left.
+        ValueError: if the file cannot be written, naming the path, the bytes needed and the bytes free. The
+            old file stays and nothing else is left.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -38,10 +38,9 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
         free: int | str = "an unknown number"
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            error.errno,
+        raise ValueError(
             f"cannot write {path} ({len(data)} bytes, {free} free): {error.strerror or error}; the file "
-            "that was there before is intact",
+            "that was there before is intact"
         ) from error
 
 

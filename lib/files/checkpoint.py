@@ -33,15 +33,7 @@ def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     buffer = io.BytesIO()
     state = dict(state) if isinstance(state, Mapping) else state
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
-    replace(Path(path), buffer)
-
-
-def replace(path: Path, buffer: io.BytesIO) -> None:
-    """Put what `buffer` holds in the place of `path`; errors as in `save`."""
-    try:
-        write_whole(buffer.getbuffer(), path)
-    except OSError as error:
-        raise ValueError(error.strerror) from error
+    write_whole(buffer.getbuffer(), Path(path))
 
 
 @contextlib.contextmanager

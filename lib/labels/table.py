@@ -43,11 +43,8 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows((index, paths[index] if paths else "", *more) for index, *more in rows)
-    try:
-        # The name of an image need not be UTF-8, but the table is.
-        write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    # The name of an image need not be UTF-8, but the table is.
+    write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
 
 
 def from_csv(path: str | Path) -> PseudoLabels:
