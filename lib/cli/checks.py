@@ -67,22 +67,16 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         warn("--finetune without weights to start from trains on features of a random network")
 
 
-def require_data_dir(args: argparse.Namespace) -> None:
-    """Raise ValueError if the images are read from a folder and the user names none."""
-    if not args.data_dir and args.dataset not in WITHOUT_FILES:
-        raise ValueError(
-            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
-        )
-
-
-def require_imagenet_network(
-    args: argparse.Namespace, small: str, *, external_too: bool = False
-) -> None:
-    """Raise ValueError if the network is not one for ImageNet, or the images are too small for it.
+def check_imagenet(args: argparse.Namespace, small: str, *, external_too: bool = False) -> None:
+    """Refuse a missing folder of images, networks that are not for ImageNet, and images too small for them.
 
     The message names the script `small` for small images. `external_too` accepts networks of other
     libraries (`lib.features.backbones`).
     """
+    if not args.data_dir and args.dataset not in WITHOUT_FILES:
+        raise ValueError(
+            "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
+        )
     external = external_too and is_external(args.architecture)
     if args.architecture not in IMAGENET_ARCHITECTURES and not external:
         known = ", ".join(IMAGENET_ARCHITECTURES)
