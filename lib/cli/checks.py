@@ -22,10 +22,8 @@ SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs m
 
 def check_common(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared options that no run can work with."""
-    usual = "clang++" if sys.platform == "darwin" else "g++"
-    if args.compile and not shutil.which(
-        os.environ.get("CXX") or usual
-    ):  # as torch.compile looks for it
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not shutil.which(compiler):  # the one that torch.compile calls
         raise ValueError(
             "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
             "apt install g++), or leave --compile out"

@@ -30,10 +30,10 @@ STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHE
 class Names:
     """The names of the entries in a kind of checkpoint."""
 
-    network: str
-    best: str = "best_acc"  # written in addition to that name
+    network: str  # key of the weights
+    best: str = "best_acc"  # key of the highest accuracy so far, besides `best_acc`
     first_epoch: int | None = None  # value of `epoch` after the first one, if epochs are counted
-    architecture: str = "architecture"  # written in addition to that name
+    architecture: str = "architecture"  # key of the network's name, besides `architecture`
 
 
 CIFAR_METRIC = Names("net", first_epoch=0)
@@ -49,6 +49,8 @@ def describe(
     unsaid: str = CLASSIFIER,
 ) -> Description:
     """Describe the network that a checkpoint of any phase holds.
+
+    A wrong description in the file, and a file without network weights, are a ValueError.
 
     Args:
         source: the file, for messages.
@@ -72,7 +74,7 @@ def is_metric(state: Mapping[str, Any]) -> bool:
 
 
 def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
-    """Return the memory bank of a checkpoint of phase 1, N x D float32, ours or a published module's."""
+    """Return the memory bank of phase 1, N x D float32, ours or a published module's, or raise ValueError."""
     bank = state.get(BANK)
     rows = bank.get("memory") if isinstance(bank, Mapping) else None
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():

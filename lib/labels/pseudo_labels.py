@@ -199,7 +199,7 @@ class PseudoLabels:
         """Return the positions of the most confident share, in their order here.
 
         Args:
-            ratio: share to take, from 0 to 1; the number of images is rounded down.
+            ratio: share to take, from 0 to 1, else a ValueError; the number of images is rounded down.
             class_balanced: take this share of each pseudo-class instead of the whole ranking, rounded
                 up so that no class is left out. The most confident labels crowd into few classes, and
                 training on those alone forgets the others.

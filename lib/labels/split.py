@@ -20,7 +20,7 @@ class Split:
 
 
 def parse_num_labeled(text: str | int) -> int | str:
-    """Read a number of labeled images, as a command line or a notebook gives it: an integer, or `all`."""
+    """Read a number of labeled images, an integer or `all`; anything else is a ValueError."""
     if text == ALL:
         return ALL
     try:
@@ -97,7 +97,7 @@ def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor
     """Shuffle the unlabeled images and cut them into parts of equal size, up to one image.
 
     The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
-    classes and gives its labels away.
+    classes and gives its labels away. Fewer images than chunks are a ValueError.
     """
     if not 1 <= num_chunks <= len(split.unlabeled):
         raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabeled images")

@@ -23,7 +23,7 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     Labels are class names where `meta` has them and no two are the same, else numbers. A labeled image has
     no confidence; an image that got no pseudo-label has no label and the confidence 0. `meta` stands in a
     first line that starts with #. `from_csv` brings back everything but the probabilities and the order of
-    `unlabeled`. `paths`, the files of all training images, fill the column path.
+    `unlabeled`. `paths`, the files of all training images, fill the column path; too few are a ValueError.
     """
     names = _table_names(pseudo.meta)
     values = (pseudo.indexes.tolist(), pseudo.labels.tolist(), pseudo.confidence.tolist())
