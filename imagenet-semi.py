@@ -58,8 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     checks.check_finetuning(args, build_parser())
-    checks.require_data_dir(args)
-    checks.require_imagenet_network(args, "cifar-semi.py", external_too=True)
+    checks.check_imagenet(args, "cifar-semi.py", external_too=True)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

@@ -24,6 +24,7 @@ from lib.runtime import devices
 from lib.runtime.distributed import is_main, own_workers
 from lib.training import prediction
 from lib.training.prediction import Predictions
+from lib.training.shared_settings import Compute
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=2,
         help="processes that decode the pictures, on each machine",
     )
-    options.add_compute(parser)
+    declared.add_options(parser, Compute)
     return parser
 
 

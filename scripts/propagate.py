@@ -47,15 +47,7 @@ from tqdm import tqdm
 
 from datasets import DataSet, build_datasets
 from lib.cli import checks, options, start
-from lib.cli.propagation import (
-    GRAPH_OPTIONS,
-    add_algorithm,
-    add_files,
-    add_graph,
-    add_labels,
-    class_prior,
-    method_parameters,
-)
+from lib.cli.propagation import GRAPH_OPTIONS, add_options, class_prior, method_parameters
 from lib.features import extraction
 from lib.features.backbones import is_external
 from lib.features.extraction import FeatureSet
@@ -73,35 +65,13 @@ from lib.propagation.workers import lead, serve
 from lib.report import page, plots
 from lib.report.curves import Curve, accuracy_coverage
 from lib.runtime import devices, distributed
-from models import SMALL_ARCHITECTURES
 
-ARCHITECTURES = (
-    f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, with "
-    "images as its own configuration wants them: torchvision:NAME, torchvision:NAME@WEIGHTS, timm:NAME"
-)
 MIB = 2**20
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
-    options.add_data(parser, "--data_dir")
-    parser.set_defaults(image_size=None)
-    network = options.add_model(parser, known=ARCHITECTURES)
-    network.set_defaults(architecture="")
-    network.add_argument(
-        "--checkpoint",
-        default="",
-        metavar="FILE",
-        help="checkpoint of phase 1; with a network from elsewhere its weights (default: the library's own)",
-    )
-    network.add_argument(
-        "--features", default="", metavar="FILE", help="feature file, in place of --checkpoint"
-    )
-    add_labels(parser)
-    add_algorithm(parser)
-    add_graph(parser)
-    options.add_compute(parser)
-    add_files(parser)
+    add_options(parser)
     return parser
 
 

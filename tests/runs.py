@@ -165,7 +165,8 @@ def world(tmp_path_factory) -> Path:
     train, _ = build_datasets("folder", root / "pictures", image_size=16)
     split = labeled_split(train.targets, LABELS, 4)
     votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
-    pseudo = confidence.from_probabilities(votes, split, {"data_digest": train.digest})
+    meta = {"data_digest": train.digest}
+    pseudo = confidence.from_scores(votes.log(), split, meta, confidence="largest")
     pseudo_files.save(pseudo, root / "pseudo.pth.tar")
     return root
 

@@ -66,12 +66,13 @@ def world(tmp_path_factory) -> Path:
         votes = torch.rand(len(train), 4, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
         meta = {"data_digest": train.digest, "classes": list(train.classes)}
         if in_memory:
-            whole = confidence.from_probabilities(votes, split, meta)
+            whole = confidence.from_scores(votes.log(), split, meta, confidence="largest")
             pseudo_files.save(whole, root / f"{name}.pth.tar")
             continue
         for place, part in enumerate(cut_into_chunks(split, 2)):
             part = Split(split.labeled, part)
-            save_part(confidence.from_probabilities(votes, part, meta), root, LABELS, place, 2)
+            part = confidence.from_scores(votes.log(), part, meta, confidence="largest")
+            save_part(part, root, LABELS, place, 2)
     return root
 
 
@@ -397,7 +398,7 @@ def test_a_mistake_among_fifty_thousand_pseudo_labels_is_found(tmp_path, capsys)
     targets = torch.arange(10).repeat(5000)
     split = labeled_split(targets, 250, 10)
     votes = torch.rand(50_000, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
-    pseudo_files.save(confidence.from_probabilities(votes, split), tmp_path / "250.pth.tar")
+    pseudo_files.save(confidence.from_scores(votes.log(), split), tmp_path / "250.pth.tar")
     state = checkpoint.load_dict(tmp_path / "250.pth.tar")
     state["pseudo_indexes"][-1] = state["pseudo_indexes"][0]
     checkpoint.save(state, tmp_path / "250.pth.tar")

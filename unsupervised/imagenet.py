@@ -66,8 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
     checks.check_pretraining(args, parser)
-    checks.require_data_dir(args)
-    checks.require_imagenet_network(args, "unsupervised/cifar.py")
+    checks.check_imagenet(args, "unsupervised/cifar.py")
     if args.auto_resume and args.resume not in ("", "auto"):
         raise ValueError("--auto-resume and --resume FILE name two checkpoints; give one")
     if args.test_only and args.evaluate:

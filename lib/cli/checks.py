@@ -4,6 +4,8 @@ The limits of single options are declared with them (`lib.runtime.option`) and c
 """
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +13,6 @@ from pathlib import Path
 from lib.cli.declared import flag
 from lib.features.backbones import is_external
 from lib.runtime import distributed
-from lib.runtime.profiling import require_compiler
 from models import IMAGENET_ARCHITECTURES
 
 ONLY_TRAINING = ("loader", "compile", "profile")  # without effect where a checkpoint is measured
@@ -21,8 +22,12 @@ SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs m
 
 def check_common(args: argparse.Namespace) -> None:
     """Refuse combinations of the shared options that no run can work with."""
-    if args.compile:
-        require_compiler()
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if args.compile and not shutil.which(compiler):  # the one that torch.compile calls
+        raise ValueError(
+            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
+            "apt install g++), or leave --compile out"
+        )
     size = distributed.world_size()
     if args.batch_size % size:
         raise ValueError(
@@ -41,11 +46,7 @@ def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Check the options of phase 3, and warn of options that have no effect.
-
-    Raises:
-        ValueError: if no run can work with them.
-    """
+    """Check the options of phase 3, and warn of options that have no effect."""
     check_common(args)
     if args.eval and not (args.resume or args.pretrained):
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
@@ -64,24 +65,16 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         warn("--finetune without weights to start from trains on features of a random network")
 
 
-def require_data_dir(args: argparse.Namespace) -> None:
-    """Raise ValueError if the images are read from a folder and the user names none."""
+def check_imagenet(args: argparse.Namespace, small: str, *, external_too: bool = False) -> None:
+    """Refuse a missing folder of images, networks that are not for ImageNet, and images too small for them.
+
+    The message names the script `small` for small images. `external_too` accepts networks of other
+    libraries (`lib.features.backbones`).
+    """
     if not args.data_dir and args.dataset not in WITHOUT_FILES:
         raise ValueError(
             "--data-dir is missing: name the folder that holds train/<class>/* and val/<class>/*"
         )
-
-
-def require_imagenet_network(
-    args: argparse.Namespace, small: str, *, external_too: bool = False
-) -> None:
-    """Raise ValueError if the network is not one for ImageNet, or the images are too small for it.
-
-    Args:
-        args: the options.
-        small: the script for small images, which the message names.
-        external_too: accept networks of other libraries too (`lib.features.backbones`).
-    """
     external = external_too and is_external(args.architecture)
     if args.architecture not in IMAGENET_ARCHITECTURES and not external:
         known = ", ".join(IMAGENET_ARCHITECTURES)
@@ -98,13 +91,7 @@ def require_imagenet_network(
 def keep_dummy_apart(
     args: argparse.Namespace, parser: argparse.ArgumentParser, *names: str
 ) -> None:
-    """Give a run on random images folders of its own, unless the user names some.
-
-    Args:
-        args: the options, changed in place.
-        parser: knows their defaults.
-        names: the options for folders.
-    """
+    """Give a run on random images folders of its own, in place, unless the user names some."""
     for name in names if args.dataset == "dummy" else ():
         if getattr(args, name) == parser.get_default(name):
             setattr(args, name, f"{parser.get_default(name)}-dummy")
@@ -128,8 +115,7 @@ def warn_unused(
 def writable_folder(option: str, path: str | Path) -> Path:
     """Make the folder `path` and prove that files can be written to it, before hours of training.
 
-    Raises:
-        ValueError: if they cannot, naming the option that gave the folder.
+    The ValueError, if they cannot, names the option that gave the folder.
     """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ Any file may be given, also one from a stranger: nothing in it is ever executed.
 """
 
 import argparse
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,12 @@ from torch import Tensor
 
 from lib.cli import options, start
 from lib.files import checkpoint
+from lib.files.atomic import write_whole
 from lib.files.weights import NETWORKS, strip_wrappers
 
 
-def published_format(state: Any) -> Any:
-    """Return a state as the published scripts expect it: names of weights begin with `module.`."""
-    return _renamed(state, "module.")
-
-
-def plain_format(state: Any) -> Any:
-    """Return a state as we write it: names of weights without the prefixes of wrappers."""
-    return _renamed(state, "")
-
-
 def _renamed(state: Any, prefix: str) -> Any:
+    """Return a state with `prefix` in place of those of wrappers before the names of weights."""
     if not isinstance(state, dict):
         return state
     networks = [key for key in NETWORKS if isinstance(state.get(key), dict)]
@@ -58,11 +49,11 @@ def _save_safetensors(state: Any, path: Path) -> list[str]:
     if not tensors:
         raise ValueError(f"there are no tensors to write to {path}")
     notes = {str(k): str(v) for k, v in state.items() if isinstance(v, str | int | float)}
-    checkpoint.replace(path, io.BytesIO(writer.save(tensors, metadata=notes)))
+    write_whole(writer.save(tensors, metadata=notes), path)
     return [str(name) for name in state if str(name) not in (network, *tensors, *notes)]
 
 
-def _described(value: Any, name: str, depth: int) -> Iterator[str]:
+def _described(value: Any, name: str, depth: int = 0) -> Iterator[str]:
     """Yield a line for each entry of a loaded file."""
     start = "  " * depth + (name if name.isprintable() else ascii(name))
     if isinstance(value, Tensor):
@@ -80,19 +71,13 @@ def _described(value: Any, name: str, depth: int) -> Iterator[str]:
 
 
 def show(path: str | Path) -> str:
-    """Describe a file as text: its format, and a tree of keys, types and shapes.
-
-    Raises:
-        ValueError: as `checkpoint.load`.
-    """
+    """Describe a file that `checkpoint.load` reads: its format, and a tree of keys, types and shapes."""
     path = Path(path)
     found = checkpoint.load(path)
     lines = [f"{path}: {checkpoint.container(path)}, {path.stat().st_size / 1e6:.1f} MB"]
-    if isinstance(found, dict):
-        for key, value in found.items():
-            lines += _described(value, str(key), 0)
-    else:
-        lines += _described(found, "(the whole file)", 0)
+    entries = found if isinstance(found, dict) else {"(the whole file)": found}
+    for key, value in entries.items():
+        lines += _described(value, str(key))
     return "\n".join(lines)
 
 
@@ -100,8 +85,6 @@ def convert(source: str | Path, target: str | Path, *, published: bool = False) 
     """Write a file again as plain tensors, or, where `target` ends in .safetensors, in that format.
 
     Args:
-        source: a file of any kind that `checkpoint.load` reads.
-        target: the new file.
         published: prefix the names of weights by `module.` and write the stream that torch before
             1.6 reads.
 
@@ -117,9 +100,8 @@ def convert(source: str | Path, target: str | Path, *, published: bool = False) 
             raise ValueError(
                 "the published format is one of torch; name a file that ends in .pth.tar"
             )
-        return _save_safetensors(plain_format(state), target)
-    written = published_format(state) if published else plain_format(state)
-    checkpoint.save(written, target, legacy=published)
+        return _save_safetensors(_renamed(state, ""), target)
+    checkpoint.save(_renamed(state, "module." if published else ""), target, legacy=published)
     return []
 
 

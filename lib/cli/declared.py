@@ -4,18 +4,9 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import Field, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from lib.labels.split import parse_num_labeled
-from lib.runtime.option import (
-    NOT_NEGATIVE,
-    OPEN_FRACTION,
-    POSITIVE,
-    SEED,
-    Limit,
-    Option,
-    options_of,
-)
+from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, Limit, Option, options_of
 
 Values = TypeVar("Values", bound=Any)
 WANTED = {int: "a whole number", float: "a number"}
@@ -47,9 +38,7 @@ def checked(parse: Callable[[str], Any], limit: Limit | None = None) -> Callable
 positive_int = checked(int, POSITIVE)
 not_negative_int = checked(int, NOT_NEGATIVE)
 positive_float = checked(float, POSITIVE)
-open_fraction = checked(float, OPEN_FRACTION)
 seed = checked(int, SEED)
-num_labeled = checked(parse_num_labeled, POSITIVE)
 
 
 def flag(name: str) -> str:
@@ -58,15 +47,7 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, kind: type) -> dict[str, argparse._ArgumentGroup]:
-    """Add every option that the dataclass `kind` declares, in its groups.
-
-    Args:
-        parser: where to add them.
-        kind: a dataclass with fields made by `lib.runtime.option.option`.
-
-    Returns:
-        The groups by name, for options that a script adds by itself.
-    """
+    """Add every option that the dataclass `kind` declares, and return their groups by name."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     declared = {each.name: each for each in fields(kind)}
     for name, each in options_of(kind).items():
@@ -86,15 +67,16 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> dict[str, argpar
 
 def _keywords(declared: Field, option: Option) -> dict[str, Any]:
     """Return what `add_argument` must know of an option beside its names, default and help."""
-    if declared.type is bool:
+    kind = (get_args(declared.type) or (declared.type,))[0]  # int of `int | None`
+    if kind is bool:
         return {"action": "store_true"}
     keywords: dict[str, Any] = {"metavar": option.metavar}
     if option.choices is not None:
         keywords["choices"] = option.choices
     if option.bare is not None:
         keywords |= {"nargs": "?", "const": option.bare}
-    if option.parse is not None or declared.type in WANTED:
-        keywords["type"] = checked(option.parse or declared.type, option.limit)
+    if option.parse is not None or kind in WANTED:
+        keywords["type"] = checked(option.parse or kind, option.limit)
     return keywords
 
 

@@ -45,31 +45,19 @@ CHECKS: dict[str, Callable[[Path], Any]] = {  # by the top folder of the publish
 }
 
 
-class UnreachableError(ValueError):
-    """None of the hosts can be reached, so the other files cannot be fetched either."""
-
-
 @dataclass(frozen=True)
 class Published:
-    """One published file.
-
-    Attributes:
-        path: its place below the base address, and below the folder that files go to.
-        purpose: what it is for.
-        make: the command of our own phases that makes a file of the same kind.
-        sha256: its digest, where it is known.
-        members: names in the archive; empty for a file that is not an archive.
-    """
+    """One published file, at `path` below the base address and below the folder that files go to."""
 
     path: str
     purpose: str
-    make: str
-    sha256: str | None = None
-    members: tuple[str, ...] = ()
+    make: str  # command of our own phases that makes a file of the same kind
+    sha256: str | None = None  # where it is known
+    members: tuple[str, ...] = ()  # names in the archive; empty for a file that is not an archive
 
     @property
     def result(self) -> str:
-        """The file, or the folder that an archive becomes."""
+        """Path of the file, or of the folder that an archive becomes."""
         return self.path.removesuffix(".tar") if self.members else self.path
 
     def check(self, place: Path) -> None:
@@ -81,12 +69,9 @@ class Published:
 def read_manifest() -> tuple[list[str], list[Published]]:
     """Return the base addresses, and the files that are published below each of them."""
     written = json.loads(MANIFEST.read_text())
-    members = {None: ()} | {kind: tuple(names) for kind, names in written["members"].items()}
-    files = [
-        Published(f["path"], f["purpose"], f["make"], f["sha256"], members[f.get("members")])
-        for f in written["files"]
-    ]
-    return written["base_urls"], files
+    members = {kind: tuple(names) for kind, names in written["members"].items()}
+    files = [f | {"members": members.get(f.get("members"), ())} for f in written["files"]]
+    return written["base_urls"], [Published(**file) for file in files]
 
 
 def select(files: Sequence[Published], patterns: Sequence[str]) -> list[Published]:
@@ -105,7 +90,7 @@ def obtain(file: Published, folder: Path, base_urls: Sequence[str]) -> str:
 
     Raises:
         ValueError: if no address has it, or it is not what it should be; nothing of it is kept.
-        OSError: if it cannot be written.
+        ConnectionError: if no host can be reached, so that other files cannot be fetched either.
     """
     target = folder / file.result
     if target.exists():
@@ -127,7 +112,7 @@ def obtain(file: Published, folder: Path, base_urls: Sequence[str]) -> str:
 
 def receive(file: Published, folder: Path, base_urls: Sequence[str]) -> Path:
     """Download a file into `folder` from the first address that has it."""
-    arrived, reasons, unreachable = folder / Path(file.path).name, [], 0
+    arrived, errors = folder / Path(file.path).name, {}
     for base_url in base_urls:
         url = f"{base_url.rstrip('/')}/{file.path}"
         try:
@@ -136,11 +121,11 @@ def receive(file: Published, folder: Path, base_urls: Sequence[str]) -> Path:
             )
             return arrived
         except (OSError, HTTPException, RuntimeError) as error:
-            reasons.append(f"{url} ({error})")
-            is_host = base_url.startswith("http")
-            unreachable += is_host and type(error) is URLError  # an HTTPError is an answer
-    kind = UnreachableError if unreachable == len(base_urls) else ValueError
-    raise kind(f"cannot be fetched from {', '.join(reasons)}")
+            errors[url] = error
+    reasons = ", ".join(f"{url} ({error})" for url, error in errors.items())
+    # An HTTPError is a URLError as well, but it is an answer; and a folder has no host.
+    gone = all(u.startswith("http") and type(e) is URLError for u, e in errors.items())
+    raise (ConnectionError if gone else ValueError)(f"cannot be fetched from {reasons}")
 
 
 def unpack(archive: Path, folder: Path, members: Collection[str]) -> Path:
@@ -209,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
         except (ValueError, OSError) as error:
             failed = True
             print(f"failed         {file.path}: {error}", file=sys.stderr)
-            if isinstance(error, UnreachableError):
+            if isinstance(error, ConnectionError):
                 break
     if failed:
         print(

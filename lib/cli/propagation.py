@@ -1,8 +1,9 @@
-"""Options of phase 2: the algorithm that spreads labels, the graph, the search and the solver."""
+"""Options of phase 2: the features, the algorithm that spreads labels, the graph, search and solver."""
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from lib.cli import declared
 from lib.graph.affinity import PRESETS
@@ -12,233 +13,203 @@ from lib.graph.neighbors import METHODS as SEARCHES
 from lib.graph.neighbors import PRECISIONS
 from lib.graph.spectrum import SOLVERS
 from lib.labels.confidence import CONFIDENCES
+from lib.labels.split import parse_num_labeled
 from lib.propagation import METHODS
 from lib.propagation.normalized_cut import FILTER_BY
-
-# Parameters of single algorithms, which the method receives only where the user sets them.
-PARAMETERS = {  # name of the option: name of the parameter
-    "k": "k",
-    "knn_temperature": "temperature",
-    "num_eigenvectors": "num_eigenvectors",
-    "clamp": "clamp",
-    "filter": "filter",
-    "filter_by": "filter_by",
-    "cutoff": "cutoff",
-    "degree": "degree",
-    "time": "time",
-    "power": "power",
-    "alpha": "alpha",
-}
-GRAPH_OPTIONS = (
-    "graph",
-    "num_neighbors",
-    "graph_file",
-    "self_loops",
-    "search",
-    "search_precision",
-    "block_mib",
-    "solver",
-    "basis_mib",
-    "work_dir",
-    "fresh",
+from lib.runtime.option import (
+    NOT_NEGATIVE,
+    OPEN_FRACTION,
+    POSITIVE,
+    option,
+    options_of,
+    redeclared,
 )
+from lib.training.shared_settings import Compute, Data, Network
+from models import SMALL_ARCHITECTURES
 
 
-def method_parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect what the user set for the method, under the names of its parameters."""
-    given = {PARAMETERS[name]: getattr(args, name) for name in PARAMETERS}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def class_prior(args: argparse.Namespace, num_classes: int) -> Sequence[float] | None:
-    """Return the class shares that --class-prior asks for; None where it asks for nothing."""
-    return [1 / num_classes] * num_classes if args.class_prior == "uniform" else None
-
-
-def add_labels(parser: argparse.ArgumentParser) -> None:
-    """Add the numbers of labels, and the parts of the unlabeled images."""
-    labels = parser.add_argument_group("labels")
-    labels.add_argument(
-        "--num-labeled",
-        type=declared.num_labeled,
-        nargs="+",
-        default=[50, 100, 250, 500, 1000, 2000, 4000, 8000],
-        metavar="N",
-        help="numbers of labeled images, equally many of each class; all: every known label",
+@dataclass(frozen=True)
+class _Embedding(Network):
+    architecture: str = redeclared(
+        Network,
+        "architecture",
+        default="",
+        help=f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, "
+        "with images as its own configuration wants them: torchvision:NAME, torchvision:NAME@WEIGHTS, "
+        "timm:NAME",
     )
-    labels.add_argument(
-        "--chunks",
-        type=declared.positive_int,
-        default=1,
-        help="parts of the unlabeled images, each with its own graph",
+    checkpoint: str = option(
+        "",
+        metavar="FILE",
+        help="checkpoint of phase 1; with a network from elsewhere its weights (default: the library's own)",
+    )
+    features: str = option("", metavar="FILE", help="feature file, in place of --checkpoint")
+
+
+@dataclass(frozen=True)
+class _Algorithm:
+    GROUP: ClassVar[str] = "algorithm"
+
+    method: str = option("nc", choices=METHODS, help="how labels spread")
+    chunks: int = option(
+        1, limit=POSITIVE, help="parts of the unlabeled images, each with its own graph"
+    )
+    class_prior: str = option(
+        "none",
+        choices=("none", "uniform"),
+        help="uniform: as many predicted images in every class",
+    )
+    confidence: str | None = option(
+        None, choices=CONFIDENCES, help="measure of confidence (default: the method's own)"
+    )
+    temperature: float = option(
+        1.0, limit=POSITIVE, help="temperature of probabilities and confidence"
     )
 
 
-def add_algorithm(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of an algorithm, and the parameters of each."""
-    group = parser.add_argument_group("algorithm")
-    group.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
-    group.add_argument(
-        "--k", type=declared.positive_int, default=None, help="knn: neighbors that vote (200)"
+@dataclass(frozen=True)
+class _Parameters:
+    """Parameters of single algorithms, which the method receives only where the user sets them."""
+
+    GROUP: ClassVar[str] = "parameters of an algorithm"
+
+    k: int | None = option(None, limit=POSITIVE, help="knn: neighbors that vote (200)")
+    knn_temperature: float | None = option(
+        None, limit=POSITIVE, help="knn: temperature of the votes (0.1)"
     )
-    group.add_argument(
-        "--knn-temperature",
-        type=declared.positive_float,
-        default=None,
-        help="knn: temperature of the votes (0.1)",
-    )
-    group.add_argument(
-        "--num-eigenvectors",
-        type=declared.positive_int,
-        default=None,
+    num_eigenvectors: int | None = option(
+        None,
+        limit=POSITIVE,
         help="nc, and filter by eigenvectors: their number with the constant one (200)",
     )
-    group.add_argument(
-        "--clamp", action="store_true", default=None, help="nc: labeled images keep their labels"
-    )
-    group.add_argument(
-        "--filter", choices=FILTERS, default=None, help="filter: its kind (smoothed-step)"
-    )
-    group.add_argument(
-        "--filter-by",
+    clamp: bool | None = option(None, help="nc: labeled images keep their labels")
+    filter: str | None = option(None, choices=FILTERS, help="filter: its kind (smoothed-step)")
+    filter_by: str | None = option(
+        None,
         choices=FILTER_BY,
-        default=None,
         help="filter: by products with the graph, one column per class; through --num-eigenvectors, "
         "which costs the same for any number of classes but leaves out what lies beyond the last one; or "
         "auto, through eigenvectors where that is much cheaper and leaves out 1%% at most (products)",
     )
-    group.add_argument(
-        "--cutoff",
-        type=declared.positive_float,
-        default=None,
-        help="filter smoothed-step: largest eigenvalue kept (0.2)",
+    cutoff: float | None = option(
+        None, limit=POSITIVE, help="filter smoothed-step: largest eigenvalue kept (0.2)"
     )
-    group.add_argument(
-        "--degree",
-        type=declared.positive_int,
-        default=None,
-        help="filter smoothed-step: degree, its sharpness (40)",
+    degree: int | None = option(
+        None, limit=POSITIVE, help="filter smoothed-step: degree, its sharpness (40)"
     )
-    group.add_argument(
-        "--time",
-        type=declared.positive_float,
-        default=None,
-        help="filter heat: time of diffusion (20)",
-    )
-    group.add_argument(
-        "--power", type=declared.not_negative_int, default=None, help="filter powers: exponent (20)"
-    )
-    group.add_argument(
-        "--alpha",
-        type=declared.open_fraction,
-        default=None,
+    time: float | None = option(None, limit=POSITIVE, help="filter heat: time of diffusion (20)")
+    power: int | None = option(None, limit=NOT_NEGATIVE, help="filter powers: exponent (20)")
+    alpha: float | None = option(
+        None,
+        limit=OPEN_FRACTION,
         help="spreading, filter ppr: share that goes on along the edges (0.99)",
     )
-    group.add_argument(
-        "--class-prior",
-        choices=("none", "uniform"),
-        default="none",
-        help="uniform: as many predicted images in every class",
-    )
-    group.add_argument(
-        "--confidence",
-        choices=CONFIDENCES,
-        default=None,
-        help="measure of confidence (default: the method's own)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=declared.positive_float,
-        default=1.0,
-        help="temperature of probabilities and confidence",
-    )
 
 
-def add_graph(parser: argparse.ArgumentParser) -> None:
-    """Add the choices of the affinity matrix, the neighbor search and the eigenvector solver."""
-    group = parser.add_argument_group("graph")
-    group.add_argument("--graph", choices=PRESETS, default="cifar", help="affinity matrix")
-    group.add_argument(
-        "--num-neighbors",
-        type=declared.positive_int,
-        default=None,
+@dataclass(frozen=True)
+class _Graph:
+    GROUP: ClassVar[str] = "graph"
+
+    graph: str = option("cifar", choices=PRESETS, help="affinity matrix")
+    num_neighbors: int | None = option(
+        None,
+        limit=POSITIVE,
         metavar="K",
         help="neighbors of each image, in place of the graph's own number",
     )
-    group.add_argument(
-        "--graph-file",
-        default="",
-        metavar="FILE",
-        help="file that keeps the graph, in place of the work folder",
+    graph_file: str = option(
+        "", metavar="FILE", help="file that keeps the graph, in place of the work folder"
     )
-    group.add_argument(
-        "--self-loops",
-        choices=SELF_LOOPS,
-        default="published",
-        help="whether the edge of an image to itself counts",
+    self_loops: str = option(
+        "published", choices=SELF_LOOPS, help="whether the edge of an image to itself counts"
     )
-    group.add_argument(
-        "--search",
+    search: str = option(
+        "auto",
         choices=SEARCHES,
-        default="auto",
         help="search of the neighbors: exact compares all pairs; ivf compares near cells of k-means, finds "
         "97%% or more and pays from about 250,000 images on a CPU, 4 million on a GPU; faiss, where it is "
         "installed; auto chooses between exact and ivf by the number of images",
     )
-    group.add_argument(
-        "--search-precision",
+    search_precision: str = option(
+        "auto",
         choices=PRECISIONS,
-        default="auto",
         help="precision of the exact search's products; bf16 ranks half as many candidates more in fp32; "
         "auto: bf16 for many images where the hardware multiplies it",
     )
-    group.add_argument(
-        "--block-mib",
-        type=declared.positive_int,
-        default=256,
+    block_mib: int = option(
+        256,
+        limit=POSITIVE,
         metavar="MIB",
         help="memory of each process for similarities at a time; changes speed alone",
     )
-    group.add_argument(
-        "--solver",
+    solver: str = option(
+        "auto",
         choices=SOLVERS,
-        default="auto",
         help="solver of the eigenvectors: arpack, one core, for small graphs; block, any device, for large "
         "ones; auto chooses by the number of images",
     )
-    group.add_argument(
-        "--basis-mib",
-        type=declared.positive_int,
-        default=4096,
+    basis_mib: int = option(
+        4096,
+        limit=POSITIVE,
         metavar="MIB",
         help="memory for the basis of the block solver, which takes 16 bytes for each image and "
         "eigenvector if it may; with less it restarts more often, and it never takes less than it needs",
     )
 
 
-def add_files(parser: argparse.ArgumentParser) -> None:
-    """Add the folders and files that the results and the work go to."""
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--save-path", default="./checkpoint/pseudos/propagated", help="folder of the results"
-    )
-    files.add_argument("--report", action="store_true", help="curve, contact sheets, report.html")
-    files.add_argument(
-        "--no-probabilities",
-        action="store_true",
+@dataclass(frozen=True)
+class _Files:
+    GROUP: ClassVar[str] = "files"
+
+    save_path: str = option("./checkpoint/pseudos/propagated", help="folder of the results")
+    report: bool = option(False, help="curve, contact sheets, report.html")
+    no_probabilities: bool = option(
+        False,
         help="leave pseudo_probs out of the files, as the published ImageNet ones do: 4 bytes for each "
         "image and class, 5 GB for a million images and 1000 classes. Phase 3 does not read them",
     )
-    files.add_argument(
-        "--work-dir",
-        default="",
+    work_dir: str = option(
+        "",
         metavar="DIR",
         help="folder that keeps graph and eigenvectors for the next run (SAVE_PATH/work); each is used again "
         "only while it is of the same features and choices, and replaced otherwise. With --chunks the files "
         "of a number of labels are removed when it is done. The folder may be deleted at any time",
     )
-    files.add_argument(
-        "--fresh",
-        action="store_true",
+    fresh: bool = option(
+        False,
         help="compute graph and eigenvectors anew, whatever lies in the work folder or --graph-file",
     )
+
+
+@dataclass(frozen=True)
+class _Propagation(Data, _Embedding, _Algorithm, _Parameters, _Graph, Compute, _Files):
+    """Every option but --num-labeled, which takes several values."""
+
+    data_dir: str = redeclared(Data, "data_dir", "--data_dir")
+    image_size: int | None = redeclared(Data, "image_size", default=None)
+
+
+GRAPH_OPTIONS = (*options_of(_Graph), "work_dir", "fresh")  # without effect where there is no graph
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of phase 2."""
+    declared.add_options(parser, _Propagation)["algorithm"].add_argument(
+        "--num-labeled",
+        type=declared.checked(parse_num_labeled, POSITIVE),
+        nargs="+",
+        default=[50, 100, 250, 500, 1000, 2000, 4000, 8000],
+        metavar="N",
+        help="numbers of labeled images, equally many of each class; all: every known label",
+    )
+
+
+def method_parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what the user set for the method, under the names of its parameters."""
+    given = {name.removeprefix("knn_"): getattr(args, name) for name in options_of(_Parameters)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def class_prior(args: argparse.Namespace, num_classes: int) -> Sequence[float] | None:
+    """Return the class shares that --class-prior asks for; None where it asks for nothing."""
+    return [1 / num_classes] * num_classes if args.class_prior == "uniform" else None

@@ -44,13 +44,8 @@ def open_run_folder(option: str, folder: Path, last: str, *, is_new: bool) -> No
     """Let rank 0 prove that a run can write to its folder, and warn of what a new run replaces there.
 
     Args:
-        option: the option that gave the folder.
-        folder: where the run keeps its checkpoints.
+        option: the option that gave the folder, for the ValueError if it cannot be written to.
         last: name of the checkpoint that a run writes again and again.
-        is_new: the run does not continue a checkpoint.
-
-    Raises:
-        ValueError: if the folder cannot be written to, naming the option.
     """
     if not distributed.is_main():
         return
@@ -96,11 +91,7 @@ def run(main: Callable[[argparse.Namespace], object], options: argparse.Argument
 
 
 def load_script(name: str) -> ModuleType:
-    """Import a script of this repository, whose file name `import` may not take, such as cifar-semi.py.
-
-    Args:
-        name: path from the root of the repository.
-    """
+    """Import a script by its path from the root; `import` does not take names such as cifar-semi.py."""
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", name[:-3]), ROOT / name)
     assert spec is not None
     assert spec.loader is not None

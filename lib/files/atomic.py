@@ -16,8 +16,8 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
     Missing folders are made.
 
     Raises:
-        OSError: if the file cannot be written; `strerror` names the path, the bytes needed and the bytes
-            free, the old file stays and nothing else is left.
+        ValueError: if the file cannot be written, naming the path, the bytes needed and the bytes free. The
+            old file stays and nothing else is left.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -26,41 +26,22 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(temporary, path)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # so that the new name survives a power failure, too
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):  # half a file on a full disk is of no use
             temporary.unlink()
-        raise OSError(error.errno, _failure(path, len(data), error)) from error
-
-
-def _failure(path: Path, num_bytes: int, error: OSError) -> str:
-    try:
-        free: int | str = free_bytes(path.parent)
-    except OSError:
-        free = "an unknown number"
-    return (
-        f"cannot write {path} ({num_bytes} bytes, {free} free): {error.strerror or error}; the file that "
-        "was there before is intact"
-    )
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Rename a file that is already flushed, and flush the rename too."""
-    os.replace(temporary, path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush `folder`, so that what was created, renamed or removed in it survives a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+        free: int | str = "an unknown number"
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+        raise ValueError(
+            f"cannot write {path} ({len(data)} bytes, {free} free): {error.strerror or error}; the file "
+            "that was there before is intact"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -12,42 +12,18 @@ Meta = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """Result and where it came from.
-
-    Attributes:
-        value: the result.
-        meta: facts about it: those of its file, or what computing reported.
-        path: its file; empty where it is not kept.
-        seconds: how long computing took; None where it was read.
-    """
+    """Result and where it came from."""
 
     value: T
-    meta: Meta
-    path: str | Path = ""
-    seconds: float | None = None
+    meta: Meta  # of its file, or what computing reported
+    path: str | Path  # empty where it is not kept
+    seconds: float | None = None  # that computing took; None where it was read
 
     def origin(self, verb: str = "computed") -> str:
         """Say in a few words where the result came from, for a log line."""
         if self.seconds is None:
             return f"read from {self.path}"
         return f"{verb} in {self.seconds:.1f} s" + (f", kept in {self.path}" if self.path else "")
-
-
-def load_current(
-    path: str | Path, key: Mapping[str, Any], read: Callable[[str | Path], tuple[T, Meta]]
-) -> Loaded[T] | None:
-    """Read the result in a file, if there is one and it was made from `key`.
-
-    Args:
-        path: the file; empty is none.
-        key: entries that the file's meta record must hold.
-        read: path -> result and meta record.
-    """
-    if not path or not Path(path).is_file():
-        return None
-    value, meta = read(path)
-    same = all(meta.get(name) == wanted for name, wanted in key.items())
-    return Loaded(value, meta, path) if same else None
 
 
 def load_or_compute(
@@ -63,18 +39,16 @@ def load_or_compute(
 
     Args:
         path: the file; empty keeps nothing.
-        key: everything that changes the result, as plain values.
+        key: everything that changes the result, as plain values, which the file's meta record must hold.
         compute: () -> result and facts to record beside the key.
         read: path -> result and meta record.
         write: writes a result with its meta record to a path.
         reuse: False computes anew, whatever the file holds.
-
-    Raises:
-        ValueError: as the three functions.
     """
-    found = load_current(path, key, read) if reuse else None
-    if found is not None:
-        return found
+    if reuse and path and Path(path).is_file():
+        value, meta = read(path)
+        if all(meta.get(name) == wanted for name, wanted in key.items()):
+            return Loaded(value, meta, path)
     start = time.perf_counter()
     value, facts = compute()
     seconds = time.perf_counter() - start

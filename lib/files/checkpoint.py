@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import pickle
 import re
 import zipfile
@@ -21,13 +22,9 @@ MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
 
 
 def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
-    """Write `state` so that `path` holds either the old file or the new one, never a part.
-
-    The state is serialized to memory, written beside the target, flushed to the disk and renamed.
+    """Write a dict, or one bare tensor, so that `path` holds either the old file or the new one.
 
     Args:
-        state: a dict, or one bare tensor (features as colorization published them).
-        path: the file; missing folders are made.
         legacy: write the stream that torch before 1.6 reads instead of a zip archive.
 
     Raises:
@@ -36,15 +33,7 @@ def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     buffer = io.BytesIO()
     state = dict(state) if isinstance(state, Mapping) else state
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
-    replace(Path(path), buffer)
-
-
-def replace(path: Path, buffer: io.BytesIO) -> None:
-    """Put what `buffer` holds in the place of `path`; errors as in `save`."""
-    try:
-        write_whole(buffer.getbuffer(), path)
-    except OSError as error:
-        raise ValueError(error.strerror) from error
+    write_whole(buffer.getbuffer(), Path(path))
 
 
 @contextlib.contextmanager
@@ -72,8 +61,7 @@ def load(path: str | Path) -> Any:
     What remains possible, as in torch itself, is a file made to keep the process busy or to end it.
 
     Raises:
-        ValueError: if it is missing, damaged, claims sizes that it does not have, or asks for more than
-            tensors and plain values.
+        ValueError: if it is missing, damaged, claims sizes that it does not have, or asks for more.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -81,7 +69,7 @@ def load(path: str | Path) -> Any:
         with _opened(path):
             return reader.load_file(path)
     with _opened(path) as file:
-        return _Plain(path.stat().st_size).convert(_unpickled(file))
+        return _plain(_unpickled(file), path.stat().st_size, itertools.count())
 
 
 def container(path: Path) -> str:
@@ -89,22 +77,21 @@ def container(path: Path) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
     with open(path, "rb") as file:
-        return "zip archive" if _is_zip(file) else "legacy stream"
-
-
-def _is_zip(file: BinaryIO) -> bool:
-    return file.read(len(ZIP_START)) == ZIP_START
+        return "zip archive" if file.read(len(ZIP_START)) == ZIP_START else "legacy stream"
 
 
 def _unpickled(file: BinaryIO) -> Any:
-    if not _is_zip(file):
+    if file.read(len(ZIP_START)) != ZIP_START:
         return published_pickle.read(file)
     _check_members(file)
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RefusedError(_refusal(error)) from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = printable(str(error).rpartition("WeightsUnpickler error: ")[2].strip())
+        why = f", which could run code when opened ({found[1]})" if found else f" ({reason})"
+        raise RefusedError(f"it holds more than tensors and plain values{why}") from error
 
 
 def _check_members(file: BinaryIO) -> None:
@@ -120,61 +107,44 @@ def _check_members(file: BinaryIO) -> None:
         raise RefusedError("its members together are larger than the file")
 
 
-def _refusal(error: Exception) -> str:
-    """Say in one line why `torch.load` refused a file."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found:
-        return f"it holds more than tensors and plain values, which could run code when opened ({found[1]})"
-    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return f"it holds more than tensors and plain values ({printable(reason)})"
+def _plain(value: Any, num_bytes: int, parts: Iterator[int]) -> Any:
+    """Copy what an unpickler gives into dicts, lists, numbers, text and tensors without history.
+
+    `parts` counts the values, because a list of the same list of the same list ... is endless.
+    """
+    if next(parts) == MAX_PARTS:
+        raise RefusedError(f"it has more than {MAX_PARTS} parts")
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, Tensor):
+        return _dense(value, num_bytes)
+    if isinstance(value, PickledModule):
+        value = value.entries()
+    if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
+        for key in dict.keys(value):
+            if type(key) not in (str, int, bool):
+                raise RefusedError(f"it has a {type(key).__name__} as a key")
+        return {key: _plain(entry, num_bytes, parts) for key, entry in dict.items(value)}
+    kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
+    if kind is None:
+        raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
+    return kind([_plain(member, num_bytes, parts) for member in value])
 
 
-class _Plain:
-    """Copies what an unpickler gives into dicts, lists, numbers, text and tensors without history."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self.num_parts = num_bytes, 0
-
-    def convert(self, value: Any) -> Any:
-        self.num_parts += 1
-        if self.num_parts > MAX_PARTS:  # a list of the same list of the same list ... is endless
-            raise RefusedError(f"it has more than {MAX_PARTS} parts")
-        if value is None or type(value) in (bool, int, float, str, bytes):
-            return value
-        if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, PickledModule):
-            value = value.entries()
-        if isinstance(value, dict):  # whose methods may be hidden behind attributes from the file
-            return {self._key(k): self.convert(v) for k, v in dict.items(value)}
-        kind = next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None)
-        if kind is None:
-            raise RefusedError(f"it holds a {type(value).__name__} where a plain value belongs")
-        return kind([self.convert(member) for member in value])
-
-    def _key(self, key: Any) -> Any:
-        if type(key) not in (str, int, bool):
-            raise RefusedError(f"it has a {type(key).__name__} as a key")
-        return key
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        """Refuse tensors that are not dense, or that take more memory than the file can fill."""
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise RefusedError("it holds a tensor that is sparse or of another special kind")
-        if tensor.is_quantized or tensor.device.type != "cpu":
-            raise RefusedError("it holds a quantized tensor, or one without contents")
-        if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > self.num_bytes:
-            shape = printable(list(tensor.shape))
-            raise RefusedError(f"a tensor of size {shape} does not fit into the file")
-        return tensor.detach()
+def _dense(tensor: Tensor, num_bytes: int) -> Tensor:
+    """Refuse tensors that are not dense, or that take more memory than a file of so many bytes can fill."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        raise RefusedError("it holds a tensor that is sparse or of another special kind")
+    if tensor.is_quantized or tensor.device.type != "cpu":
+        raise RefusedError("it holds a quantized tensor, or one without contents")
+    if max(tensor.nbytes, tensor.untyped_storage().nbytes()) > num_bytes:
+        shape = printable(list(tensor.shape))
+        raise RefusedError(f"a tensor of size {shape} does not fit into the file")
+    return tensor.detach()
 
 
 def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Load a file that must hold a dict with `keys`.
-
-    Raises:
-        ValueError: as `load`, or naming the keys that are missing.
-    """
+    """Load a file that must hold a dict with `keys`; a ValueError names those that are missing."""
     state = load(path)
     if not isinstance(state, dict):
         raise ValueError(

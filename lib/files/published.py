@@ -28,19 +28,12 @@ STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHE
 
 @dataclass(frozen=True)
 class Names:
-    """The names of the entries in a kind of checkpoint.
+    """The names of the entries in a kind of checkpoint."""
 
-    Attributes:
-        network: key of the weights.
-        best: key of the highest accuracy so far, written in addition to `best_acc`.
-        first_epoch: value of `epoch` after the first one, if epochs are counted.
-        architecture: key of the network's name, written in addition to `architecture`.
-    """
-
-    network: str
-    best: str = "best_acc"
-    first_epoch: int | None = None
-    architecture: str = "architecture"
+    network: str  # key of the weights
+    best: str = "best_acc"  # key of the highest accuracy so far, besides `best_acc`
+    first_epoch: int | None = None  # value of `epoch` after the first one, if epochs are counted
+    architecture: str = "architecture"  # key of the network's name, besides `architecture`
 
 
 CIFAR_METRIC = Names("net", first_epoch=0)
@@ -57,13 +50,12 @@ def describe(
 ) -> Description:
     """Describe the network that a checkpoint of any phase holds.
 
+    A wrong description in the file, and a file without network weights, are a ValueError.
+
     Args:
         source: the file, for messages.
         architecture: name that replaces the one in the file, or stands in where it has none.
         unsaid: kind of a file that gives no sign of its own, such as bare weights.
-
-    Raises:
-        ValueError: if the file's description is wrong, or it holds no network weights.
     """
     if description.KEY in state:
         found = description.read(state[description.KEY], str(source))
@@ -82,11 +74,7 @@ def is_metric(state: Mapping[str, Any]) -> bool:
 
 
 def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
-    """Return the memory bank of a checkpoint of phase 1, N x D float32, ours or a published module's.
-
-    Raises:
-        ValueError: if it holds none.
-    """
+    """Return the memory bank of phase 1, N x D float32, ours or a published module's, or raise ValueError."""
     bank = state.get(BANK)
     rows = bank.get("memory") if isinstance(bank, Mapping) else None
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
@@ -97,26 +85,21 @@ def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
 
 
 def class_names(state: Mapping[str, Any]) -> list[str]:
-    """Return the class names that a checkpoint records, or an empty list.
+    """Return the class names in a checkpoint or in another record; [] where it has none.
 
     Raises:
-        ValueError: if the entry is not a list of names.
+        ValueError: if it has something else in their place.
     """
     names = state.get("classes") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError("the classes of a checkpoint are not a list of names")
+        raise ValueError("the recorded classes are not a list of names")
     return list(names)
 
 
-def recorded_options(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options of the run that wrote a checkpoint; empty if it records none."""
-    meta = state.get("meta")
-    options = meta.get("options") if isinstance(meta, Mapping) else None
-    return options if isinstance(options, Mapping) else {}
-
-
 def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Description:
-    options, metric = recorded_options(state), kind == METRIC
+    metric, meta = kind == METRIC, state.get("meta")
+    options = meta.get("options") if isinstance(meta, Mapping) else None
+    options = options if isinstance(options, Mapping) else {}
     name = state.get("architecture") or state.get("arch") or (DEFAULT_METRIC if metric else "")
     stem = tensors.get("conv1.weight")
     head = next((tensors[key] for key in HEADS if key in tensors), None)

@@ -92,23 +92,15 @@ def _rebuild_tensor(flat: Tensor, offset: int, size: Any, stride: Any, *_: Any) 
     return flat.as_strided(size, stride, offset)  # refuses places outside of the storage
 
 
-def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
-    return data
-
-
-def _bytes(text: str, _: str) -> bytes:
-    return text.encode("latin1")
-
-
 KNOWN: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
     "__builtin__.set": set,
-    "_codecs.encode": _bytes,
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
     "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
     **DTYPES,
     **dict.fromkeys(PUBLISHED_CLASSES, PickledModule),
 }
@@ -124,10 +116,6 @@ class Unpickler(pickle._Unpickler):
 
     A pickle can only call what `find_class` returns, because nothing else that it can make is callable.
     The variant in Python is used: the one in C reserves memory for any number that the file names.
-
-    Attributes:
-        storages: flat tensors by their key; their contents are read after the pickle.
-        unclaimed: bytes of the file that no storage has claimed yet.
     """
 
     dispatch: ClassVar = _Dispatch(
@@ -137,8 +125,8 @@ class Unpickler(pickle._Unpickler):
     def __init__(self, file: BinaryIO, unclaimed: int = 0) -> None:
         # Text of Python 2 does not declare an encoding; in the published files it is ASCII.
         super().__init__(file, encoding="utf-8", errors="replace")
-        self.storages: dict[str, Tensor] = {}
-        self.unclaimed = unclaimed
+        self.storages: dict[str, Tensor] = {}  # flat, by their key; filled after the pickle
+        self.unclaimed = unclaimed  # bytes of the file that no storage has claimed yet
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
@@ -194,14 +182,10 @@ def read(file: BinaryIO) -> Any:
     keys = Unpickler(head).load()
     file.seek(head.tell())
     for key in keys:
-        _fill(unpickler.storages.pop(key), file)
+        flat = unpickler.storages.pop(key)
+        contents, numel = flat.view(torch.uint8).numpy(), int.from_bytes(file.read(8), "little")
+        if numel != flat.numel() or file.readinto(contents) != len(contents):
+            raise ValueError("the contents of a tensor are cut off or of another size")
     if unpickler.storages:
         raise ValueError("it lacks the contents of some tensors")
     return loaded
-
-
-def _fill(flat: Tensor, file: BinaryIO) -> None:
-    contents = flat.view(torch.uint8).numpy()
-    numel = int.from_bytes(file.read(8), "little")
-    if numel != flat.numel() or file.readinto(contents) != len(contents):
-        raise ValueError("the contents of a tensor are cut off or of another size")

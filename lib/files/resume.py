@@ -17,25 +17,22 @@ def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
     Raises:
         ValueError: if there are such files and none of them can be read.
     """
-    return distributed.broadcast_object(
-        _newest(Path(folder), names) if distributed.is_main() else ""
-    )
-
-
-def _newest(folder: Path, names: Iterable[str]) -> str:
-    files = [folder / name for name in names if (folder / name).is_file()]
-    for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
-        try:
-            checkpoint.load_dict(file)
-        except ValueError as error:
-            print(f"--resume auto passes over a file: {error}", file=sys.stderr)
-            continue
-        print(f"--resume auto takes {file}")
-        return str(file)
-    if files:
-        raise ValueError(
-            f"--resume auto: none of the checkpoints in {folder} can be read; move them away to start "
-            "afresh"
-        )
-    print(f"--resume auto: no checkpoint in {folder} yet, starting afresh")
-    return ""
+    chosen = ""
+    if distributed.is_main():
+        files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+            try:
+                checkpoint.load_dict(file)
+            except ValueError as error:
+                print(f"--resume auto passes over a file: {error}", file=sys.stderr)
+                continue
+            chosen = str(file)
+            break
+        if files and not chosen:
+            raise ValueError(
+                f"--resume auto: none of the checkpoints in {folder} can be read; move them away to start "
+                "afresh"
+            )
+        nothing = f": no checkpoint in {folder} yet, starting afresh"
+        print("--resume auto" + (f" takes {chosen}" if chosen else nothing))
+    return distributed.broadcast_object(chosen)

@@ -1,7 +1,10 @@
-"""How sure a pseudo-label is: the measures of confidence, and pseudo-labels ranked by one of them."""
+"""How sure a pseudo-label is: the measures of confidence, and pseudo-labels ranked by one of them.
+
+Every measure takes N x C scores z and a temperature T. Probabilities are p = softmax(z / T).
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,79 +16,38 @@ from lib.labels.split import Split
 TILE = 2**24  # scores at a time, 64 MB: those of a million images and a thousand classes are 4 GB
 
 
-def _build(
-    scores: Tensor,
-    split: Split,
-    meta: Mapping[str, Any] | None,
-    measure: Callable[[Tensor], Tensor],
-    as_probabilities: Callable[[Tensor], Tensor] | None,
-) -> PseudoLabels:
-    """Rank the unlabeled images by confidence, `TILE` scores at a time.
-
-    Args:
-        scores: N x C, the higher the more likely.
-        measure: function from rows of scores to their confidence.
-        as_probabilities: function from rows of scores to their probabilities; None leaves these out.
-    """
-    count, num_classes = len(split.unlabeled), scores.shape[1]
-    height = max(1, TILE // num_classes)
-    tiles = [slice(start, start + height) for start in range(0, count, height)]
-    confidence = scores.new_empty(count)
-    top_classes = torch.empty(count, min(TOP, num_classes), dtype=torch.int32)
-    labels = torch.empty_like(split.unlabeled)
-    for tile in tiles:
-        rows = scores[split.unlabeled[tile]]
-        confidence[tile], labels[tile] = measure(rows), rows.argmax(dim=1)
-        top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
-    order = confidence.argsort(descending=True, stable=True)
-    indexes, probabilities = split.unlabeled[order], None
-    if as_probabilities is not None:
-        probabilities = scores.new_empty(count, num_classes)
-        # Computed in sorted order, as sorting them afterwards would take a second copy.
-        for tile in tiles:
-            probabilities[tile] = as_probabilities(scores[indexes[tile]])
-    return PseudoLabels(
-        indexes,
-        labels[order],
-        confidence[order],
-        split.labeled,
-        split.unlabeled,
-        probabilities,
-        meta or {},
-        top_classes[order],
-    )
+def _softmax(scores: Tensor, temperature: float) -> Tensor:
+    return (scores / temperature).softmax(dim=1)
 
 
-def margin_confidence(probabilities: Tensor) -> Tensor:
+def margin_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """Return 1 - p2 / p1 of the two largest probabilities of each row: N numbers in [0, 1].
 
-    For p = softmax(z / T) this is 1 - exp(-(z1 - z2) / T), the published confidence of the normalized cut.
+    This is 1 - exp(-(z1 - z2) / T), the published confidence of the normalized cut. It is computed from the
+    scores themselves: exact where probabilities are rounded to 1 or 0.
 
-    >>> margin_confidence(torch.tensor([[0.5, 0.25, 0.25], [0.4, 0.4, 0.2]]))
+    >>> margin_confidence(torch.tensor([[0.5, 0.25, 0.25], [0.4, 0.4, 0.2]]).log())
     tensor([0.5000, 0.0000])
     """
-    first, second = probabilities.topk(2, dim=1).values.unbind(1)
-    return 1 - second / first
+    first, second = scores.topk(2, dim=1).values.unbind(1)
+    return -torch.expm1(-(first - second) / temperature)
 
 
-def entropy_confidence(probabilities: Tensor) -> Tensor:
+def entropy_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """Return 1 - H(p) / log C of each row: N numbers, 1 for a certain row, 0 for a uniform one.
 
     This is eq. 11 of Iscen et al. 2019, "Label propagation for deep semi-supervised learning".
 
-    Args:
-        probabilities: N x C, for at least two classes.
-
-    >>> entropy_confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    >>> entropy_confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).log())
     tensor([1., 0.])
     """
-    entropy = torch.special.entr(probabilities).sum(dim=1)
-    return (1 - entropy / math.log(probabilities.shape[1])).clamp(0, 1)
+    entropy = torch.special.entr(_softmax(scores, temperature)).sum(dim=1)
+    return (1 - entropy / math.log(scores.shape[1])).clamp(0, 1)
 
 
-def largest_confidence(probabilities: Tensor) -> Tensor:
+def largest_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the largest probability of each row, the published confidence of nearest neighbors."""
-    return probabilities.amax(dim=1)
+    return _softmax(scores, temperature).amax(dim=1)
 
 
 CONFIDENCES = {
@@ -93,33 +55,6 @@ CONFIDENCES = {
     "entropy": entropy_confidence,
     "largest": largest_confidence,
 }
-
-
-def _confidence(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in CONFIDENCES:
-        raise ValueError(f"unknown confidence {name!r}: take one of {', '.join(CONFIDENCES)}")
-    return CONFIDENCES[name]
-
-
-def from_probabilities(
-    probabilities: Tensor,
-    split: Split,
-    meta: Mapping[str, Any] | None = None,
-    *,
-    confidence: str = "largest",
-) -> PseudoLabels:
-    """Make pseudo-labels from N x C probabilities, as nearest neighbors give them.
-
-    Args:
-        probabilities: one row for each image of the training set.
-        split: which images are labeled; the others get pseudo-labels.
-        meta: record of what made the probabilities.
-        confidence: a key of `CONFIDENCES`; published: the largest probability of each row.
-
-    Raises:
-        ValueError: if the confidence is unknown.
-    """
-    return _build(probabilities, split, meta, _confidence(confidence), lambda rows: rows)
 
 
 def from_scores(
@@ -131,17 +66,13 @@ def from_scores(
     confidence: str = "margin",
     probabilities: bool = True,
 ) -> PseudoLabels:
-    """Make pseudo-labels from N x C scores z, as the normalized cut gives them.
-
-    Probabilities are softmax(z / T), and the confidence uses the same temperature T.
+    """Make pseudo-labels of the unlabeled images from scores z, most confident first.
 
     Args:
-        scores: one row for each image of the training set.
-        split: which images are labeled; the others get pseudo-labels.
+        scores: N x C, one row for each image of the training set.
         meta: record of what made the scores.
-        temperature: T.
-        confidence: a key of `CONFIDENCES`; published: 1 - exp(-(z1 - z2) / T) with the two largest
-            scores of a row.
+        temperature: T of the probabilities and the confidence.
+        confidence: a key of `CONFIDENCES`.
         probabilities: False leaves them out, which saves as much memory as the scores take.
 
     Raises:
@@ -149,16 +80,32 @@ def from_scores(
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature}: must be positive")
-    of_probabilities = _confidence(confidence)
-
-    def as_probabilities(rows: Tensor) -> Tensor:
-        return (rows / temperature).softmax(dim=1)
-
-    def measure(rows: Tensor) -> Tensor:
-        if confidence != "margin":
-            return of_probabilities(as_probabilities(rows))
-        # From the scores themselves: exact where probabilities are rounded to 1 or 0.
-        first, second = rows.topk(2, dim=1).values.unbind(1)
-        return -torch.expm1(-(first - second) / temperature)
-
-    return _build(scores, split, meta, measure, as_probabilities if probabilities else None)
+    if confidence not in CONFIDENCES:
+        raise ValueError(f"unknown confidence {confidence!r}: take one of {', '.join(CONFIDENCES)}")
+    count, num_classes = len(split.unlabeled), scores.shape[1]
+    height = max(1, TILE // num_classes)
+    tiles = [slice(start, start + height) for start in range(0, count, height)]
+    weights = scores.new_empty(count)
+    top_classes = torch.empty(count, min(TOP, num_classes), dtype=torch.int32)
+    labels = torch.empty_like(split.unlabeled)
+    for tile in tiles:
+        rows = scores[split.unlabeled[tile]]
+        weights[tile], labels[tile] = CONFIDENCES[confidence](rows, temperature), rows.argmax(dim=1)
+        top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
+    order = weights.argsort(descending=True, stable=True)
+    indexes, probs = split.unlabeled[order], None
+    if probabilities:
+        probs = scores.new_empty(count, num_classes)
+        # Computed in sorted order, as sorting them afterwards would take a second copy.
+        for tile in tiles:
+            probs[tile] = _softmax(scores[indexes[tile]], temperature)
+    return PseudoLabels(
+        indexes,
+        labels[order],
+        weights[order],
+        split.labeled,
+        split.unlabeled,
+        probs,
+        meta or {},
+        top_classes[order],
+    )

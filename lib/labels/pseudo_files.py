@@ -10,13 +10,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from torch import Tensor, strided
+from torch import Tensor
 
 from lib.files import checkpoint
-from lib.labels.pseudo_labels import SHOWN, PseudoLabels, listed, sorted_labeled
+from lib.labels.pseudo_labels import KEYS, SHOWN, PseudoLabels, listed, sorted_labeled
 
 SUFFIX = ".pth.tar"
-CHUNK = re.compile(r"(\d+)_(\d+)\.pth\.tar")  # number of chunks, number of this one
+CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of chunks, of this one
 
 
 def save(pseudo: PseudoLabels, path: str | Path) -> None:
@@ -32,29 +32,19 @@ def load(path: str | Path) -> PseudoLabels:
     Raises:
         ValueError: if the file cannot be used, naming everything that is wrong with it.
     """
-    keys = ("pseudo_indexes", "pseudo_labels", "labeled_indexes", "unlabeled_indexes")
-    state = checkpoint.load_dict(path, *keys)
-    probs, weights = state.get("pseudo_probs"), state.get("pseudo_weights")
-    if probs is None and weights is None:
-        raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
-    kinds = [key for key in (*keys, "pseudo_probs", "pseudo_weights") if key in state]
-    wrong = [
-        key for key in kinds if not isinstance(state[key], Tensor) or state[key].layout != strided
-    ]
+    needed = ("indexes", "labels", "labeled", "unlabeled")
+    state = checkpoint.load_dict(path, *(KEYS[name] for name in needed))
+    found = {name: state[key] for name, key in KEYS.items() if key in state}
+    wrong = [n for n, value in found.items() if n != "meta" and not isinstance(value, Tensor)]
     if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong)} must be dense tensors")
-    if weights is None:
-        weights = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
+        raise ValueError(f"{path}: {', '.join(KEYS[n] for n in wrong)} must be dense tensors")
+    if "confidence" not in found:
+        if "probabilities" not in found:
+            raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")
+        probs = found["probabilities"]
+        found["confidence"] = probs.amax(dim=1) if probs.ndim == 2 and probs.shape[1] else probs
     try:
-        return PseudoLabels(
-            state["pseudo_indexes"],
-            state["pseudo_labels"],
-            weights,
-            state["labeled_indexes"],
-            state["unlabeled_indexes"],
-            probs,
-            state.get("meta", {}),
-        )
+        return PseudoLabels(**found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -63,9 +53,8 @@ def load_chunks(folder: str | Path) -> list[PseudoLabels]:
     """Read a folder of chunks, `n_0.pth.tar` ... `n_<n-1>.pth.tar`, in the order of their numbers.
 
     Raises:
-        ValueError: if the folder does not hold exactly one whole set, listing the files that are missing and
-            those that do not belong; if a chunk cannot be used; or if the chunks were made with different
-            labeled images or data sets.
+        ValueError: if the folder does not hold exactly one whole set, listing what is missing and what does
+            not belong; if a chunk cannot be used, or was made with other labeled images or data.
     """
     files = _chunk_files(Path(folder))
     parts = [load(file) for file in files]
@@ -91,21 +80,23 @@ def _chunk_files(folder: Path) -> list[Path]:
             f"{folder} is not a folder; name one with chunks 10_0.pth.tar ... 10_9.pth.tar"
         )
     names = sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIX))
-    sizes = Counter(int(match[1]) for name in names if (match := CHUNK.fullmatch(name)))
-    if not sizes:
+    chunks = {
+        name: (int(match[1]), int(match[2])) for name in names if (match := CHUNK.fullmatch(name))
+    }
+    if not chunks:
         raise ValueError(
             f"{folder} holds no chunks such as 10_0.pth.tar; its {SUFFIX} files are: "
             f"{listed(names) or 'none'}"
         )
-    size = sizes.most_common(1)[0][0]
-    foreign = [name for name in names if not _belongs(name, size)]
-    # A generator, because a file name can claim 10^9 chunks.
-    wanted = (f"{size}_{number}{SUFFIX}" for number in range(size))
-    missing = list(itertools.islice((n for n in wanted if n not in names), SHOWN))
+    size = Counter(size for size, _ in chunks.values()).most_common(1)[0][0]
+    own = {number: name for name, (of, number) in chunks.items() if of == size and number < size}
+    foreign = sorted(set(names) - set(own.values()))
+    # The first few of a generator, because a file name can claim 10^9 chunks.
+    missing = (f"{size}_{number}{SUFFIX}" for number in range(size) if number not in own)
     problems = []
-    if missing:
-        count = size - (len(names) - len(foreign))
-        problems.append(f"{count} missing ({', '.join(missing)}{' ...' * (count > SHOWN)})")
+    if count := size - len(own):
+        first = ", ".join(itertools.islice(missing, SHOWN))
+        problems.append(f"{count} missing ({first}{' ...' * (count > SHOWN)})")
     if foreign:
         problems.append(f"{len(foreign)} that do not belong to it ({listed(foreign)})")
     if problems:
@@ -113,11 +104,4 @@ def _chunk_files(folder: Path) -> list[Path]:
             f"{folder} must hold the {size} chunks of one set and no other {SUFFIX}: "
             + " and ".join(problems)
         )
-    return [folder / f"{size}_{number}{SUFFIX}" for number in range(size)]
-
-
-def _belongs(name: str, size: int) -> bool:
-    """Tell whether a file is named as one of the `size` chunks of a set."""
-    match = CHUNK.fullmatch(name)
-    number = int(match[2]) if match else size
-    return number < size and name == f"{size}_{number}{SUFFIX}"
+    return [folder / own[number] for number in range(size)]

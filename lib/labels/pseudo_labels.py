@@ -1,33 +1,47 @@
 """Pseudo-labels: the value that phase 2 makes and phase 3 reads, checked whenever one is made.
 
-`lib.labels.confidence` makes it from scores or probabilities, `lib.labels.pseudo_files` keeps it in files,
+`lib.labels.confidence` makes it from scores, `lib.labels.pseudo_files` keeps it in files,
 and `lib.labels.table` writes it as a CSV table.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib.files.published import class_names
+
 SLACK = 1e-4  # rounding of float32 probabilities
 EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.999999999999996
 SHOWN = 6  # names in a message
+KEYS = {  # names of the attributes in files; all but `meta` are the published ones
+    "indexes": "pseudo_indexes",
+    "labels": "pseudo_labels",
+    "confidence": "pseudo_weights",
+    "labeled": "labeled_indexes",
+    "unlabeled": "unlabeled_indexes",
+    "meta": "meta",
+    "probabilities": "pseudo_probs",
+}
 TOP = 5  # classes of each image that are kept where its probabilities are not
 
 
-def _index_problems(name: str, indexes: Tensor) -> list[str]:
+def _index_problems(name: str, indexes: Tensor) -> Iterator[str]:
     if not isinstance(indexes, Tensor) or indexes.dtype != torch.int64 or indexes.ndim != 1:
-        return [f"{name} is not an int64 vector"]
-    problems = []
+        yield f"{name} is not an int64 vector"
+        return
     if len(indexes) and int(indexes.min()) < 0:
-        problems.append(f"{name} holds the negative index {int(indexes.min())}")
+        yield f"{name} holds the negative index {int(indexes.min())}"
     if len(torch.unique(indexes)) != len(indexes):
-        problems.append(f"{name} holds an index twice")
-    return problems
+        yield f"{name} holds an index twice"
+
+
+def _largest(numbers: Tensor) -> int:
+    return int(numbers.max()) if numbers.numel() else -1
 
 
 def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -35,18 +49,6 @@ def differing_classes(theirs: Sequence[str], ours: Sequence[str]) -> str:
     pairs = enumerate(itertools.zip_longest(theirs, ours, fillvalue="-"))
     different = [f"{number} {a} / {b}" for number, (a, b) in pairs if a != b]
     return listed(different) + " (number, theirs / this data set's)"
-
-
-def class_names(meta: Mapping[str, Any]) -> list[str]:
-    """Return the class names in a record, or [] where it has none.
-
-    Raises:
-        ValueError: if the record has something else in their place.
-    """
-    names = meta.get("classes") or []
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError("the classes in meta are not a list of names")
-    return list(names)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -84,82 +86,76 @@ class PseudoLabels:
     top_classes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        problems = self.problems()
+        problems = [
+            *_index_problems("pseudo_indexes", self.indexes),
+            *_index_problems("labeled_indexes", self.labeled),
+            *_index_problems("unlabeled_indexes", self.unlabeled),
+        ] or list(self._problems())
         if problems:
             raise ValueError("these pseudo-labels are not usable: " + "; ".join(problems))
 
-    def problems(self) -> list[str]:
-        """List what is wrong with these pseudo-labels by themselves, whatever data set they are for."""
-        found = _index_problems("pseudo_indexes", self.indexes)
-        found += _index_problems("labeled_indexes", self.labeled)
-        found += _index_problems("unlabeled_indexes", self.unlabeled)
-        if found:
-            return found
+    def _problems(self) -> Iterator[str]:
+        """Yield what is wrong with these pseudo-labels by themselves, given that all indexes are sound."""
         if torch.isin(self.indexes, self.labeled).any():
-            found.append("an image is both labeled and pseudo-labeled")
+            yield "an image is both labeled and pseudo-labeled"
         if not torch.isin(self.indexes, self.unlabeled).all():
-            found.append("a pseudo-labeled image is not among unlabeled_indexes")
-        found += self._meta_problems()
-        labels = self._label_problems()
-        found += labels + self._confidence_problems()
-        return found if labels else found + self._probability_problems()
+            yield "a pseudo-labeled image is not among unlabeled_indexes"
+        yield from self._meta_problems()
+        labels = list(self._label_problems())
+        yield from labels
+        yield from self._confidence_problems()
+        if self.probabilities is not None and not labels:
+            yield from self._probability_problems(self.probabilities)
 
-    def _meta_problems(self) -> list[str]:
+    def _meta_problems(self) -> Iterator[str]:
         if not isinstance(self.meta, Mapping):
-            return [f"meta is a {type(self.meta).__name__}, not a record of names and values"]
+            yield f"meta is a {type(self.meta).__name__}, not a record of names and values"
+            return
         try:
-            known = class_names(self.meta)
+            known, label = class_names(self.meta), _largest(self.labels)
         except ValueError as error:
-            return [str(error)]
-        most = int(self.labels.max()) if self.labels.numel() else 0
-        return [f"the label {most} of {len(known)} class names"] if 0 < len(known) <= most else []
+            yield str(error)
+        else:
+            if 0 < len(known) <= label:
+                yield f"the label {label} of {len(known)} class names"
 
-    def _label_problems(self) -> list[str]:
+    def _unlike_indexes(self, name: str, values: Tensor, wanted: str) -> str:
+        return (
+            f"{name} of shape {tuple(values.shape)} and type {values.dtype} for {len(self.indexes)} "
+            f"indexes; {wanted} expected"
+        )
+
+    def _label_problems(self) -> Iterator[str]:
         labels = self.labels
         if labels.dtype != torch.int64 or labels.shape != self.indexes.shape:
-            return [
-                f"pseudo_labels of shape {tuple(labels.shape)} and type {labels.dtype} for "
-                f"{len(self.indexes)} indexes; int64 is expected"
-            ]
-        if len(labels) and int(labels.min()) < 0:
-            return [f"the label {int(labels.min())} is negative"]
-        return []
+            yield self._unlike_indexes("pseudo_labels", labels, "int64 is")
+        elif len(labels) and int(labels.min()) < 0:
+            yield f"the label {int(labels.min())} is negative"
 
-    def _confidence_problems(self) -> list[str]:
+    def _confidence_problems(self) -> Iterator[str]:
         weights = self.confidence
         if not weights.is_floating_point() or weights.shape != self.indexes.shape:
-            return [
-                f"pseudo_weights of shape {tuple(weights.shape)} and type {weights.dtype} for "
-                f"{len(self.indexes)} indexes; floats are expected"
-            ]
-        if not torch.isfinite(weights).all():
-            return ["pseudo_weights hold NaN or infinity"]
-        if len(weights) and (weights.min() < -SLACK or weights.max() > 1 + SLACK):
-            return ["pseudo_weights leave [0, 1]"]
+            yield self._unlike_indexes("pseudo_weights", weights, "floats are")
+        elif not torch.isfinite(weights).all():
+            yield "pseudo_weights hold NaN or infinity"
+        elif len(weights) and (weights.min() < -SLACK or weights.max() > 1 + SLACK):
+            yield "pseudo_weights leave [0, 1]"
         # Against all values before it, not only the last: small steps add up to a ranking upside down.
-        if len(weights) and (weights - weights.cummin(0).values > SLACK).any():
-            return ["pseudo_weights do not fall"]
-        return []
+        elif len(weights) and (weights - weights.cummin(0).values > SLACK).any():
+            yield "pseudo_weights do not fall"
 
-    def _probability_problems(self) -> list[str]:
-        """List what is wrong with `probabilities`, given that `labels` are sound."""
-        probs = self.probabilities
-        if probs is None:
-            return []
+    def _probability_problems(self, probs: Tensor) -> Iterator[str]:
+        """Yield what is wrong with the probabilities, given that the labels are sound."""
         if probs.ndim != 2 or len(probs) != len(self.indexes) or not probs.is_floating_point():
-            return [f"pseudo_probs of shape {tuple(probs.shape)} for {len(self.indexes)} indexes"]
-        if not torch.isfinite(probs).all() or (probs < -SLACK).any():
-            return ["pseudo_probs hold NaN, infinity or negative values"]
-        if ((probs.sum(dim=1) - 1).abs() > 10 * SLACK).any():
-            return ["rows of pseudo_probs do not sum to 1"]
-        if len(self.labels) and int(self.labels.max()) >= probs.shape[1]:
-            return [
-                f"label {int(self.labels.max())} is out of range for {probs.shape[1]} probabilities"
-            ]
-        own = probs.gather(1, self.labels[:, None])[:, 0]
-        if (probs.amax(dim=1) - own > SLACK).any():
-            return ["a label is not the most probable one of its row"]
-        return []
+            yield f"pseudo_probs of shape {tuple(probs.shape)} for {len(self.indexes)} indexes"
+        elif not torch.isfinite(probs).all() or (probs < -SLACK).any():
+            yield "pseudo_probs hold NaN, infinity or negative values"
+        elif ((probs.sum(dim=1) - 1).abs() > 10 * SLACK).any():
+            yield "rows of pseudo_probs do not sum to 1"
+        elif (label := _largest(self.labels)) >= probs.shape[1]:
+            yield f"label {label} is out of range for {probs.shape[1]} probabilities"
+        elif (probs.amax(dim=1) - probs.gather(1, self.labels[:, None])[:, 0] > SLACK).any():
+            yield "a label is not the most probable one of its row"
 
     def require_fit(
         self,
@@ -169,40 +165,33 @@ class PseudoLabels:
         digest: str = "",
         classes: Sequence[str] = (),
     ) -> None:
-        """Check these pseudo-labels against a data set and a number of labels.
+        """Raise ValueError, listing every problem, if these pseudo-labels are not for a training set.
 
         Args:
-            num_images: size of the training set.
-            num_classes: number of its classes.
+            num_images, num_classes: sizes of the training set.
             num_labeled: number of labeled images that the pseudo-labels must have been made with.
-            digest: digest of the training set, compared where the pseudo-labels record one.
-            classes: class names of the training set, compared where the pseudo-labels record some.
-
-        Raises:
-            ValueError: listing every problem.
+            digest, classes: digest and class names of the training set, compared where both are known.
         """
-        problems = []
-        everything = torch.cat([self.indexes, self.labeled, self.unlabeled])
-        if len(everything) and int(everything.max()) >= num_images:
-            problems.append(f"index {int(everything.max())} in a data set of {num_images} images")
-        if len(self.labels) and int(self.labels.max()) >= num_classes:
-            problems.append(
-                f"label {int(self.labels.max())} in a data set of {num_classes} classes"
-            )
-        if self.probabilities is not None and self.probabilities.shape[1] != num_classes:
-            problems.append(
-                f"{self.probabilities.shape[1]} probabilities for {num_classes} classes"
-            )
-        if len(self.labeled) != num_labeled:
-            problems.append(
-                f"made with {len(self.labeled)} labeled images, but --num-labeled asks for {num_labeled}"
-            )
-        recorded = self.meta.get("data_digest", "")
-        if recorded and digest and recorded != digest:
-            problems.append(f"made for another data set (digest {recorded}, this one has {digest})")
-        names = class_names(self.meta)
-        if names and classes and names != list(classes):
-            problems.append(f"made for other classes: {differing_classes(names, classes)}")
+        index = _largest(torch.cat([self.indexes, self.labeled, self.unlabeled]))
+        label, num_used = _largest(self.labels), len(self.labeled)
+        width = num_classes if self.probabilities is None else self.probabilities.shape[1]
+        made, names = self.meta.get("data_digest", ""), class_names(self.meta)
+        other_names = names and classes and names != list(classes)
+        checks = [
+            (index < num_images, f"index {index} in a data set of {num_images} images"),
+            (label < num_classes, f"label {label} in a data set of {num_classes} classes"),
+            (width == num_classes, f"{width} probabilities for {num_classes} classes"),
+            (
+                num_used == num_labeled,
+                f"made with {num_used} labeled images, but --num-labeled asks for {num_labeled}",
+            ),
+            (
+                not (made and digest) or made == digest,
+                f"made for another data set (digest {made}, this one has {digest})",
+            ),
+            (not other_names, f"made for other classes: {differing_classes(names, classes)}"),
+        ]
+        problems = [problem for good, problem in checks if not good]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -210,49 +199,31 @@ class PseudoLabels:
         """Return the positions of the most confident share, in their order here.
 
         Args:
-            ratio: share to take, from 0 to 1; the number of images is rounded down.
+            ratio: share to take, from 0 to 1, else a ValueError; the number of images is rounded down.
             class_balanced: take this share of each pseudo-class instead of the whole ranking, rounded
                 up so that no class is left out. The most confident labels crowd into few classes, and
                 training on those alone forgets the others.
-
-        Raises:
-            ValueError: if the ratio is outside of [0, 1].
         """
         if not 0 <= ratio <= 1:
             raise ValueError(f"pseudo ratio {ratio}: must lie in [0, 1]")
         if not class_balanced:
             return torch.arange(math.floor(ratio * len(self.indexes) + EPSILON))
         # The rank of each image within its own class: positions are already sorted by confidence.
-        rank = torch.empty_like(self.labels)
-        size = torch.bincount(self.labels)
-        for label in range(len(size)):
-            members = (self.labels == label).nonzero()[:, 0]
-            rank[members] = torch.arange(len(members))
+        rank, size = torch.empty_like(self.labels), torch.bincount(self.labels)
+        order = self.labels.argsort(stable=True)
+        rank[order] = torch.arange(len(order)) - (size.cumsum(0) - size)[self.labels[order]]
         quota = torch.ceil(ratio * size.double() - EPSILON)
         return (rank < quota[self.labels]).nonzero()[:, 0]
 
     def state(self) -> dict[str, Any]:
-        """Return these pseudo-labels under the published keys, and `meta`: what a file holds."""
-        entries = {
-            "pseudo_indexes": self.indexes,
-            "pseudo_labels": self.labels,
-            "pseudo_weights": self.confidence,
-            "labeled_indexes": self.labeled,
-            "unlabeled_indexes": self.unlabeled,
-            "meta": dict(self.meta),
-        }
-        if self.probabilities is not None:
-            entries["pseudo_probs"] = self.probabilities
-        return entries
+        """Return these pseudo-labels under their `KEYS`: what a file holds."""
+        entries = {key: getattr(self, name) for name, key in KEYS.items()}
+        entries["meta"] = dict(self.meta)
+        return {key: entry for key, entry in entries.items() if entry is not None}
 
 
 def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:
-    """Return pseudo-labels of a subset as pseudo-labels of the whole data set.
-
-    Args:
-        pseudo: pseudo-labels whose indexes are positions in `members`.
-        members: indexes of the subset in the whole data set.
-    """
+    """Return pseudo-labels, whose indexes are positions in `members`, as ones of the whole data set."""
     return replace(
         pseudo,
         indexes=members[pseudo.indexes],
@@ -262,11 +233,7 @@ def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:
 
 
 def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
-    """Merge chunks that share their labeled images into one ranking by confidence.
-
-    Raises:
-        ValueError: if the labeled images differ, or an image is in two chunks.
-    """
+    """Merge chunks into one ranking by confidence; a ValueError if they do not belong together."""
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -20,11 +20,7 @@ class Split:
 
 
 def parse_num_labeled(text: str | int) -> int | str:
-    """Read a number of labeled images, as a command line or a notebook gives it: an integer, or `all`.
-
-    Raises:
-        ValueError: if it is something else.
-    """
+    """Read a number of labeled images, an integer or `all`; anything else is a ValueError."""
     if text == ALL:
         return ALL
     try:
@@ -54,12 +50,11 @@ def labeled_split(
     Args:
         targets: N class numbers, `UNKNOWN` where an image has no label.
         num_labeled: number of labels to use, or `all` for every known one, balanced or not.
-        num_classes: number of classes, C.
+        num_classes: C.
         seed: seed of the draw; the published files were made with 0.
 
     Raises:
-        ValueError: if a class has too few labeled images, if fewer labels than classes are asked for, or if
-            a target is not a class number.
+        ValueError: if a class has too few labeled images, or none, or a target is not a class number.
     """
     num_labeled = parse_num_labeled(num_labeled)
     strange = targets[(targets != UNKNOWN) & ((targets < 0) | (targets >= num_classes))]
@@ -70,9 +65,8 @@ def labeled_split(
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     shuffled = targets[order]
     members = [order[shuffled == label] for label in range(num_classes)]
-    if num_labeled == ALL:
-        counts = [len(m) for m in members]
-    else:
+    per_class = len(targets)
+    if num_labeled != ALL:
         per_class = num_labeled // num_classes
         if per_class < 1:
             raise ValueError(
@@ -84,19 +78,18 @@ def labeled_split(
                 f"{per_class * num_classes} labeled images, {per_class} of each class",
                 stacklevel=2,
             )
-        counts = [per_class] * num_classes
-    for label, (have, want) in enumerate(zip(map(len, members), counts, strict=True)):
-        if have == 0:
+    for label, own in enumerate(members):
+        if not len(own):
             raise ValueError(f"class {label} has no labeled image; every class needs one at least")
-        if have < want:
+        if num_labeled != ALL and len(own) < per_class:
             raise ValueError(
-                f"class {label} has {have} labeled images and {want} are asked for; lower the number "
-                "of labels"
+                f"class {label} has {len(own)} labeled images and {per_class} are asked for; lower the "
+                "number of labels"
             )
     unknown = order[shuffled == UNKNOWN]
     return Split(
-        torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]),
-        torch.cat([m[n:] for m, n in zip(members, counts, strict=True)] + [unknown]),
+        torch.cat([own[:per_class] for own in members]),
+        torch.cat([own[per_class:] for own in members] + [unknown]),
     )
 
 
@@ -104,10 +97,7 @@ def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor
     """Shuffle the unlabeled images and cut them into parts of equal size, up to one image.
 
     The published lists are cut in the order of the true classes, so that a chunk holds a tenth of the
-    classes and gives its labels away.
-
-    Raises:
-        ValueError: if there are fewer images than chunks.
+    classes and gives its labels away. Fewer images than chunks are a ValueError.
     """
     if not 1 <= num_chunks <= len(split.unlabeled):
         raise ValueError(f"{num_chunks} chunks of {len(split.unlabeled)} unlabeled images")

@@ -1,8 +1,4 @@
-"""Pseudo-labels as a CSV table, which every other tool reads.
-
-The columns are index (into the training set), path, label (a class name where the file knows them, else a
-number) and confidence. An image whose true label was used has a row without confidence.
-"""
+"""Pseudo-labels as a CSV table, which every other tool reads."""
 
 import csv
 import io
@@ -14,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lib.files.atomic import write_whole
-from lib.labels.pseudo_labels import PseudoLabels, class_names, listed
+from lib.files.published import class_names
+from lib.labels.pseudo_labels import PseudoLabels, listed
 
 COLUMNS = ("index", "path", "label", "confidence")
 CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
@@ -26,40 +23,28 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     Labels are class names where `meta` has them and no two are the same, else numbers. A labeled image has
     no confidence; an image that got no pseudo-label has no label and the confidence 0. `meta` stands in a
     first line that starts with #. `from_csv` brings back everything but the probabilities and the order of
-    `unlabeled`.
-
-    Args:
-        pseudo: the pseudo-labels.
-        path: the file to write.
-        paths: file of each image of the training set, for the column path; () leaves it empty.
-
-    Raises:
-        ValueError: if the file cannot be written, or there are fewer paths than images.
+    `unlabeled`. `paths`, the files of all training images, fill the column path; too few are a ValueError.
     """
     names = _table_names(pseudo.meta)
-    places = pseudo.indexes.tolist()
-    labels = [str(names[label] if names else label) for label in pseudo.labels.tolist()]
-    confidence = [
-        f"{value:.9g}" for value in pseudo.confidence.tolist()
-    ]  # nine digits give a float32 back exactly
-    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)].tolist()
-    places += rest + pseudo.labeled.tolist()
-    labels += [""] * (len(places) - len(labels))
-    confidence += ["0"] * len(rest) + [""] * len(pseudo.labeled)
-    if paths and max(places, default=0) >= len(paths):
-        raise ValueError(f"{len(paths)} paths for the image with index {max(places)}")
+    values = (pseudo.indexes.tolist(), pseudo.labels.tolist(), pseudo.confidence.tolist())
+    rows = [  # nine digits give a float32 back exactly
+        (index, names[label] if names else label, f"{confidence:.9g}")
+        for index, label, confidence in zip(*values, strict=True)
+    ]
+    rest = pseudo.unlabeled[~torch.isin(pseudo.unlabeled, pseudo.indexes)]
+    rows += [(index, "", "0") for index in rest.tolist()]
+    rows += [(index, "", "") for index in pseudo.labeled.tolist()]
+    last = max((index for index, _, _ in rows), default=0)
+    if paths and last >= len(paths):
+        raise ValueError(f"{len(paths)} paths for the image with index {last}")
     buffer = io.StringIO()
     if pseudo.meta:
         buffer.write(CSV_META + json.dumps(dict(pseudo.meta), default=str) + "\n")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
-    files = [paths[place] for place in places] if paths else [""] * len(places)
-    writer.writerows(zip(places, files, labels, confidence, strict=True))
-    try:
-        # The name of an image need not be UTF-8, but the table is.
-        write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+    writer.writerows((index, paths[index] if paths else "", *more) for index, *more in rows)
+    # The name of an image need not be UTF-8, but the table is.
+    write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
 
 
 def from_csv(path: str | Path) -> PseudoLabels:
@@ -76,9 +61,10 @@ def from_csv(path: str | Path) -> PseudoLabels:
         meta, table = _csv_meta(text)
         rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
         labeled = [row.index for row in rows if row.confidence is None]
-        given = [row for row in rows if row.confidence is not None and row.label is not None]
-        given.sort(key=lambda row: -row.confidence)
         rest = [row.index for row in rows if row.confidence is not None and row.label is None]
+        given = sorted(
+            (row for row in rows if row.label is not None), key=lambda row: -row.confidence
+        )
         indexes = [row.index for row in given]
         return PseudoLabels(
             torch.tensor(indexes, dtype=torch.int64),
@@ -107,7 +93,7 @@ class _Row(NamedTuple):
 
 
 def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
-    """Split a table into the record in its first line, {} where there is none, and the other lines."""
+    """Split a table into the record in its first line, {} where there is none, and the rest."""
     if not text.startswith("#"):
         return {}, text
     line, _, table = text.partition("\n")

@@ -12,15 +12,10 @@ from lib.labels.pseudo_labels import TOP, PseudoLabels
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy-coverage curve: the precision of the k most confident of U pseudo-labels, k = 1 ... U.
+    """Accuracy-coverage curve: the precision of the k most confident of U pseudo-labels, k = 1 ... U."""
 
-    Attributes:
-        coverage: share of the pseudo-labels, k / U, in (0, 1].
-        precision: share of correct labels among the first k, in [0, 1].
-    """
-
-    coverage: Tensor
-    precision: Tensor
+    coverage: Tensor  # share of the pseudo-labels, k / U, in (0, 1]
+    precision: Tensor  # share of correct labels among the first k, in [0, 1]
 
     @property
     def overall(self) -> float:
@@ -36,9 +31,7 @@ class Curve:
 def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
     """Compute the curve over the pseudo-labeled images whose true label is known; None if there are none.
 
-    Args:
-        pseudo: the pseudo-labels.
-        targets: N true labels of the training set, `UNKNOWN` where there is none.
+    `targets` are the N true labels of the training set, `UNKNOWN` where there is none.
     """
     true = targets[pseudo.indexes]
     known = true != UNKNOWN
@@ -50,16 +43,10 @@ def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
 
 
 def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
-    """Tell for each image whether its true label is among the k most probable classes.
+    """Tell for each image with a true label whether that is among the k most probable classes.
 
-    Args:
-        pseudo: pseudo-labels with probabilities, or with at least k `top_classes`.
-        targets: true labels, as in `accuracy_coverage`.
-        k: number of classes; with fewer classes, all of them.
-
-    Returns:
-        Booleans for the images whose true label is known, most confident first. Their mean, over all chunks
-        of a set, is the top-k precision.
+    The pseudo-labels have probabilities, or at least k `top_classes`. The mean of these booleans, over all
+    chunks of a set, is the top-k precision.
     """
     true = targets[pseudo.indexes]
     known = true != UNKNOWN
@@ -75,9 +62,7 @@ def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
 def summary(curves: dict[int, Curve], top5: Mapping[int, Tensor] | None = None) -> str:
     """Write a text table of precision and AUC by number of labels.
 
-    Args:
-        curves: the curve of each number of labels.
-        top5: what `top_k_hits` returns for each number of labels, for one more column.
+    `top5`, what `top_k_hits` returns for each number of labels, adds a column.
     """
     lines = ["labels  precision     AUC" + ("  top-5 precision" if top5 else "")]
     for n, curve in sorted(curves.items()):

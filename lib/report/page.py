@@ -30,28 +30,14 @@ def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
         image = functional.resize(image, [MOST_SIDE, MOST_SIDE], antialias=True)
     scale = max(1, -(-LEAST_SIDE // image.shape[-1]))
     image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    framed = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(
-        3, image.shape[1] + 6, image.shape[2] + 6
-    )
-    framed = framed.clone()
-    framed[:, 3:-3, 3:-3] = image
-    return framed
+    return functional.pad(image, [3], fill=list(color))
 
 
 def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = SHOWN) -> Image:
     """Draw the most confident images of a pseudo-class in the upper rows, the least confident ones below.
 
     Frames are green where the pseudo-label is right, red where it is wrong, and gray where the true label is
-    not known.
-
-    Args:
-        pseudo: the pseudo-labels.
-        data: the training set that their indexes refer to.
-        label: the class.
-        shown: number of images at each end.
-
-    Returns:
-        A picture, or None if no image got this label.
+    not known. At most `shown` images are drawn at each end; None if no image got this label.
     """
     members = (pseudo.labels == label).nonzero()[:, 0]
     if not len(members):
@@ -73,11 +59,7 @@ def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = 
 
 
 def write_sheets(pseudo: PseudoLabels, data: DataSet, folder: Path) -> list[tuple[str, str, int]]:
-    """Write one contact sheet per class to `folder`.
-
-    Returns:
-        Class name, file name and number of images, for every class with images.
-    """
+    """Write a contact sheet of each class with images; return class name, file name and their number."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for label, name in enumerate(data.classes):
@@ -106,14 +88,12 @@ def write_page(
     sheets: Mapping[str, Sequence[tuple[str, str, int]]],
     heading: str = "{} labels: most confident images above, least confident below",
 ) -> None:
-    """Write an HTML page that shows the pictures beside it.
+    """Write an HTML page that shows the pictures beside it, whose file names are relative to the page.
 
     Args:
-        path: file to write.
-        title: title of the page.
         facts: what made the pseudo-labels, as names and values.
         curves: the curve of each number of labels; {} if no true label is known.
-        pictures: caption of each file; files are relative to the page.
+        pictures: caption of each file.
         sheets: for each number of labels, class, file and number of images of each contact sheet.
         heading: heading of the sheets of one number of labels, which replaces {}.
     """

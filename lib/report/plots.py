@@ -95,9 +95,7 @@ def accuracy_by_labels(
 ) -> Figure:
     """Plot mean and range of several methods over the number of labels.
 
-    Args:
-        results: percentages of each method, by number of labels and repetition.
-        names: name of each method in the legend.
+    `results` are percentages of each method, by number of labels and repetition; `names` are for the legend.
     """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -118,11 +116,7 @@ def accuracy_by_labels(
 
 
 def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
-    """Plot seconds and memory of every variant over the number of images, on logarithmic scales.
-
-    Args:
-        runs: for each number of images, `total_s` and `added_mib` of each variant.
-    """
+    """Plot `total_s` and `added_mib` of every variant over the number of images, on logarithmic scales."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     names = list(dict.fromkeys(name for found in runs.values() for name in found))
     keys = ("total_s", "added_mib"), ("seconds", "memory beyond the features' (MiB)")
@@ -139,8 +133,7 @@ def growth(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> Figure:
 def training_curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Tensor]]]) -> Figure:
     """Plot mean and range over the seeds of what training logs, one line per variant.
 
-    Args:
-        panels: for each title, the T steps and the values (seeds x T) of each variant.
+    `panels` hold, for each title, the T steps and the values (seeds x T) of each variant.
     """
     figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -21,15 +21,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Device:
-    """A device and the number format of the forward pass.
-
-    Attributes:
-        torch_device: device that holds the tensors.
-        bf16: whether the forward pass runs under bf16 autocast; weights stay float32.
-    """
+    """The device that holds the tensors, and the number format of the forward pass."""
 
     torch_device: torch.device
-    bf16: bool
+    bf16: bool  # whether the forward pass runs under bf16 autocast; weights stay float32
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
@@ -58,41 +53,30 @@ class Device:
         return f"{torch.cuda.get_device_name(self.torch_device)} ({self.torch_device}), {precision}"
 
 
-def _be_deterministic() -> None:
-    """Make CUDA compute the same bits every time, at some loss of speed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA reads this as it starts
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
-
-
 def select(gpus: str = "0", precision: str = "auto", *, deterministic: bool = False) -> Device:
     """Return the device of this process among those that `--gpus` names, by index of the visible ones.
 
-    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU.
+    `CUDA_VISIBLE_DEVICES` is respected and never written. Without CUDA every choice is the CPU. A device
+    that does not exist, and several devices for a single process, are a ValueError.
 
     Args:
         gpus: as in `device_names`; of several devices, the one at this process's local rank is taken.
         precision: one of `PRECISIONS`; `auto` takes bf16 where the hardware has it.
-        deterministic: make GPUs compute the same bits every time (`--deterministic`).
-
-    Raises:
-        ValueError: if a device does not exist or is not a number, if a single process is given several, or
-            if the precision is unknown.
+        deterministic: make GPUs compute the same bits every time, at some loss of speed.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
     if deterministic:
-        _be_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA reads this as it starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
     names = distributed.device_names(gpus)
     if len(names) > 1 and distributed.world_size() == 1:
         raise ValueError(f"--gpus {gpus}: name one device here")
-    if names[0] == "cpu":
-        device = torch.device("cpu")
-    elif distributed.under_torchrun():
-        device = torch.device("cuda", distributed.local_rank())
-    else:
-        device = torch.device("cuda", int(names[distributed.local_rank()]))
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if names[0] != "cpu":
+        place = 0 if distributed.under_torchrun() else distributed.local_rank()
+        device = torch.device("cuda", int(names[place]))
         torch.cuda.set_device(device)  # else pinned memory and the like would go to device 0
         # batches of one size: cuDNN tries every algorithm once
         torch.backends.cudnn.benchmark = not deterministic

@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 # Limit of a collective: rank 0 may be writing a large file meanwhile.
 TIMEOUT = timedelta(minutes=30)
-MAIN_FIRST_S = (
-    10.0  # delay of an error on other ranks: rank 0 reports it first, and its end ends them
-)
+# Delay of an error on other ranks: rank 0 reports it first, and its end ends them.
+MAIN_FIRST_S = 10.0
 
 
 def _active() -> bool:
@@ -47,10 +46,7 @@ def world_size() -> int:
 
 
 def shard_of(n: int, rank: int, world_size: int) -> slice:
-    """Return the contiguous part of n rows that process `rank` of `world_size` works on.
-
-    The parts differ by one row at most and may be empty.
-    """
+    """Return the contiguous part of n rows of process `rank`; parts differ by one row and may be empty."""
     return slice(n * rank // world_size, n * (rank + 1) // world_size)
 
 
@@ -71,24 +67,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
-def all_gather_rows(x: Tensor, total: int | None = None) -> Tensor:
-    """Concatenate the rows of all processes in the order of the ranks; their numbers may differ.
-
-    Args:
-        x: n_rank x ..., the other sizes equal on all processes.
-        total: number of rows over all processes, where each holds its `shard` of them. Without it the
-            processes exchange their numbers, which waits for a GPU.
-    """
+def all_gather_rows(x: Tensor, total: int) -> Tensor:
+    """Concatenate the rows of all processes, each of which holds its `shard` of `total` rows."""
     size = world_size()
     if size == 1:
         return x
-    if total is None:
-        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(size)]
-        dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-        lengths = [int(count) for count in counts]
-    else:
-        parts = [shard_of(total, number, size) for number in range(size)]
-        lengths = [part.stop - part.start for part in parts]
+    parts = [shard_of(total, number, size) for number in range(size)]
+    lengths = [part.stop - part.start for part in parts]
     padded = x.new_zeros(max(lengths), *x.shape[1:])  # gloo and NCCL gather equal sizes only
     padded[: len(x)] = x
     blocks = [torch.empty_like(padded) for _ in range(size)]
@@ -119,10 +104,7 @@ def print_main(text: str) -> None:
 
 
 def progress_bar(*, shown: bool = True, **options: Any) -> tqdm:
-    """Return a tqdm bar with `options` that leaves no trace, shown on rank 0 alone and in a terminal only.
-
-    `shown=False` hides it everywhere.
-    """
+    """Return a tqdm bar with `options` that leaves no trace, shown on rank 0 alone and in a terminal only."""
     return tqdm(**options, leave=False, disable=None if shown and is_main() else True)
 
 
@@ -183,10 +165,8 @@ def under_torchrun() -> bool:
 def device_names(gpus: str) -> list[str]:
     """Split `--gpus` into names: `0,1` -> ["0", "1"]. Without CUDA, numbers stand for one CPU.
 
-    Under torchrun, numbers stand for the device of this process's local rank.
-
-    Raises:
-        ValueError: if a name is neither a device number nor cpu, or a number is given twice.
+    Under torchrun, numbers stand for the device of this process's local rank. Names that are neither a
+    device number nor cpu, or are given twice, are a ValueError.
     """
     names = [name.strip() for name in gpus.split(",") if name.strip()]
     if not names or any(name != "cpu" and not name.isdecimal() for name in names):
@@ -203,8 +183,7 @@ def device_names(gpus: str) -> list[str]:
     if numbers and not torch.cuda.is_available():
         return ["cpu"]
     if numbers and under_torchrun():  # torchrun decides how many processes there are
-        numbers = [str(local_rank())]
-        names = numbers
+        names = numbers = [str(local_rank())]
     missing = [number for number in numbers if int(number) >= torch.cuda.device_count()]
     if missing:
         raise ValueError(
@@ -214,53 +193,43 @@ def device_names(gpus: str) -> list[str]:
     return names
 
 
-@contextmanager
-def group(backend: str, **options: Any) -> Iterator[None]:
-    """Run a block in a process group; `options` go to torch.distributed.init_process_group."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ and _one_machine() and not _resolves():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo cannot find an interface by such a host name
+def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
+    """Run `work` in a process group and return its exit code; under NCCL a failure ends the process.
+
+    Leaving NCCL's group would wait for the collectives of other processes, which wait for this one.
+    """
+    on_gpus = names[0] != "cpu"
+    if "GLOO_SOCKET_IFNAME" not in os.environ and _needs_loopback():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # gloo beside NCCL carries the few numbers that steer a run, which need not wait for the device
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **options)
-    together = False
+    together = not on_gpus
     try:
-        yield
+        code = work()
+        if code and on_gpus:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         together = True
+        return code
     except SystemExit:  # a stopped run ends like this on all processes
         together = True
         raise
     finally:
-        # after a failure here, leaving NCCL's group would wait for processes that wait for this one
-        if together or "nccl" not in backend:
+        if together:
             dist.destroy_process_group()
 
 
-def _one_machine() -> bool:
-    size = os.environ.get("WORLD_SIZE")
-    return size is None or size == os.environ.get("LOCAL_WORLD_SIZE")
-
-
-def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
-    """Run `work` in a process group and return its exit code; under NCCL a failure ends the process."""
-    backend = _backend(names)
-    with group(backend, **options):
-        code = work()
-        if code and "nccl" in backend:  # leaving the group would wait for the others' collectives
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return code
-
-
-def _resolves() -> bool:
+def _needs_loopback() -> bool:
+    """Return whether the host name of a run on one machine does not resolve: gloo needs it for an address."""
+    if os.environ.get("WORLD_SIZE") not in (None, os.environ.get("LOCAL_WORLD_SIZE")):
+        return False
     try:
         socket.getaddrinfo(socket.gethostname(), None)
     except OSError:
-        return False
-    return True
-
-
-def _backend(names: list[str]) -> str:
-    # gloo beside NCCL carries the few numbers that steer a run, which need not wait for the device
-    return "gloo" if names[0] == "cpu" else "cpu:gloo,cuda:nccl"
+        return True
+    return False
 
 
 def _child(rank: int, work: Callable[[], int], names: list[str], store: str, threads: int) -> None:
@@ -281,52 +250,39 @@ def _child(rank: int, work: Callable[[], int], names: list[str], store: str, thr
     sys.exit(code)
 
 
-class _Launched:
-    """The started processes of a run, and the signal that asked this one to end them."""
+def _join(context: ProcessContext) -> int:
+    """Wait for the processes and return the first failure's exit code, as a shell does (128 + signal).
 
-    def __init__(self, context: ProcessContext) -> None:
-        self._context, self._signal = context, 0
+    SIGTERM and Ctrl-C ask the processes to end, which save their work first.
+    """
+    received = 0
 
-    def pass_on(self, number: int, _: FrameType | None) -> None:
-        """Handle a signal: ask the processes to end, which save their work first."""
-        self._signal = self._signal or number
-        for process in self._context.processes:
+    def end_all() -> None:
+        for process in context.processes:
             if process.is_alive():
                 process.terminate()
 
-    def join(self) -> int:
-        """Wait for the processes and return the first failure's exit code, as a shell does (128 + signal)."""
-        before = {n: signal.signal(n, self.pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            while not self._context.join():
-                pass
-        except ProcessExitedException as error:
-            return self._exit_code(error)
-        finally:
-            for process in self._context.processes:
-                if process.is_alive():
-                    process.terminate()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        return 0
+    def pass_on(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = received or number
+        end_all()
 
-    def _exit_code(self, error: ProcessExitedException) -> int:
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not context.join():
+            pass
+    except ProcessExitedException as error:
         code = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
-        if self._signal and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-            return 128 + self._signal
+        if received and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            return 128 + received
         if error.exit_code < 0:
             print(f"process {error.error_index} was killed ({error})", file=sys.stderr)
         return code
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start processes that ignore a terminal's Ctrl-C while they import; this process handles it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        end_all()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
 
 
 def run(work: Callable[[], int], gpus: str) -> int:
@@ -343,17 +299,17 @@ def run(work: Callable[[], int], gpus: str) -> int:
     if len(names) == 1:
         return work()
     threads = max(1, torch.get_num_threads() // len(names)) if names[0] == "cpu" else 4
-    # `_exit_code` reports a failure.
+    # `_join` reports a failure.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "rendezvous")
-        with _deaf_to_ctrl_c():
+        parameters = (work, names, str(Path(folder) / "rendezvous"), threads)
+        # Processes ignore a terminal's Ctrl-C while they import; this one handles it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             started = start_processes(
-                _child,
-                (work, names, store, threads),
-                nprocs=len(names),
-                join=False,
-                start_method="spawn",
+                _child, parameters, nprocs=len(names), join=False, start_method="spawn"
             )
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert started is not None
-        return _Launched(started).join()
+        return _join(started)

@@ -1,11 +1,7 @@
 """Early end of a run without any loss: SIGTERM, Ctrl-C and `--stop-after` wait for the step to end.
 
-with interruption.watch(after=args.stop_after) as stop:
-    for step in steps:
-        if stop.requested():
-            save(...)
-            break
-stop.exit()
+In `with watch(...) as stop` a loop asks `stop.requested()` after every step, saves and ends. `stop.exit()`
+follows that block.
 """
 
 import signal
@@ -28,6 +24,7 @@ class Stop:
         self._after, self._steps = after, 0
         self._received, self._at = 0, 0.0  # signal that reached this process, and when
         self._agreed = 0  # signal that all processes know of
+        self.reached = False  # answer of the last `requested`
 
     def receive(self, number: int, _: FrameType | None = None) -> None:
         """Handle a signal by setting a flag; a second Ctrl-C, a while after the first, ends at once."""
@@ -41,12 +38,8 @@ class Stop:
         """Count a step and return whether a signal reached any process, or `after` steps are done."""
         self._steps += 1
         self._agreed = distributed.all_reduce_max(self._received)
+        self.reached = bool(self._agreed) or self._steps == self._after
         return self.reached
-
-    @property
-    def reached(self) -> bool:
-        """Answer of the last `requested`."""
-        return bool(self._agreed) or (self._steps > 0 and self._steps == self._after)
 
     @property
     def reason(self) -> str:
@@ -54,10 +47,7 @@ class Stop:
         return signal.Signals(self._agreed).name if self._agreed else f"--stop-after {self._after}"
 
     def exit(self) -> None:
-        """Exit with 143 (SIGTERM) or 130 (SIGINT) if a signal was received.
-
-        Call it after saving: it waits for the process that saves.
-        """
+        """Exit with 143 (SIGTERM) or 130 (SIGINT) if a signal came, once rank 0, which saves, is here too."""
         if self._agreed:
             distributed.barrier()
             sys.exit(128 + self._agreed)
@@ -67,8 +57,7 @@ class Stop:
 def watch(after: int = 0) -> Iterator[Stop]:
     """Keep SIGTERM and SIGINT from ending this process inside the block; yield the `Stop` to ask.
 
-    Args:
-        after: number of steps of this start after which to stop as well; 0 means never.
+    It stops after `after` steps of this start as well; 0 means never.
     """
     stop = Stop(after)
     before = {number: signal.signal(number, stop.receive) for number in SIGNALS}

@@ -11,8 +11,8 @@ value, `lr: float = 0.1`, changes the default and nothing else; `redeclared` cha
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
 
@@ -35,29 +35,17 @@ SEED = Limit("must be at least 0 and below 2**63", lambda number: 0 <= number < 
 
 @dataclass(frozen=True)
 class Option:
-    """The properties of an option besides name, default and type, which the field has.
+    """The properties of an option besides name, default and type, which the field has."""
 
-    Attributes:
-        flags: further names, such as `-b`.
-        help: its description for --help.
-        limit: rule for its number; a number that is not finite is refused anyway.
-        choices: accepted values; None for any.
-        metavar: name of the value in --help.
-        bare: value of an option that the user gives without one.
-        parse: function from the text to the value; None takes the type of the field.
-        invariant: whether a resumed run must have the same value.
-        group: heading in --help, the `GROUP` of the class that declares the field.
-    """
-
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # further names, such as `-b`
     help: str
-    limit: Limit | None = None
-    choices: Sequence[str] | None = None
+    limit: Limit | None = None  # a number that is not finite is refused anyway
+    choices: Collection[str] | None = None
     metavar: str | None = None
-    bare: str | None = None
-    parse: Callable[[str], Any] | None = None
-    invariant: bool = False
-    group: str = ""
+    bare: str | None = None  # value of an option that the user gives without one
+    parse: Callable[[str], Any] | None = None  # None takes the type of the field
+    invariant: bool = False  # whether a resumed run must have the same value
+    group: str = ""  # heading in --help, the `GROUP` of the class that declares the field
 
 
 def option(default: Any, *flags: str, help: str, **more: Any) -> Any:
@@ -70,14 +58,11 @@ def redeclared(
 ) -> Any:
     """Declare the option `name` of the dataclass `kind` again in a subclass, with differences.
 
-    Args:
-        more_flags: names in addition to those that the option has.
-        default: another default.
-        changes: attributes of `Option` with other values.
+    These are `more_flags` in addition to those that it has, another default, and attributes of `Option`.
     """
     declared = options_of(kind)[name]
     changed = replace(declared, flags=declared.flags + more_flags, **changes)
-    value = _defaults(kind)[name] if default is MISSING else default
+    value = kind.__dataclass_fields__[name].default if default is MISSING else default
     return field(default=value, metadata={"option": changed})
 
 
@@ -93,10 +78,6 @@ def options_of(kind: type) -> dict[str, Option]:
             group = found[name].group if name in found else kind.GROUP
             found[name] = replace(own[name].metadata["option"], group=group)
     return found
-
-
-def _defaults(kind: type) -> Mapping[str, Any]:
-    return {each.name: each.default for each in fields(kind)}
 
 
 def resume_invariants(kind: type) -> tuple[str, ...]:

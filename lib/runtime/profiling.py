@@ -1,9 +1,7 @@
 """Speed of the hardware, cost of a network, and traces of where a training step spends its time."""
 
 import copy
-import os
-import shutil
-import sys
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.runtime.devices import Device
-from lib.runtime.distributed import is_main, print_main, world_size, wrap_ddp
+from lib.runtime.distributed import is_main, print_main, wrap_ddp
 from lib.runtime.seeding import generator
 
 LONG_ENOUGH_S = 0.01  # the start of a product that takes this long does not distort its time
@@ -30,15 +28,10 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # modes of torch
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The cost of training, and the speed of the hardware.
+    """The cost of training, and the speed of the hardware."""
 
-    Attributes:
-        per_image: floating point operations of forward and backward, per image.
-        rate: operations per second of a large matrix product, over all processes.
-    """
-
-    per_image: float
-    rate: float
+    per_image: float  # floating point operations of forward and backward
+    rate: float  # operations per second of a large matrix product, over all processes
 
     def mfu(self, images_per_s: float) -> float:
         """Return the model FLOPs utilization (MFU) of training at that speed."""
@@ -48,27 +41,25 @@ class Arithmetic:
 def matrix_rate(device: Device) -> float:
     """Measure the operations per second (2 n^3 a product) of matrix products in the forward pass's format.
 
-    Squares grow until a product takes `LONG_ENOUGH_S`, a fraction of a second in all. The fastest of several
-    counts, because other programs only slow them down.
+    This process is measured alone. Squares grow until a product takes `LONG_ENOUGH_S`, a fraction of a
+    second in all. The fastest of several counts, because other programs only slow them down.
     """
     dtype = torch.bfloat16 if device.bf16 else torch.float32
     best, size = 0.0, SMALLEST
     while True:
         square = torch.rand(size, size, generator=generator(0, "sample"))
         square = square.to(device.torch_device, dtype)
-        seconds = min(_product_s(square, device) for _ in range(REPEATS))
+        seconds = math.inf
+        for _ in range(REPEATS):
+            device.synchronize()
+            start = time.perf_counter()
+            torch.mm(square, square)
+            device.synchronize()
+            seconds = min(seconds, time.perf_counter() - start)
         best = max(best, 2 * size**3 / seconds)
         if seconds > LONG_ENOUGH_S or size >= LARGEST:
             return best
         size *= 2
-
-
-def _product_s(square: Tensor, device: Device) -> float:
-    device.synchronize()
-    start = time.perf_counter()
-    torch.mm(square, square)
-    device.synchronize()
-    return time.perf_counter() - start
 
 
 def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
@@ -81,29 +72,6 @@ def training_flops(model: nn.Module, image_shape: tuple[int, int, int]) -> float
     with FlopCounterMode(display=False) as counter:
         ghost(torch.empty(1, *image_shape, device="meta")).sum().backward()
     return float(counter.get_total_flops())
-
-
-def arithmetic(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    device: Device,
-    *,
-    more_per_image: float = 0.0,
-) -> Arithmetic:
-    """Count the operations of training `model`, those of the loss given, and measure the hardware's rate."""
-    needed = training_flops(model, image_shape) + more_per_image
-    return Arithmetic(needed, matrix_rate(device) * world_size())
-
-
-def require_compiler() -> None:
-    """Raise ValueError with what to install if --compile finds no compiler: PyTorch calls CXX, else g++."""
-    if not shutil.which(
-        os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    ):
-        raise ValueError(
-            "--compile needs a C++ compiler, and none was found: install g++ (on Debian and Ubuntu with "
-            "apt install g++), or leave --compile out"
-        )
 
 
 @contextmanager
@@ -135,15 +103,11 @@ def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], N
 
 
 def prepare_training(model: nn.Module, compile_mode: str = "") -> nn.Module:
-    """Compile `model` in place if `compile_mode` names one of `COMPILE_MODES`, and wrap it for DDP."""
-    if compile_mode:
-        compile_network(model, compile_mode)
-    return wrap_ddp(model)
+    """Compile `model` if `compile_mode` names one of `COMPILE_MODES`, and return it wrapped for DDP.
 
-
-def compile_network(model: nn.Module, mode: str) -> None:
-    """Compile `model` with torch.compile in place, so that its weights keep their names.
-
-    Each batch size gets its own kernels: there are two or three sizes, and kernels for any size are slower.
+    It is compiled in place, so that its weights keep their names, and each batch size gets its own kernels:
+    there are two or three sizes, and kernels for any size are slower.
     """
-    model.compile(mode=mode, dynamic=False)
+    if compile_mode:
+        model.compile(mode=compile_mode, dynamic=False)
+    return wrap_ddp(model)

@@ -21,11 +21,7 @@ def generator(seed: int, purpose: str, *address: int) -> torch.Generator:
 def address(step: int, stream: int = 0, view: int = 0) -> tuple[int, ...]:
     """Return the address of a batch's random numbers, for `generator(seed, purpose, *address(...))`.
 
-    The first view of the first stream keeps the addresses of runs that have only one of each.
-
-    Args:
-        step: number of the batch.
-        stream: number of the stream of batches (labeled, unlabeled ...).
-        view: number of the augmented view of its images.
+    Views are augmentations of the same images, streams are of labeled or unlabeled batches. The first view of
+    the first stream keeps the addresses of runs that have only one of each.
     """
     return (step, stream, view) if stream or view else (step,)

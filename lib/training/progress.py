@@ -9,7 +9,7 @@ from lib.loading.batches import Batches
 from lib.objectives.objective import Objective
 from lib.runtime import profiling
 from lib.runtime.devices import Device
-from lib.runtime.distributed import print_main, progress_bar
+from lib.runtime.distributed import print_main, progress_bar, world_size
 from lib.training.log import Writer
 from lib.training.meters import Throughput, speed
 from lib.training.state import TrainState
@@ -22,8 +22,8 @@ def step_arithmetic(
     model: nn.Module, objective: Objective, image_shape: tuple[int, int, int], device: Device
 ) -> profiling.Arithmetic:
     """Count the operations of training on one image, and measure the hardware's rate."""
-    loss = objective.flops_per_image()
-    return profiling.arithmetic(model, image_shape, device, more_per_image=loss)
+    needed = profiling.training_flops(model, image_shape) + objective.flops_per_image()
+    return profiling.Arithmetic(needed, profiling.matrix_rate(device) * world_size())
 
 
 class EpochProgress:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from lib.cli import checks, declared, options, start
 from lib.files import provenance
 from lib.report import plots
+from lib.training.shared_settings import Data, Network
 
 VARIANTS = {
     "fp32": ("--precision", "fp32"),
@@ -59,8 +60,8 @@ CURVES = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = options.parser(__doc__)
-    options.add_data(parser)
-    options.add_model(parser)
+    declared.add_options(parser, Data)
+    declared.add_options(parser, Network)
     parser.set_defaults(dataset="patches", architecture="wrn-10-1")
     parser.add_argument(
         "--phases", type=int, nargs="+", choices=(1, 3), default=[1, 3], help="phases to train"

@@ -63,6 +63,7 @@ from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
 from lib.training.meters import AverageMeter, Throughput
 from lib.training.optimizer import sgd
+from lib.training.shared_settings import Compute
 from lib.training.step import Step, train_steps
 from models import build_model
 
@@ -153,7 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-j", "--num-workers", type=declared.not_negative_int, default=2, help="processes that read"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
-    options.add_compute(parser)
+    declared.add_options(parser, Compute)
     return parser
 
 
@@ -416,7 +417,7 @@ def ours(
     optimizer = sgd(model.parameters(), 0.01, 5e-4)
     steps = train_steps(model, objective, optimizer, endless, _constant, device)
     if compiled:
-        profiling.compile_network(model, profiling.COMPILE_MODES[0])
+        model.compile(mode=profiling.COMPILE_MODES[0], dynamic=False)
     return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.files import checkpoint
 from lib.labels import confidence, pseudo_files, pseudo_labels
-from lib.labels.confidence import from_probabilities, from_scores
+from lib.labels.confidence import from_scores
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
 
@@ -349,8 +349,9 @@ def test_file_comes_back_as_it_was_written(tmp_path):
 
 def test_file_without_weights_takes_the_largest_probability(tmp_path):
     order = torch.arange(NUM_IMAGES)
-    probs = torch.rand(NUM_IMAGES, NUM_CLASSES).softmax(dim=1)
-    pseudo = from_probabilities(probs, Split(order[:NUM_LABELED], order[NUM_LABELED:]))
+    scores = torch.rand(NUM_IMAGES, NUM_CLASSES)
+    split = Split(order[:NUM_LABELED], order[NUM_LABELED:])
+    pseudo = from_scores(scores, split, confidence="largest")
     state = pseudo.state()
     del state["pseudo_weights"]
     assert torch.equal(read(tmp_path, state).confidence, pseudo.confidence)
@@ -386,17 +387,18 @@ def test_confidence_and_probabilities_divide_by_the_same_temperature(seed, tempe
 
 def test_everything_is_sorted_by_falling_confidence_and_ties_keep_their_order():
     probs = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.6, 0.4], [0.2, 0.8], [0.4, 0.6]])
-    pseudo = from_probabilities(probs, Split(torch.tensor([3]), torch.tensor([4, 2, 1, 0])))
+    split = Split(torch.tensor([3]), torch.tensor([4, 2, 1, 0]))
+    pseudo = from_scores(probs.log(), split, confidence="largest")
     assert pseudo.indexes.tolist() == [1, 4, 2, 0]
     assert pseudo.labels.tolist() == [1, 1, 0, 0]
-    assert torch.equal(pseudo.probabilities, probs[pseudo.indexes])
-    assert torch.equal(pseudo.confidence, torch.tensor([0.9, 0.6, 0.6, 0.6]))
+    torch.testing.assert_close(pseudo.probabilities, probs[pseudo.indexes])
+    torch.testing.assert_close(pseudo.confidence, torch.tensor([0.9, 0.6, 0.6, 0.6]))
     assert pseudo.unlabeled.tolist() == [4, 2, 1, 0]
 
 
 def test_many_ties_keep_their_order_too():
     unlabeled = torch.randperm(5000, generator=torch.Generator().manual_seed(0)) + 1
-    pseudo = from_probabilities(torch.full((5001, 2), 0.5), Split(torch.tensor([0]), unlabeled))
+    pseudo = from_scores(torch.full((5001, 2), 0.5), Split(torch.tensor([0]), unlabeled))
     assert torch.equal(pseudo.indexes, unlabeled)
 
 

@@ -90,7 +90,7 @@ def experiment() -> dict[str, Any]:
         model = Network(dtype)
         losses = trained(model, iter_size)
         parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
-        everywhere = distributed.all_gather_rows(parameters[None])
+        everywhere = distributed.all_gather_rows(parameters[None], distributed.world_size())
         found[name] = {"losses": losses, "parameters": parameters, "everywhere": everywhere}
     # as training leaves it: a network whose statistics are each process's own
     model = build_model("wrn-10-1", NUM_CLASSES)
@@ -103,7 +103,8 @@ def experiment() -> dict[str, Any]:
     found["test"] = evaluate(model, data, CPU)
     data.targets[::2] = UNKNOWN
     found["half"] = evaluate(model, data, CPU)
-    found["statistics"] = distributed.all_gather_rows(model.bn1.running_mean[None])
+    mean = model.bn1.running_mean[None]
+    found["statistics"] = distributed.all_gather_rows(mean, distributed.world_size())
     one = ImageSet("one", data.images[1:2], data.targets[1:2], data.classes, data.stats)
     found["one image"] = evaluate(model, one, CPU)
     return found

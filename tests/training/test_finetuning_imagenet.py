@@ -112,7 +112,7 @@ def world(tmp_path_factory) -> Path:
     meta = {"data_digest": train.digest, "classes": list(train.classes)}
     for number, unlabeled in enumerate(cut_into_chunks(split, CHUNKS)):
         part = Split(split.labeled, unlabeled)
-        part = confidence.from_probabilities(votes, part, meta)
+        part = confidence.from_scores(votes.log(), part, meta, confidence="largest")
         save_part(part, root, LABELS, number, CHUNKS)
     weights = build_model("resnet18", 128, imagenet=True, normalize=True).state_dict()
     metric = {
