@@ -78,31 +78,24 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
     """Add the choice of an algorithm, and the parameters of each."""
     group = parser.add_argument_group("algorithm")
     group.add_argument("--method", choices=METHODS, default="nc", help="how labels spread")
-    group.add_argument(
-        "--k", type=declared.positive_int, default=None, help="knn: neighbors that vote (200)"
-    )
+    group.add_argument("--k", type=declared.positive_int, help="knn: neighbors that vote (200)")
     group.add_argument(
         "--knn-temperature",
         type=declared.positive_float,
-        default=None,
         help="knn: temperature of the votes (0.1)",
     )
     group.add_argument(
         "--num-eigenvectors",
         type=declared.positive_int,
-        default=None,
         help="nc, and filter by eigenvectors: their number with the constant one (200)",
     )
     group.add_argument(
         "--clamp", action="store_true", default=None, help="nc: labeled images keep their labels"
     )
-    group.add_argument(
-        "--filter", choices=FILTERS, default=None, help="filter: its kind (smoothed-step)"
-    )
+    group.add_argument("--filter", choices=FILTERS, help="filter: its kind (smoothed-step)")
     group.add_argument(
         "--filter-by",
         choices=FILTER_BY,
-        default=None,
         help="filter: by products with the graph, one column per class; through --num-eigenvectors, "
         "which costs the same for any number of classes but leaves out what lies beyond the last one; or "
         "auto, through eigenvectors where that is much cheaper and leaves out 1%% at most (products)",
@@ -110,28 +103,22 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cutoff",
         type=declared.positive_float,
-        default=None,
         help="filter smoothed-step: largest eigenvalue kept (0.2)",
     )
     group.add_argument(
         "--degree",
         type=declared.positive_int,
-        default=None,
         help="filter smoothed-step: degree, its sharpness (40)",
     )
     group.add_argument(
-        "--time",
-        type=declared.positive_float,
-        default=None,
-        help="filter heat: time of diffusion (20)",
+        "--time", type=declared.positive_float, help="filter heat: time of diffusion (20)"
     )
     group.add_argument(
-        "--power", type=declared.not_negative_int, default=None, help="filter powers: exponent (20)"
+        "--power", type=declared.not_negative_int, help="filter powers: exponent (20)"
     )
     group.add_argument(
         "--alpha",
         type=declared.open_fraction,
-        default=None,
         help="spreading, filter ppr: share that goes on along the edges (0.99)",
     )
     group.add_argument(
@@ -143,7 +130,6 @@ def add_algorithm(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--confidence",
         choices=CONFIDENCES,
-        default=None,
         help="measure of confidence (default: the method's own)",
     )
     group.add_argument(
@@ -161,7 +147,6 @@ def add_graph(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-neighbors",
         type=declared.positive_int,
-        default=None,
         metavar="K",
         help="neighbors of each image, in place of the graph's own number",
     )

@@ -64,11 +64,7 @@ def affinity_matrix(neighbors: Neighbors, preset: GraphPreset) -> sp.csr_matrix:
 
 
 def chosen_preset(preset: str | GraphPreset, num_neighbors: int | None = None) -> GraphPreset:
-    """Look up a preset by its name; `num_neighbors` replaces K, and the rank of its scale where that is K.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """Look up a preset by its name, or raise ValueError; `num_neighbors` replaces K, and a rank that is K."""
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"unknown graph {preset!r}: take one of {', '.join(PRESETS)}")

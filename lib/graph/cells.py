@@ -83,15 +83,6 @@ def _assign(features: Tensor, cells_per_root: float) -> tuple[Tensor, Tensor]:
     return centroids, _nearest(features, centroids, "cells")
 
 
-def make_cells(features: Tensor) -> Cells:
-    """Make cells of N x D unit vectors: the same ones for the same features."""
-    centroids, nearest = _assign(features, CELLS_PER_ROOT)
-    order = torch.argsort(nearest, stable=True)
-    sizes = torch.bincount(nearest, minlength=len(centroids))
-    starts = [0, *sizes.cumsum(0).tolist()]
-    return Cells(features[order.to(features.device)], order, starts, centroids)
-
-
 def near_order(features: Tensor) -> Tensor:
     """Order the rows of N x D unit vectors cell after cell: near rows lie near each other in memory."""
     return torch.argsort(_assign(features, COARSE_PER_ROOT)[1], stable=True)
@@ -165,19 +156,6 @@ def _first_round(
     return found, searched
 
 
-def _sample(cells: Cells, k: int, own_value: float, budget: int) -> tuple[Tensor, ...]:
-    """Run the first round for a few rows: their places, K-th cosines so far, searched cells (S x C)."""
-    rng = generator(0, "sample", 1)
-    places = torch.randperm(len(cells.order), generator=rng)[:SAMPLED_ROWS].sort().values
-    of = cells.of(places)
-    worst, searched = torch.empty(len(places)), torch.zeros(len(places), len(cells)).bool()
-    for row, (place, cell) in enumerate(zip(places.tolist(), of.tolist(), strict=True)):
-        member = torch.tensor([place - cells.starts[cell]])
-        values, _, chosen = _search_cell(cells, cell, member, k, own_value, budget)
-        worst[row], searched[row, chosen] = values[0, -1], True
-    return places, worst, searched
-
-
 def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple[float, float]:
     """Measure how far below its K-th cosine a row may lie from a centroid for that cell to be searched.
 
@@ -185,7 +163,16 @@ def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple
         The margin that finds `RECALL` of the exact neighbors of a sample of all rows (+inf: no second
         round is needed), and the share of all pairs of rows that are then compared.
     """
-    places, worst, searched = _sample(cells, k, own_value, budget)
+    order = torch.randperm(len(cells.order), generator=generator(0, "sample", 1))
+    places = order[:SAMPLED_ROWS].sort().values
+    # The first round for these rows: their K-th cosines so far, and the searched cells (S x C).
+    worst, searched = torch.empty(len(places)), torch.zeros(len(places), len(cells)).bool()
+    for row, (place, cell) in enumerate(
+        zip(places.tolist(), cells.of(places).tolist(), strict=True)
+    ):
+        member = torch.tensor([place - cells.starts[cell]])
+        values, _, chosen = _search_cell(cells, cell, member, k, own_value, budget)
+        worst[row], searched[row, chosen] = values[0, -1], True
     rows = cells.sorted[places.to(cells.sorted.device)]
     _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
     nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
@@ -293,7 +280,11 @@ def search_cells(
     Returns:
         Cosines, falling, and rows, R x k each, on the CPU.
     """
-    cells = make_cells(features)
+    centroids, nearest = _assign(features, CELLS_PER_ROOT)
+    order = torch.argsort(nearest, stable=True)
+    sizes = torch.bincount(nearest, minlength=len(centroids))
+    starts = [0, *sizes.cumsum(0).tolist()]
+    cells = Cells(features[order.to(features.device)], order, starts, centroids)
     margin, share = _choose_margin(cells, k, own_value, block_bytes)
     if share > WORTHWHILE:
         return None

@@ -135,11 +135,6 @@ class _Krylov:
         self.inner[self.last, : self.size] = self.inner[: self.size, self.last].T
         return block
 
-    def ritz(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the Ritz values, falling, and the coordinates of their vectors in the basis."""
-        values, vectors = np.linalg.eigh(self.inner[: self.size, : self.size])
-        return values[::-1], vectors[:, ::-1]
-
     def rotate(self, coordinates: np.ndarray) -> None:
         """Replace the basis by the vectors with these coordinates, some rows at a time."""
         turn = torch.from_numpy(coordinates.astype(np.float32)).to(self.basis.device)
@@ -158,7 +153,8 @@ def _invariant_space(operator: Operator, krylov: _Krylov, k: int, rank: int) -> 
         exhausted |= not coupling.any(dim=1).all()
         full = krylov.size + following.shape[1] > limit
         if krylov.size >= min(k + 2 * krylov.width, limit, rank) or full:
-            values, vectors = krylov.ritz()
+            values, vectors = np.linalg.eigh(krylov.inner[: krylov.size, : krylov.size])
+            values, vectors = values[::-1], vectors[:, ::-1]  # of Ritz: falling, and coordinates
             outside = coupling.cpu().numpy() @ vectors[krylov.last, :k]
             size = np.maximum(np.abs(values[:k]), ROUNDING)
             error = (np.linalg.norm(outside, axis=0) / size).max()

@@ -179,15 +179,12 @@ def apply_filter(
 
     Returns:
         N x m float32 for each set, on the CPU. Beside them a few blocks of N x `TILE` numbers are held.
-
-    Raises:
-        ValueError: as `find_filter`.
     """
     found, parameters = find_filter(name, **parameters)
     n = len(operator)
     answers = [torch.empty(n, one.values.shape[1]) for one in vectors]
-    widths = [answer.shape[1] for answer in answers]
-    starts = [0, *itertools.accumulate(widths)]  # of each set among all columns
+    # of each set among all columns
+    starts = [0, *itertools.accumulate(answer.shape[1] for answer in answers)]
     for first in range(0, starts[-1], TILE):
         columns = torch.zeros(n, min(TILE, starts[-1] - first))
         shared = []  # (set, its columns, their place in the tile)
@@ -214,9 +211,6 @@ def filter_by_eigenvectors(
 
     Returns:
         N x m float32 for each set, and the largest bound of a column, relative to its answer's norm.
-
-    Raises:
-        ValueError: as `find_filter`.
     """
     found, parameters = find_filter(name, **parameters)
     gains = found.gain(spectrum.values, **parameters)

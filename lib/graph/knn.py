@@ -28,9 +28,6 @@ def nearest(
     """Yield cosines, falling, and classes of the k nearest labeled rows of `bank`, B x k, by blocks.
 
     Without `own_vote`, row i of the bank is not among the neighbors of query i.
-
-    Raises:
-        ValueError: if no row of the bank has a label.
     """
     known = bank_labels != UNKNOWN
     if not known.any():

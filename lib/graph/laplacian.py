@@ -7,7 +7,7 @@ may be spread over several processes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,14 +32,18 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 def self_loop_choice(name: str) -> tuple[bool, bool]:
-    """Look up a key of `SELF_LOOPS`.
-
-    Raises:
-        ValueError: for another name.
-    """
+    """Look up a key of `SELF_LOOPS`; ValueError for another name."""
     if name not in SELF_LOOPS:
         raise ValueError(f"unknown self-loops {name!r}: take one of {', '.join(SELF_LOOPS)}")
     return SELF_LOOPS[name]
+
+
+def _entries(matrix: sp.csr_matrix) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield some entries at a time, and the row of each: the rows of all of them would double the matrix."""
+    for start in range(0, matrix.shape[0], ROWS):
+        pointers = matrix.indptr[start : start + ROWS + 1]
+        rows = np.arange(start, start + len(pointers) - 1)
+        yield slice(pointers[0], pointers[-1]), np.repeat(rows, np.diff(pointers))
 
 
 def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
@@ -47,10 +51,7 @@ def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
     if not affinity.diagonal().any():
         return affinity
     plain = affinity.copy()
-    for start in range(0, affinity.shape[0], ROWS):  # a row number for every entry would double it
-        pointers = plain.indptr[start : start + ROWS + 1]
-        rows = np.repeat(np.arange(start, start + len(pointers) - 1), np.diff(pointers))
-        part = slice(pointers[0], pointers[-1])
+    for part, rows in _entries(plain):
         plain.data[part][plain.indices[part] == rows] = 0
     plain.eliminate_zeros()
     return plain
@@ -77,10 +78,8 @@ def normalized_affinity(affinity: sp.csr_matrix, *, self_loops: bool) -> sp.csr_
     s = plain.copy() if plain is affinity else plain
     inverse_root = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
     inverse_root = inverse_root.astype(np.float32)
-    for start in range(0, s.shape[0], ROWS):
-        pointers = s.indptr[start : start + ROWS + 1]
-        part = slice(pointers[0], pointers[-1])
-        s.data[part] *= np.repeat(inverse_root[start : start + ROWS], np.diff(pointers))
+    for part, rows in _entries(s):
+        s.data[part] *= inverse_root[rows]
         s.data[part] *= inverse_root[s.indices[part]]
     return s
 

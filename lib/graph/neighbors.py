@@ -26,19 +26,12 @@ TIE = 1e-6  # cosines that differ by less are equal in float32
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Nearest neighbors by cosine, falling, of the R rows that were asked for.
+    """Nearest neighbors by cosine, falling, of the R rows that were asked for."""
 
-    Attributes:
-        indexes: R x K, int32.
-        similarities: R x K, float32.
-        scale_similarities: R, cosine of the neighbor that sets the local scale; empty if none does.
-        recall: share of the exact neighbors found, on a sample of rows; 1 where the search is exact.
-    """
-
-    indexes: Tensor
-    similarities: Tensor
-    scale_similarities: Tensor
-    recall: float = 1.0
+    indexes: Tensor  # R x K, int32
+    similarities: Tensor  # R x K, float32
+    scale_similarities: Tensor  # R, of the neighbor that sets the local scale; empty if none does
+    recall: float = 1.0  # share of the exact neighbors found, on a sample of rows
 
 
 def _by_faiss(features: Tensor, k: int, rows: slice, own_value: float) -> tuple[Tensor, Tensor]:

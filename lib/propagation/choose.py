@@ -140,12 +140,12 @@ def cross_validate(
     Where fewer than `least_held_out` images can be held out, only the first candidate is measured.
 
     Returns:
-        A verdict for each candidate, in their order; none where no class has two labels.
+        A verdict for each candidate, in their order; the same for all where no class has two labels.
     """
     labels = labeling.labels
     held = make_folds(labels, seed)
     if not held:
-        return []
+        return [Verdict(candidate, 1.0, torch.zeros(1)) for candidate in candidates]
     positions = torch.cat(held)
     count = torch.bincount(positions, minlength=len(labels)).clamp_min(1)
     if len(positions.unique()) < least_held_out:
@@ -181,18 +181,11 @@ def best(verdicts: Sequence[Verdict]) -> Verdict:
 
 def choose(verdicts: Sequence[Verdict]) -> Verdict:
     """Return the best verdict; the first where fewer than `LEAST_HELD_OUT` images could be held out."""
-    if not verdicts:
-        return Verdict(CANDIDATES[0], 1.0, torch.empty(0))
     return best(verdicts) if len(verdicts[0].losses) >= LEAST_HELD_OUT else verdicts[0]
 
 
 def committee(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Return the best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first.
-
-    Where nothing could be held out, these are the first candidates of different algorithms.
-    """
-    if not verdicts:
-        verdicts = [Verdict(c, 1.0, torch.zeros(1)) for c in CANDIDATES]
+    """Return the best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first."""
     members: dict[str, Verdict] = {}
     for verdict in sorted(verdicts, key=lambda v: float(v.losses.mean())):
         members.setdefault(verdict.candidate.method, verdict)

@@ -63,8 +63,10 @@ def propagate_poisson(
     for labeled, labels in labelings:
         check_labels(len(root), labeled, labels, num_classes)
         check_every_class(labels, num_classes, "poisson learning")
-        sources = _poisson_sources(operator, labeled, labels, num_classes)
-        vectors.append(LabelVectors(labeled, sources / root[labeled]))
+        onehot, component = one_hot(labels, num_classes).float(), operator.components[labeled]
+        sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
+        mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
+        vectors.append(LabelVectors(labeled, (onehot - mean[component]) / root[labeled]))
     answers = apply_filter(operator, vectors, "pseudo-inverse")
     for (labeled, labels), scores in zip(labelings, answers, strict=True):
         scores.div_(root).div_(torch.bincount(labels, minlength=num_classes))
@@ -73,17 +75,6 @@ def propagate_poisson(
         if operator.num_components > 1:
             _only_own_classes(operator, scores, labeled, labels)
     return answers
-
-
-def _poisson_sources(
-    operator: GraphOperator, labeled: Tensor, labels: Tensor, num_classes: int
-) -> Tensor:
-    """Compute y_j - mean(y), L x C, the mean over the labeled images of the component."""
-    onehot = one_hot(labels, num_classes).float()
-    component = operator.components[labeled]
-    sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
-    mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
-    return onehot - mean[component]
 
 
 def _only_own_classes(

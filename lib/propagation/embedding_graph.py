@@ -166,11 +166,14 @@ class EmbeddingGraph:
             w = self.affinity
             key["graph_digest"] = digest(w.indptr, w.indices, w.data)
 
-        def compute() -> tuple[Spectrum, dict[str, Any]]:
-            return laplacian_spectrum(self.operator, num_vectors, **self.solver), {}
-
-        reuse = self.cache.reuse
-        loaded = load_or_compute(path, key, compute, load_spectrum, save_spectrum, reuse=reuse)
+        loaded = load_or_compute(
+            path,
+            key,
+            lambda: (laplacian_spectrum(self.operator, num_vectors, **self.solver), {}),
+            load_spectrum,
+            save_spectrum,
+            reuse=self.cache.reuse,
+        )
         found = loaded.value
         self.cache.log(
             f"{len(found.values)} eigenvectors: {loaded.origin()}; residual {found.residual:.1e}"

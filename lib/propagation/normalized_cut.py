@@ -77,10 +77,7 @@ def constrained_solution(
 def _fitted(
     vectors: np.ndarray, values: np.ndarray, constraints: np.ndarray, root: np.ndarray
 ) -> np.ndarray:
-    """Fit coordinates along the eigenvectors, k x C, to the constraints at the labeled images.
-
-    Both are taken as functions of the images, D^-1/2 u, where `root` is D^1/2.
-    """
+    """Fit coordinates, k x C, to the constraints, both as functions of images: D^-1/2 u; `root` is D^1/2."""
     design, wanted = vectors / root[:, None], constraints / root[:, None]
     typical = np.square(design).sum() / max(design.size, 1)
     # The floor keeps the system solvable where no eigenvector reaches a labeled image.
@@ -149,10 +146,7 @@ def propagate_normalized_cut(
 ) -> list[Tensor]:
     """Compute Z of the constrained normalized cut for each set of labels, as published.
 
-    `num_eigenvectors` counts the constant one; `clamp` is that of `constrained_solution`.
-
-    Raises:
-        ValueError: as `constraint_vectors`, or for fewer than two eigenvectors.
+    `num_eigenvectors` counts the constant one, so 2 at least; `clamp` is that of `constrained_solution`.
     """
     _check_num_eigenvectors(num_eigenvectors)
     spectrum = graph.spectrum(num_eigenvectors - 1)
@@ -174,9 +168,8 @@ def propagate_filter(
 
     Products with S cost the same whatever the spectrum, and in proportion to the number of classes;
     eigenvectors cost the same for any number of classes, but hold only the part of the answer before the
-    last of them: with 199, 93.6% of the labels were the same for 1,000 classes, at a bound of 9% left out
-    (scripts/benchmarks/README.md). So "auto" takes them only where they are much cheaper *and* what they
-    leave out is little, and it is not the default.
+    last of them (figures: scripts/benchmarks/README.md). So "auto" takes them only where they are much
+    cheaper *and* what they leave out is little, and it is not the default.
 
     Args:
         filter, parameters: a key of `lib.graph.filters.FILTERS`, and what that filter takes.

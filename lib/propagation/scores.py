@@ -25,8 +25,8 @@ def log_shares(scores: Tensor) -> Tensor:
     return scores
 
 
-def _checked(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
-    """Return class shares as C float64 numbers that sum to 1; uniform for None."""
+def _shares(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
+    """Return a prior as C float64 numbers that sum to 1."""
     if prior is None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
     shares = torch.as_tensor(prior, dtype=torch.float64)
@@ -88,7 +88,7 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
     Raises:
         ValueError: for a prior that is not C positive finite numbers.
     """
-    shares = _checked(prior, scores.shape[1]).to(scores.dtype)
+    shares = _shares(prior, scores.shape[1]).to(scores.dtype)
     informed = scores.amax(dim=1) > scores.amin(dim=1)
     counted = scores[rows][informed[rows]]
     if len(counted) < 2:
