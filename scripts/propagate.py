@@ -203,8 +203,9 @@ def label(
     parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
     options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
     for place, chunk in enumerate(cut_graph(graph, split, args.chunks, args.rng_seed)):
-        answer = propagate(chunk.graph, args.method, chunk.split, labels, num_classes, **options)
-        part = answer.pseudo_labels(
+        part = propagate(
+            chunk.graph, args.method, chunk.split, labels, num_classes, **options
+        ).pseudo_labels(
             chunk.split,
             meta,
             temperature=args.temperature,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.graph.search import FIRST, exact_search, in_parallel, product, top_k
+from lib.graph.search import exact_search, in_parallel, product, top_k
 from lib.runtime.distributed import progress_bar
 from lib.runtime.seeding import generator
 
@@ -264,12 +264,7 @@ def _second_round(
 
 
 def search_cells(
-    features: Tensor,
-    k: int,
-    *,
-    rows: slice,
-    own_value: float = FIRST,
-    block_bytes: int,
+    features: Tensor, k: int, rows: slice, own_value: float, block_bytes: int
 ) -> tuple[Tensor, Tensor] | None:
     """Find approximate neighbors of `rows` among all rows; None where exact search would be faster.
 

@@ -109,20 +109,16 @@ def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> O
     return lambda x: held @ x
 
 
-def reordered(matrix: sp.csr_matrix, order: np.ndarray) -> sp.csr_matrix:
-    """Copy a square matrix with its rows and columns in the order `order`."""
-    place = np.empty(len(order), dtype=matrix.indices.dtype)
-    place[order] = np.arange(len(order), dtype=place.dtype)
-    answer = matrix[order]
-    answer.indices = place[answer.indices]
-    answer.has_sorted_indices = False
-    answer.sort_indices()
-    return answer
-
-
-def reordered_operator(product: Operator, order: Tensor) -> Operator:
-    """Return products with a matrix, made by those with `reordered(matrix, order)`."""
+def reordered_operator(
+    matrix: sp.csr_matrix, order: Tensor, make: Callable[[sp.csr_matrix], Operator]
+) -> Operator:
+    """Return products with a square matrix, by those that `make` makes of it in another order of rows."""
     place = torch.argsort(order)
+    turned = matrix[order.numpy()]
+    turned.indices = place.numpy().astype(matrix.indices.dtype)[turned.indices]
+    turned.has_sorted_indices = False
+    turned.sort_indices()
+    product = make(turned)
     return lambda x: product(x[order])[place]
 
 

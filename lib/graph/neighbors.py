@@ -205,9 +205,7 @@ def nearest_neighbors(
     if method == "faiss":
         found = _by_faiss(features, wanted, rows, own_value)
     elif method == "ivf":
-        found = search_cells(
-            features, wanted, rows=rows, own_value=own_value, block_bytes=block_bytes
-        )
+        found = search_cells(features, wanted, rows, own_value, block_bytes)
     if found is not None:
         values, indexes, scales = *found, found[0][:, column].clone()
     else:  # exact search was asked for, or is faster

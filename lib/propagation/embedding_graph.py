@@ -23,7 +23,6 @@ from lib.graph.laplacian import (
     csr_operator,
     graph_operator,
     normalized_affinity,
-    reordered,
     reordered_operator,
     self_loop_choice,
 )
@@ -140,7 +139,7 @@ class EmbeddingGraph:
         if len(self) < SORTED_FROM or self.features.device.type != "cpu":
             return divide(s, self.features.device)
         order = near_order(self.features)  # the rows of x that neighbors need are then in the cache
-        return reordered_operator(divide(reordered(s, order.numpy()), "cpu"), order)
+        return reordered_operator(s, order, lambda turned: divide(turned, "cpu"))
 
     @cached_property
     def operator(self) -> GraphOperator:

@@ -98,10 +98,8 @@ def between_components(
     """
     components, null = np.asarray(graph.components), np.asarray(graph.null)
     indexes, s = constraints.nodes.numpy(), constraints.values.numpy()
-    inside = torch.from_numpy(null[indexes, None] * s)
-    of = torch.from_numpy(components[indexes]).long()
-    coefficients = inside.new_zeros(graph.num_components, s.shape[1])
-    coefficients = coefficients.index_add_(0, of, inside).numpy()
+    coefficients = np.zeros((graph.num_components, s.shape[1]))
+    np.add.at(coefficients, components[indexes], null[indexes, None] * s)
     labeled = np.zeros(graph.num_components)
     labeled[components[indexes]] = 1
     everywhere = np.sqrt(np.bincount(components, weights=graph.degrees)) * labeled
