@@ -56,9 +56,9 @@ from lib.files.atomic import write_whole
 from lib.labels import pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph
+from lib.propagation import EmbeddingGraph, propagate
 from lib.propagation.algorithms import ALGORITHMS
-from lib.propagation.chunks import pseudo_label_parts, save_part
+from lib.propagation.chunks import cut_graph, save_part
 from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
@@ -170,23 +170,19 @@ def label(
     if args.chunks > 1:
         own = Path(graph.cache.folder) / str(n)
         graph = replace(graph, cache=replace(graph.cache, folder=own))
-    parts = []
-    found_parts = pseudo_label_parts(
-        graph,
-        args.method,
-        split,
-        found.targets[split.labeled],
-        found.num_classes,
-        chunks=args.chunks,
-        seed=args.rng_seed,
-        parameters=method_parameters(args),
-        class_prior=class_prior(args, found.num_classes),
-        temperature=args.temperature,
-        confidence=args.confidence,
-        probabilities=not args.no_probabilities,
-        meta=meta,
-    )
-    for place, part in enumerate(found_parts):
+    parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
+    options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
+    for place, chunk in enumerate(cut_graph(graph, split, args.chunks, args.rng_seed)):
+        part = propagate(
+            chunk.graph, args.method, chunk.split, labels, num_classes, **options
+        ).pseudo_labels(
+            chunk.split,
+            meta,
+            temperature=args.temperature,
+            confidence=args.confidence,
+            probabilities=not args.no_probabilities,
+        )
+        part = chunk.restored(part)
         file = save_part(part, args.save_path, str(n), place, args.chunks)
         # The probabilities of all numbers of labels would not fit into memory.
         parts.append(replace(part, probabilities=None))

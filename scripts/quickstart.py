@@ -46,8 +46,8 @@ from lib.features.extraction import FeatureSet, load_or_extract
 from lib.files import provenance
 from lib.labels import pseudo_files
 from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph
-from lib.propagation.chunks import pseudo_label, save_part
+from lib.propagation import EmbeddingGraph, methods
+from lib.propagation.chunks import save_part
 from lib.report import plots
 from lib.report.curves import accuracy_coverage
 
@@ -126,16 +126,9 @@ def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Pat
             continue
         algorithm, parameters = SPREAD[name]
         split = labeled_split(metric.targets, n, metric.num_classes, seed)
-        pseudo = pseudo_label(
-            space,
-            algorithm,
-            split,
-            metric.targets[split.labeled],
-            metric.num_classes,
-            parameters=parameters,
-            meta=meta,
-        )
-        save_part(pseudo, file.parent, n)
+        labels, num_classes = metric.targets[split.labeled], metric.num_classes
+        answer = methods.propagate(space, algorithm, split, labels, num_classes, **parameters)
+        save_part(answer.pseudo_labels(split, meta), file.parent, n)
 
 
 def pseudo_file(output: Path, name: str, num_labeled: int, seed: int) -> Path:

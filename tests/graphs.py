@@ -5,11 +5,36 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from lib.graph import spectrum as graph_spectrum
+from lib.graph.affinity import GraphPreset
 from lib.graph.filters import LabelVectors, apply_filter
-from lib.graph.operator import GraphOperator
+from lib.graph.laplacian import GraphOperator
 from lib.graph.spectrum import Spectrum
 from lib.propagation import EmbeddingGraph, Labeling
 from lib.propagation.normalized_cut import constrained_solution, constraint_vectors
+
+
+def build_graph(
+    features: Tensor,
+    preset: str | GraphPreset = "cifar",
+    num_neighbors: int | None = None,
+    **more,
+) -> sp.csr_matrix:
+    """Affinity matrix of features."""
+    return EmbeddingGraph(features, preset, num_neighbors, **more).affinity
+
+
+def laplacian_spectrum(
+    affinity: sp.csr_matrix, *words, self_loops: str = "published", **more
+) -> Spectrum:
+    """Eigenvectors of the Laplacian of an affinity matrix."""
+    operator = graph_operator(affinity, self_loops)
+    return graph_spectrum.laplacian_spectrum(operator, *words, **more)
+
+
+def graph_operator(affinity: sp.csr_matrix, self_loops: str = "published") -> GraphOperator:
+    """Operator of an affinity matrix."""
+    return graph_of(affinity, self_loops).operator
 
 
 def graph_of(affinity: np.ndarray | sp.csr_matrix, self_loops: str = "drop") -> EmbeddingGraph:

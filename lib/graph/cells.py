@@ -5,24 +5,21 @@ second round each row searches the other cells whose centroid is not much farthe
 neighbor so far. How much farther is measured: on a sample of rows whose exact neighbors are known, it is the
 margin that loses the allowed share of them. Most rows leave out most cells.
 
-FAISS's inverted file needs 2.6 to 2.8 times the processor time at the same recall of 0.970, K = 20: 369 and
-354 s against 143 and 128 s (the better of 1,789 and 3,578 lists). On the clock it took 190 and 372 s against
-168 and 131 s, as other work shared the machine. Measured on 2026-11-27 on 2 cores of an AMD EPYC by
-
-    python scripts/benchmarks/neighbors.py --images 200000 --repetitions 2 --queries 4000
-
-On 20,000 points, where exact search is taken, FAISS needs 0.5 to 0.8 times as much. A million points have not
-been compared.
+On 200,000 points, FAISS's inverted file needs 2.6 to 2.8 times the processor time at the same recall of
+0.970, K = 20: 369 and 354 s against 143 and 128 s (the better of 1,789 and 3,578 lists; 2 cores of an AMD
+EPYC, 2026-11-27; scripts/benchmarks/neighbors.py --repetitions 2 --queries 4000). On 20,000 points, where
+exact search is taken, it needs 0.5 to 0.8 times as much. A million points have not been compared.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.graph.search import FIRST, exact_search, in_parallel, product, top_k
+from lib.graph.search import exact_search, in_parallel, product, top_k
 from lib.runtime.distributed import progress_bar
 from lib.runtime.seeding import generator
 
@@ -34,6 +31,7 @@ VOTERS = 128  # rows of a cell that vote, at most about this many
 SAMPLED_ROWS = 512  # rows whose exact neighbors the margin is measured with
 ROWS_PER_CELL = 16  # rows of the k-means sample for each cell
 KMEANS_ROUNDS = 5
+RECALL = 0.97  # share of the exact neighbors that the search aims at
 TARGETS = 256  # cells compared with a block of rows at a time
 MERGE_BYTES = 64 * 2**20  # bound of neighbors and candidates merged at a time
 WORTHWHILE = 0.5  # share of all pairs of rows: where more are compared, exact search is faster
@@ -41,19 +39,12 @@ WORTHWHILE = 0.5  # share of all pairs of rows: where more are compared, exact s
 
 @dataclass(frozen=True)
 class Cells:
-    """Features sorted by their nearest centroid.
+    """Features sorted by their nearest centroid."""
 
-    Attributes:
-        sorted: N x D features, cell after cell.
-        order: N, the row that each of them has in the features.
-        starts: C + 1, where each cell starts.
-        centroids: C x D.
-    """
-
-    sorted: Tensor
-    order: Tensor
-    starts: list[int]
-    centroids: Tensor
+    sorted: Tensor  # N x D, cell after cell
+    order: Tensor  # N, the row that each of them has in the features
+    starts: list[int]  # C + 1, where each cell starts
+    centroids: Tensor  # C x D
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -66,65 +57,42 @@ class Cells:
         return torch.searchsorted(torch.tensor(self.starts), places, right=True) - 1
 
 
-@dataclass
-class Found:
-    """Neighbors so far of the rows `start` ... `start + R` of the features.
+class Found(NamedTuple):
+    """Neighbors so far of the rows `start` ... `start + R` of the features, changed in place."""
 
-    Attributes:
-        values: R x K cosines, falling.
-        places: R x K rows of the features.
-        start: the first row.
-    """
-
-    values: Tensor
-    places: Tensor
+    values: Tensor  # R x K cosines, falling
+    places: Tensor  # R x K rows of the features
     start: int
 
 
-def _k_means(features: Tensor, num_cells: int, seed: int) -> Tensor:
-    """Find unit centroids of a random sample of the features (spherical k-means): num_cells x D."""
-    rng = generator(seed, "sample")
-    rows = torch.randperm(len(features), generator=rng)[: ROWS_PER_CELL * num_cells]
-    sample = features[rows.to(features.device)]
+def _nearest(features: Tensor, centroids: Tensor, progress: str) -> Tensor:
+    return exact_search(features, centroids, 1, progress=progress)[1][:, 0]
+
+
+def _assign(features: Tensor, cells_per_root: float) -> tuple[Tensor, Tensor]:
+    """Find unit centroids by spherical k-means on a sample; also each row's nearest one, on the CPU."""
+    num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
+    rows = torch.randperm(len(features), generator=generator(0, "sample"))
+    sample = features[rows[: ROWS_PER_CELL * num_cells].to(features.device)]
     centroids = sample[:num_cells].clone()
     for _ in range(KMEANS_ROUNDS):
-        nearest = (
-            exact_search(sample, centroids, 1, progress="k-means")[1][:, 0]
-            .long()
-            .to(features.device)
-        )
+        nearest = _nearest(sample, centroids, "k-means").long().to(features.device)
         sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
         full = sums.norm(dim=1) > 0  # a cell that lost all its members keeps its centroid
         centroids[full] = normalize(sums[full])
-    return centroids
+    return centroids, _nearest(features, centroids, "cells")
 
 
-def _assign(features: Tensor, cells_per_root: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Find centroids, and the number of each row's nearest one on the CPU."""
-    num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
-    centroids = _k_means(features, num_cells, seed)
-    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0]
-
-
-def make_cells(features: Tensor, seed: int) -> Cells:
-    """Make cells of N x D unit vectors: the same ones for the same features and seed."""
-    centroids, nearest = _assign(features, CELLS_PER_ROOT, seed)
-    order = torch.argsort(nearest, stable=True)
-    sizes = torch.bincount(nearest, minlength=len(centroids))
-    starts = [0, *sizes.cumsum(0).tolist()]
-    return Cells(features[order.to(features.device)], order, starts, centroids)
-
-
-def near_order(features: Tensor, seed: int = 0) -> Tensor:
+def near_order(features: Tensor) -> Tensor:
     """Order the rows of N x D unit vectors cell after cell: near rows lie near each other in memory."""
-    return torch.argsort(_assign(features, COARSE_PER_ROOT, seed)[1], stable=True)
+    return torch.argsort(_assign(features, COARSE_PER_ROOT)[1], stable=True)
 
 
 def _probed(cells: Cells, cell: int, least: int) -> list[int]:
     """Choose the cells that all rows of one cell search in the first round, their own first.
 
-    Each row votes for its `VOTES` nearest centroids, by how much nearer they are than the next one. More
-    than `PROBES` cells are taken where these hold fewer than `least` rows.
+    Rows vote for their `VOTES` nearest centroids, by how much nearer these are than the next one. More than
+    `PROBES` cells are taken where these hold fewer than `least` rows.
     """
     own = cells.sorted[cells.members(cell)]
     voters = own[:: 1 + len(own) // VOTERS]  # a sample of a crowded cell votes
@@ -169,7 +137,7 @@ def _first_round(
     count = rows.stop - rows.start
     found = Found(torch.empty(count, k), torch.empty(count, k, dtype=torch.int32), rows.start)
     searched = torch.zeros(len(cells), len(cells), dtype=torch.bool)
-    threads = torch.get_num_threads()
+    budget = block_bytes // torch.get_num_threads()
     bar = progress_bar(total=count, desc="neighbors, first round", unit="img")
 
     def work(numbers: Iterator[int]) -> None:
@@ -177,11 +145,9 @@ def _first_round(
             ids = cells.order[cells.members(cell)]
             members = ((ids >= rows.start) & (ids < rows.stop)).nonzero()[:, 0]
             if len(members):
+                values, places, chosen = _search_cell(cells, cell, members, k, own_value, budget)
                 to = ids[members] - rows.start
-                budget = block_bytes // threads
-                found.values[to], found.places[to], chosen = _search_cell(
-                    cells, cell, members, k, own_value, budget
-                )
+                found.values[to], found.places[to] = values, places
                 searched[cell, chosen] = True
             bar.update(len(members))
 
@@ -190,36 +156,30 @@ def _first_round(
     return found, searched
 
 
-def _sample(cells: Cells, k: int, own_value: float, budget: int, seed: int) -> tuple[Tensor, ...]:
-    """Run the first round for a few rows: their places, K-th cosines so far, searched cells (S x C)."""
-    rng = generator(seed, "sample", 1)
-    places = torch.randperm(len(cells.order), generator=rng)[:SAMPLED_ROWS].sort().values
-    of = cells.of(places)
-    worst, searched = torch.empty(len(places)), torch.zeros(len(places), len(cells)).bool()
-    for row, (place, cell) in enumerate(zip(places.tolist(), of.tolist(), strict=True)):
-        member = torch.tensor([place - cells.starts[cell]])
-        values, _, chosen = _search_cell(cells, cell, member, k, own_value, budget)
-        worst[row], searched[row, chosen] = values[0, -1], True
-    return places, worst, searched
-
-
-def _choose_margin(
-    cells: Cells, k: int, recall: float, own_value: float, budget: int, seed: int
-) -> tuple[float, float]:
+def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple[float, float]:
     """Measure how far below its K-th cosine a row may lie from a centroid for that cell to be searched.
 
     Returns:
-        The margin that finds `recall` of the exact neighbors of a sample of all rows (+inf: no second
+        The margin that finds `RECALL` of the exact neighbors of a sample of all rows (+inf: no second
         round is needed), and the share of all pairs of rows that are then compared.
     """
-    places, worst, searched = _sample(cells, k, own_value, budget, seed)
+    order = torch.randperm(len(cells.order), generator=generator(0, "sample", 1))
+    places = order[:SAMPLED_ROWS].sort().values
+    # The first round for these rows: their K-th cosines so far, and the searched cells (S x C).
+    worst, searched = torch.empty(len(places)), torch.zeros(len(places), len(cells)).bool()
+    for row, (place, cell) in enumerate(
+        zip(places.tolist(), cells.of(places).tolist(), strict=True)
+    ):
+        member = torch.tensor([place - cells.starts[cell]])
+        values, _, chosen = _search_cell(cells, cell, member, k, own_value, budget)
+        worst[row], searched[row, chosen] = values[0, -1], True
     rows = cells.sorted[places.to(cells.sorted.device)]
     _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
     nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
     of = cells.of(exact.long())
     reached = nearer.gather(1, of).masked_fill(searched.gather(1, of), torch.inf)
     lowest = reached.flatten().sort(descending=True).values
-    margin = float(lowest[min(len(lowest) - 1, int(recall * len(lowest)))])
+    margin = float(lowest[min(len(lowest) - 1, int(RECALL * len(lowest)))])
     sizes = torch.tensor(cells.starts).diff().float()
     compared = ((nearer >= margin) | searched).float() @ sizes
     return margin, float(compared.mean()) / len(cells.order)
@@ -250,10 +210,10 @@ def _merge(found: Found, rows: Tensor, values: Tensor, places: Tensor) -> None:
 def _search_targets(
     cells: Cells, queries: Tensor, worst: Tensor, wanted: Tensor, targets: range
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find products above each query's `worst` with members of the wanted cells: queries, values, rows.
+    """Find products above each query's `worst` with members of the cells that it wants (targets x Q, bool).
 
-    Args:
-        wanted: len(targets) x Q, bool.
+    Returns:
+        Queries, values and rows of these products.
     """
     hits: list[tuple[Tensor, Tensor, Tensor]] = []
     for asked, cell in zip(wanted, targets, strict=True):
@@ -304,32 +264,23 @@ def _second_round(
 
 
 def search_cells(
-    features: Tensor,
-    k: int,
-    *,
-    rows: slice,
-    own_value: float = FIRST,
-    recall: float,
-    block_bytes: int,
-    seed: int = 0,
+    features: Tensor, k: int, rows: slice, own_value: float, block_bytes: int
 ) -> tuple[Tensor, Tensor] | None:
     """Find approximate neighbors of `rows` among all rows; None where exact search would be faster.
 
-    The answer for a row depends on the features, k, recall and seed, not on what other rows are asked for.
-
-    Args:
-        features: N x D unit vectors, on any device.
-        rows: a slice of step 1.
-        own_value: takes the place of a row's cosine with itself.
-        recall: share of the exact neighbors to find.
-        block_bytes: bound of the similarities that all threads hold together.
-        seed: seed of k-means and of the sample that the margin is measured on.
+    The answer for a row depends on the features (N x D unit vectors) and k, not on what other rows are asked
+    for. `own_value` takes the place of a row's cosine with itself; `block_bytes` bounds the similarities that
+    all threads hold together.
 
     Returns:
         Cosines, falling, and rows, R x k each, on the CPU.
     """
-    cells = make_cells(features, seed)
-    margin, share = _choose_margin(cells, k, recall, own_value, block_bytes, seed)
+    centroids, nearest = _assign(features, CELLS_PER_ROOT)
+    order = torch.argsort(nearest, stable=True)
+    sizes = torch.bincount(nearest, minlength=len(centroids))
+    starts = [0, *sizes.cumsum(0).tolist()]
+    cells = Cells(features[order.to(features.device)], order, starts, centroids)
+    margin, share = _choose_margin(cells, k, own_value, block_bytes)
     if share > WORTHWHILE:
         return None
     found, searched = _first_round(cells, k, rows, own_value, block_bytes)

@@ -18,7 +18,9 @@ LEAST_DAMPED = 0.1  # share of the spectrum's width that a filter must damp to b
 WINDOW_FACTOR = 3.0  # times k: number of eigenvalues above the filter's damped interval
 BASIS_FACTOR = 4  # times k: columns of the basis
 BASIS_BYTES = 4 * 2**30  # bound of the basis
-TOLERANCE = 1e-2  # relative, under the filter; leaves eigenvalues of L 1e-4 off on real features
+# Largest residual of a vector under the filter, relative to its eigenvalue there; leaves eigenvalues of L
+# 1e-4 off on real features.
+TOLERANCE = 1e-2
 RESTARTS = 10  # largest number of restarts
 DENSITY_STEPS = 20  # Lanczos steps that show where the eigenvalues lie
 DENSITY_COLUMNS = 8  # random starts of those steps
@@ -57,10 +59,7 @@ def _density(operator: Operator, start: Tensor) -> tuple[np.ndarray, np.ndarray,
 
 
 def _chebyshev_filter(operator: Operator, low: float, cut: float, high: float) -> Operator:
-    """Return T_d of the operator with [low, cut] mapped to [-1, 1], scaled to 1 at `high`.
-
-    Eigenvalues between `low` and `cut` are damped; those above grow the faster the larger they are.
-    """
+    """Return T_d of the operator: damped on [low, cut], which goes to [-1, 1], and 1 at `high`."""
     center, half = (cut + low) / 2, (cut - low) / 2
     growth = np.arccosh((high - center) / half)
     degree = int(np.clip(round(GROWTH / growth), *DEGREES))
@@ -79,14 +78,11 @@ def _chebyshev_filter(operator: Operator, low: float, cut: float, high: float) -
 def _orthonormal(
     block: Tensor, basis: Tensor, project_out: Operator, width: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Factor block = Q R, with at most `width` columns orthonormal to each other and to the basis.
+    """Factor block = Q R; Q has at most `width` columns, orthonormal to each other and to the basis.
 
     It divides at least twice by the eigenvectors of the block's Gram matrix (SVQB: Stathopoulos & Wu
     2002). Directions that are rounding are replaced by random ones, which R does not count: so the solver
     leaves an invariant space, and finds the copies of a repeated eigenvalue.
-
-    Returns:
-        Q and R.
     """
     total = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
     for attempt in range(4):
@@ -109,20 +105,14 @@ def _orthonormal(
 
 
 class _Krylov:
-    """Orthonormal basis, grown by blocks and restarted thick, and the operator within it.
+    """Orthonormal basis, grown by blocks and restarted thick, and the operator within it."""
 
-    Attributes:
-        basis: N x `limit`, the first `size` columns in use.
-        inner: basis^T A basis, float64.
-        last: the columns of the newest block.
-    """
-
-    def __init__(self, start: Tensor, limit: int, project_out: Operator, seed: int) -> None:
-        self.rng = torch.Generator().manual_seed(seed)
+    def __init__(self, start: Tensor, limit: int, project_out: Operator) -> None:
+        self.rng = torch.Generator().manual_seed(0)
         self.project_out = project_out
         self.basis = torch.empty(len(start), limit, device=start.device)
-        self.inner = np.zeros((limit, limit))
-        self.size, self.width = 0, start.shape[1]
+        self.inner = np.zeros((limit, limit))  # basis^T A basis
+        self.size, self.width = 0, start.shape[1]  # columns of the basis in use, and of a block
         self.append(self.next_block(start)[0])
 
     def next_block(self, block: Tensor, room: int | None = None) -> tuple[Tensor, Tensor]:
@@ -131,7 +121,7 @@ class _Krylov:
         return _orthonormal(block, used, self.project_out, width, self.rng)
 
     def append(self, block: Tensor) -> None:
-        self.last = slice(self.size, self.size + block.shape[1])
+        self.last = slice(self.size, self.size + block.shape[1])  # the columns of the newest block
         self.basis[:, self.last] = block
         self.size = self.last.stop
 
@@ -145,11 +135,6 @@ class _Krylov:
         self.inner[self.last, : self.size] = self.inner[: self.size, self.last].T
         return block
 
-    def ritz(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the Ritz values, falling, and the coordinates of their vectors in the basis."""
-        values, vectors = np.linalg.eigh(self.inner[: self.size, : self.size])
-        return values[::-1], vectors[:, ::-1]
-
     def rotate(self, coordinates: np.ndarray) -> None:
         """Replace the basis by the vectors with these coordinates, some rows at a time."""
         turn = torch.from_numpy(coordinates.astype(np.float32)).to(self.basis.device)
@@ -158,9 +143,7 @@ class _Krylov:
         self.size = turn.shape[1]
 
 
-def _invariant_space(
-    operator: Operator, krylov: _Krylov, k: int, rank: int, tolerance: float
-) -> None:
+def _invariant_space(operator: Operator, krylov: _Krylov, k: int, rank: int) -> None:
     """Grow the space until it holds the k largest eigenvectors of the operator, and keep only these."""
     limit, restarts = krylov.basis.shape[1], 0
     exhausted, before = False, np.full(k, np.inf)
@@ -170,14 +153,15 @@ def _invariant_space(
         exhausted |= not coupling.any(dim=1).all()
         full = krylov.size + following.shape[1] > limit
         if krylov.size >= min(k + 2 * krylov.width, limit, rank) or full:
-            values, vectors = krylov.ritz()
+            values, vectors = np.linalg.eigh(krylov.inner[: krylov.size, : krylov.size])
+            values, vectors = values[::-1], vectors[:, ::-1]  # of Ritz: falling, and coordinates
             outside = coupling.cpu().numpy() @ vectors[krylov.last, :k]
             size = np.maximum(np.abs(values[:k]), ROUNDING)
             error = (np.linalg.norm(outside, axis=0) / size).max()
             # After a random continuation, exact vectors need not be all that there are.
-            settled = (np.abs(values[:k] - before) <= tolerance * size).all()
+            settled = (np.abs(values[:k] - before) <= TOLERANCE * size).all()
             before = values[:k].copy()
-            converged = error <= tolerance and (settled or not exhausted)
+            converged = error <= TOLERANCE and (settled or not exhausted)
             if converged or krylov.size >= rank or restarts == RESTARTS:
                 return krylov.rotate(vectors[:, :k])
             if full:
@@ -214,9 +198,7 @@ def largest_eigenvectors(
     k: int,
     *,
     rank: int,
-    tolerance: float = TOLERANCE,
     basis_bytes: int = BASIS_BYTES,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor, float]:
     """Find the k largest eigenvalues of a symmetric operator between -1 and 1, and their vectors.
 
@@ -224,18 +206,14 @@ def largest_eigenvectors(
     `WINDOW_FACTOR` k eigenvalues lie above; it restarts thick when the basis is full, and ends with one
     Rayleigh-Ritz step of the operator itself.
 
-    Memory: the basis takes 4 N min(BASIS_FACTOR k, basis_bytes / 4 N) bytes, but never less than k + 3
-    blocks. Beside it there are 2 N k numbers at the end, and a few blocks of N x `BLOCK`.
-
     Args:
         operator: N x m -> N x m, contiguous; where the rows are divided among processes, it gathers them.
         project_out: takes the eigenvectors that are known already out of columns, in place.
         start: N x `BLOCK` random columns, on the device of the work.
         k: number of eigenvalues, at most `rank`.
         rank: N minus the number of vectors that `project_out` takes out.
-        tolerance: largest residual of a vector under the filter, relative to its eigenvalue there.
-        basis_bytes: bound of the basis.
-        seed: seed of random continuations.
+        basis_bytes: bound of the basis, which takes 4 N BASIS_FACTOR k bytes if it may, and never less than
+            k + 3 blocks. Beside it there are 2 N k numbers at the end, and a few blocks.
 
     Returns:
         Values, falling, float64 on the CPU; vectors N x k on the device of `start`; the largest residual
@@ -253,6 +231,6 @@ def largest_eigenvectors(
     if WINDOW_FACTOR * k < rank and cut - low > LEAST_DAMPED * (high - low):
         filtered = _chebyshev_filter(operator, low, cut, high)
     columns = min(BASIS_FACTOR * k, basis_bytes // (4 * n))
-    krylov = _Krylov(start, min(max(columns, k + 3 * BLOCK), rank), project_out, seed)
-    _invariant_space(filtered, krylov, k, rank, tolerance)
+    krylov = _Krylov(start, min(max(columns, k + 3 * BLOCK), rank), project_out)
+    _invariant_space(filtered, krylov, k, rank)
     return _rayleigh_ritz(operator, krylov.basis[:, :k])

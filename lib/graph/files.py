@@ -12,21 +12,12 @@ from torch import Tensor
 from lib.files import checkpoint, provenance
 from lib.graph.spectrum import Spectrum
 
-SPECTRUM = {  # entries of a spectrum file and their numbers of dimensions
-    "values": 1,
-    "vectors": 2,
-    "components": 1,
-    "null": 1,
-    "degrees": 1,
-}
+# entries of a spectrum file and their numbers of dimensions
+SPECTRUM = {"values": 1, "vectors": 2, "components": 1, "null": 1, "degrees": 1}
 
 
 def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:
-    """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`.
-
-    Raises:
-        ValueError: if the file cannot be written; an old one stays.
-    """
+    """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`."""
     state = {
         "crow": torch.from_numpy(affinity.indptr),
         "col": torch.from_numpy(affinity.indices),
@@ -41,8 +32,8 @@ def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
     """Read a graph of `save_graph` and its `meta`.
 
     Raises:
-        ValueError: if the file is missing or does not hold a graph: a square, symmetric CSR matrix of
-            finite, non-negative float32 weights.
+        ValueError: if the file does not hold a square, symmetric CSR matrix of finite, non-negative float32
+            weights.
     """
     keys = ("crow", "col", "values", "shape", "meta")
     state = checkpoint.load_dict(path, *keys)
@@ -61,15 +52,12 @@ def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
 
 
 def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
-    """Say what keeps these from being a square CSR matrix of weights; empty if nothing does."""
-    vectors = (crow, col, values)
-    if not all(
-        isinstance(v, Tensor) and v.layout == torch.strided and v.ndim == 1 for v in vectors
-    ):
-        return "crow, col and values must be vectors"
-    if any(v.dtype not in (torch.int32, torch.int64) for v in (crow, col)) or (
-        values.dtype != torch.float32
-    ):
+    """Say what keeps these from being a square CSR matrix of weights, if anything does."""
+    for v in (crow, col, values):
+        if not isinstance(v, Tensor) or v.layout != torch.strided or v.ndim != 1:
+            return "crow, col and values must be vectors"
+    whole = (torch.int32, torch.int64)
+    if crow.dtype not in whole or col.dtype not in whole or values.dtype != torch.float32:
         return "crow and col must be integers, values float32"
     n = len(crow) - 1
     if n < 1 or not isinstance(shape, list) or shape != [n, n]:
@@ -84,22 +72,14 @@ def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
 
 
 def save_spectrum(spectrum: Spectrum, path: str | Path, meta: Mapping[str, Any]) -> None:
-    """Write a spectrum as plain tensors, `residual`, and the record `meta`.
-
-    Raises:
-        ValueError: if the file cannot be written; an old one stays.
-    """
+    """Write a spectrum as plain tensors, `residual`, and the record `meta`."""
     tensors = {name: torch.from_numpy(getattr(spectrum, name)) for name in SPECTRUM}
     meta = provenance.made_by() | dict(meta)
     checkpoint.save({**tensors, "residual": spectrum.residual, "meta": meta}, path)
 
 
 def load_spectrum(path: str | Path) -> tuple[Spectrum, dict[str, Any]]:
-    """Read a spectrum of `save_spectrum` and its `meta`.
-
-    Raises:
-        ValueError: if the file is missing or does not hold a spectrum.
-    """
+    """Read a spectrum of `save_spectrum` and its `meta`; ValueError if the file does not hold one."""
     state = checkpoint.load_dict(path, *SPECTRUM, "residual", "meta")
     problem = _spectrum_problem(state)
     if problem:
@@ -109,7 +89,7 @@ def load_spectrum(path: str | Path) -> tuple[Spectrum, dict[str, Any]]:
 
 
 def _spectrum_problem(state: Mapping[str, Any]) -> str:
-    """Say what keeps these entries from being a spectrum; empty if nothing does."""
+    """Say what keeps these entries from being a spectrum, if anything does."""
     for name, dimensions in SPECTRUM.items():
         entry = state[name]
         if not isinstance(entry, Tensor) or entry.ndim != dimensions:

@@ -1,8 +1,8 @@
 """Graph filters: g(L) applied to a few columns, without eigenvectors.
 
-L = I - S with S = D^-1/2 W D^-1/2, whose eigenvalues lie in [-1, 1]. A filter g is applied by products
-S x alone: as a Chebyshev polynomial (Hammond et al. 2011, "Wavelets on graphs via spectral graph theory")
-where g is smooth, by conjugate gradients where it is the inverse of a polynomial.
+L = I - S, and the eigenvalues of S lie in [-1, 1]. A filter g is applied by products S x alone: as a
+Chebyshev polynomial (Hammond et al. 2011, "Wavelets on graphs via spectral graph theory") where g is smooth,
+by conjugate gradients where it is the inverse of a polynomial.
 
     name           g(lambda), up to a constant          published as
     pseudo-inverse 1 / lambda                           the normalized cut with all its eigenvectors
@@ -25,8 +25,7 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
-from lib.graph.laplacian import Operator
-from lib.graph.operator import EPS, GraphOperator, conjugate_gradients
+from lib.graph.laplacian import EPS, GraphOperator, Operator, conjugate_gradients
 from lib.graph.spectrum import Spectrum
 
 TILE = 64  # columns at a time: their rows stay in the cache during a product
@@ -36,20 +35,14 @@ GRID = 2000  # points at which the gain beyond the known eigenvalues is looked u
 
 
 class LabelVectors(NamedTuple):
-    """Columns that are zero outside of a few nodes: L node numbers, and L x m values there."""
+    """Columns that are zero outside of a few nodes."""
 
-    nodes: Tensor
-    values: Tensor
+    nodes: Tensor  # L node numbers
+    values: Tensor  # L x m
 
 
 def chebyshev_filter(product: Operator, coefficients: np.ndarray, columns: Tensor) -> Tensor:
-    """Compute sum_k c_k T_k(S) x by the three-term recurrence: one product per degree.
-
-    Args:
-        product: x -> S x.
-        coefficients: c_0 ... c_K.
-        columns: N x m.
-    """
+    """Compute sum_k c_k T_k(S) x, N x m, by the three-term recurrence: one product x -> S x per degree."""
     before, current = columns, product(columns)
     total = coefficients[0] * before
     for coefficient in coefficients[1:]:
@@ -61,8 +54,8 @@ def chebyshev_filter(product: Operator, coefficients: np.ndarray, columns: Tenso
 def step_coefficients(cutoff: float, degree: int) -> np.ndarray:
     """Compute the Chebyshev coefficients of [1 - s < cutoff] on [-1, 1], damped by the Jackson kernel.
 
-    The damping (Jackson 1912; Di Napoli et al. 2016) makes the step smooth, falling and free of
-    overshooting; its width at the cut-off is about pi sqrt(1 - s^2) / degree.
+    The damping (Jackson 1912; Di Napoli et al. 2016) makes the step smooth, falling and free of overshooting;
+    its width at the cut-off is about pi sqrt(1 - s^2) / degree.
     """
     angle, k = math.acos(1 - cutoff), np.arange(1, degree + 1)
     step = np.concatenate([[angle / math.pi], 2 / math.pi * np.sin(k * angle) / k])
@@ -79,7 +72,7 @@ def _check(good: bool, message: str) -> None:
 
 
 def _powers(operator: GraphOperator, columns: Tensor, power: int) -> Tensor:
-    columns = operator.without_null(columns)
+    columns = operator.project_out(columns.clone())
     for _ in range(power):  # what is left of the null space would soon outweigh all others
         columns = operator.project_out(operator.product(columns))
     return operator.solve(columns)
@@ -91,7 +84,7 @@ def _powers_gain(values: np.ndarray, power: int) -> np.ndarray:
 
 
 def _smoothed_step(operator: GraphOperator, columns: Tensor, cutoff: float, degree: int) -> Tensor:
-    columns = operator.without_null(columns)
+    columns = operator.project_out(columns.clone())
     low = chebyshev_filter(operator.product, step_coefficients(cutoff, degree), columns)
     return operator.solve(low)
 
@@ -132,21 +125,13 @@ def _ppr_gain(values: np.ndarray, alpha: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Filter:
-    """One member of the family; each function takes all `parameters` by name.
+    """One member of the family; each function takes all `parameters` by name."""
 
-    Attributes:
-        apply: (operator, N x m columns, ...) -> g(L) x.
-        gain: (eigenvalues of L, ...) -> g of each; ValueError for parameters out of range.
-        num_products: (...) -> about how many products with S a column takes.
-        parameters: its parameters and their defaults.
-        keeps_null: whether g has a value at 0.
-    """
-
-    apply: Callable[..., Tensor]
-    gain: Callable[..., np.ndarray]
-    num_products: Callable[..., int]
-    parameters: Mapping[str, float] = field(default_factory=dict)
-    keeps_null: bool = False
+    apply: Callable[..., Tensor]  # (operator, N x m columns, ...) -> g(L) x
+    gain: Callable[..., np.ndarray]  # (eigenvalues of L, ...) -> g of each; checks the parameters
+    num_products: Callable[..., int]  # (...) -> about how many products with S a column takes
+    parameters: Mapping[str, float] = field(default_factory=dict)  # and their defaults
+    keeps_null: bool = False  # whether g has a value at 0
 
 
 FILTERS = {
@@ -187,25 +172,19 @@ def apply_filter(
 ) -> list[Tensor]:
     """Apply g(L) to several sets of columns, side by side, so that they share their products.
 
-    Beside the answers only a few blocks of N x `TILE` numbers are held.
-
     Args:
         operator: the graph.
         vectors: for each set its values at a few nodes.
-        name: a key of `FILTERS`.
-        parameters: parameters of that filter: power, cutoff and degree, time, or alpha.
+        name, parameters: a key of `FILTERS`, and what that filter takes.
 
     Returns:
-        N x m float32 for each set, on the CPU.
-
-    Raises:
-        ValueError: as `find_filter`.
+        N x m float32 for each set, on the CPU. Beside them a few blocks of N x `TILE` numbers are held.
     """
     found, parameters = find_filter(name, **parameters)
-    n = len(operator.null)
+    n = len(operator)
     answers = [torch.empty(n, one.values.shape[1]) for one in vectors]
-    widths = [answer.shape[1] for answer in answers]
-    starts = [0, *itertools.accumulate(widths)]  # of each set among all columns
+    # of each set among all columns
+    starts = [0, *itertools.accumulate(answer.shape[1] for answer in answers)]
     for first in range(0, starts[-1], TILE):
         columns = torch.zeros(n, min(TILE, starts[-1] - first))
         shared = []  # (set, its columns, their place in the tile)
@@ -226,19 +205,12 @@ def filter_by_eigenvectors(
 ) -> tuple[list[Tensor], float]:
     """Compute the part of g(L) x that the known eigenvectors hold, and bound the part that they do not.
 
-    The part is U g(Lambda) U^T x, and g(0) x along the null vectors. It is the answer of `apply_filter` only
-    where g is small beyond the last known eigenvalue: what is left out of a column is at most the largest
-    |g| there times the norm of the column's part outside of all known vectors.
-
-    Args:
-        spectrum: the smallest eigenvalues and their vectors, taken as exact.
-        vectors, name, parameters: as in `apply_filter`.
+    The part is U g(Lambda) U^T x, and g(0) x along the null vectors. What is left out of a column is at most
+    the largest |g| beyond the last known eigenvalue times the norm of the column's part outside of all known
+    vectors, which are taken as exact. The other arguments are those of `apply_filter`.
 
     Returns:
         N x m float32 for each set, and the largest bound of a column, relative to its answer's norm.
-
-    Raises:
-        ValueError: as `find_filter`.
     """
     found, parameters = find_filter(name, **parameters)
     gains = found.gain(spectrum.values, **parameters)

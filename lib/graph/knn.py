@@ -14,15 +14,7 @@ BLOCK_BYTES = 128 * 2**20  # bound of the similarities at a time
 def weighted_votes(
     similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.1
 ) -> Tensor:
-    """Sum the votes exp(cos / T) of each row's neighbors by class, normalized to sum 1.
-
-    Args:
-        similarities: B x K cosines.
-        neighbor_labels: B x K class numbers.
-
-    Returns:
-        B x C probabilities.
-    """
+    """Sum the votes exp(cos / T) of neighbors by class, normalized to sum 1: B x K twice -> B x C."""
     # Minus the maximum of the row: the same ratios, and no overflow at small temperatures.
     weights = ((similarities - similarities.amax(dim=1, keepdim=True)) / temperature).exp()
     votes = torch.zeros(len(weights), num_classes, device=weights.device, dtype=weights.dtype)
@@ -31,15 +23,11 @@ def weighted_votes(
 
 
 def nearest(
-    queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int, *, own_vote: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Find the k nearest labeled rows of `bank` for blocks of `queries`, in order.
+    """Yield cosines, falling, and classes of the k nearest labeled rows of `bank`, B x k, by blocks.
 
-    Yields:
-        Cosines, falling, and class numbers, both B x k; all labeled rows where the bank has fewer.
-
-    Raises:
-        ValueError: if no row of the bank has a label.
+    Without `own_vote`, row i of the bank is not among the neighbors of query i.
     """
     known = bank_labels != UNKNOWN
     if not known.any():
@@ -47,8 +35,13 @@ def nearest(
     if not known.all():
         bank, bank_labels = bank[known.to(bank.device)], bank_labels[known]
     bank, labels = bank.to(queries.device), bank_labels.to(queries.device)
+    first, most = 0, len(bank) - (not own_vote)
     for block in queries.split(max(1, BLOCK_BYTES // (4 * len(bank)))):
-        top, places = (block @ bank.T).topk(min(k, len(bank)), dim=1)
+        similarities = block @ bank.T
+        if not own_vote:
+            similarities.diagonal(first).fill_(-torch.inf)
+        first += len(block)
+        top, places = similarities.topk(min(k, most), dim=1)
         yield top, labels[places]
 
 
@@ -60,14 +53,15 @@ def classify(
     *,
     k: int = 200,
     temperature: float = 0.1,
+    own_vote: bool = True,
 ) -> Tensor:
     """Compute class probabilities of `queries` from their nearest rows of `bank` (Wu et al. 2018, eq. 9).
 
     Args:
-        queries: Q x D unit vectors.
-        bank: M x D unit vectors.
+        queries, bank: Q x D and M x D unit vectors.
         bank_labels: M class numbers; rows labeled `UNKNOWN` have no vote.
         k: neighbors that vote; all of them where the bank has fewer.
+        own_vote: whether row i of the bank votes on query i.
 
     Returns:
         Q x C float32 probabilities on the device of `queries`.
@@ -80,7 +74,7 @@ def classify(
         raise ValueError(
             f"k {k} and temperature {temperature} of nearest neighbors must be positive"
         )
-    blocks = nearest(queries, bank, bank_labels, k)
+    blocks = nearest(queries, bank, bank_labels, k, own_vote=own_vote)
     return torch.cat([weighted_votes(*block, num_classes, temperature) for block in blocks])
 
 
@@ -124,17 +118,13 @@ def accuracy(
     if not known.any():
         raise ValueError("there is no labeled image to measure the accuracy on")
     queries, targets = queries[known.to(queries.device)], targets[known].to(queries.device)
-    mine, counts = shard(len(targets)), torch.zeros(3, dtype=torch.int64)
-    start, counts = mine.start, counts.to(queries.device)
+    mine, counts = shard(len(targets)), torch.zeros(3, dtype=torch.int64, device=queries.device)
+    start = mine.start
     for cosines, labels in nearest(queries[mine], bank, bank_labels, k):
         own = targets[start : start + len(labels)]
         votes = weighted_votes(cosines, labels, num_classes, temperature)
         counts[:2] += topk_correct(votes, own)
         counts[2] += (labels[:, 0] == own).sum()
         start += len(labels)
-    top1, top5, nearest_one = all_reduce_sum(counts).tolist()
-    return {
-        "top1": 100 * top1 / len(targets),
-        "top5": 100 * top5 / len(targets),
-        "nearest": 100 * nearest_one / len(targets),
-    }
+    found = zip(("top1", "top5", "nearest"), all_reduce_sum(counts).tolist(), strict=True)
+    return {name: 100 * count / len(targets) for name, count in found}

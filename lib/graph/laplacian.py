@@ -1,18 +1,23 @@
-"""The normalized Laplacian L = I - S of a sparse graph, its null space, and products with S.
+"""The normalized Laplacian L = I - S of a sparse graph: products with S, null space, solution of L x = b.
 
 S = D^-1/2 W D^-1/2 for an affinity matrix W with degrees D. L has an eigenvalue 0 for every connected
 component of the graph; its null vector is proportional to sqrt(degree) inside the component and zero
-outside, so that the null space is known without any solver.
+outside, so that the null space is known without any solver. Products are functions, so that the rows of S
+may be spread over several processes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+
+from lib.runtime.seeding import generator
 
 Operator = Callable[[Tensor], Tensor]  # N x m, contiguous -> N x m
 SELF_LOOPS = {  # name: (self-loops in the Laplacian, self-loops in the degrees of the constraints)
@@ -21,17 +26,24 @@ SELF_LOOPS = {  # name: (self-loops in the Laplacian, self-loops in the degrees 
     "drop": (False, False),
 }
 ROWS = 8192  # rows of the graph changed at a time
+TOLERANCE = 1e-4  # residual of conjugate gradients over the norm of the right-hand side
+MAX_ITERATIONS = 2000  # of conjugate gradients
+EPS = float(np.finfo(np.float32).eps)
 
 
 def self_loop_choice(name: str) -> tuple[bool, bool]:
-    """Look up whether self-loops count in the Laplacian, and in the degrees of the constraints.
-
-    Raises:
-        ValueError: for a name that is not a key of `SELF_LOOPS`.
-    """
+    """Look up a key of `SELF_LOOPS`; ValueError for another name."""
     if name not in SELF_LOOPS:
         raise ValueError(f"unknown self-loops {name!r}: take one of {', '.join(SELF_LOOPS)}")
     return SELF_LOOPS[name]
+
+
+def _entries(matrix: sp.csr_matrix) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield some entries at a time, and the row of each: the rows of all of them would double the matrix."""
+    for start in range(0, matrix.shape[0], ROWS):
+        pointers = matrix.indptr[start : start + ROWS + 1]
+        rows = np.arange(start, start + len(pointers) - 1)
+        yield slice(pointers[0], pointers[-1]), np.repeat(rows, np.diff(pointers))
 
 
 def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
@@ -39,10 +51,7 @@ def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
     if not affinity.diagonal().any():
         return affinity
     plain = affinity.copy()
-    for start in range(0, affinity.shape[0], ROWS):  # a row number for every entry would double it
-        pointers = plain.indptr[start : start + ROWS + 1]
-        rows = np.repeat(np.arange(start, start + len(pointers) - 1), np.diff(pointers))
-        part = slice(pointers[0], pointers[-1])
+    for part, rows in _entries(plain):
         plain.data[part][plain.indices[part] == rows] = 0
     plain.eliminate_zeros()
     return plain
@@ -69,10 +78,8 @@ def normalized_affinity(affinity: sp.csr_matrix, *, self_loops: bool) -> sp.csr_
     s = plain.copy() if plain is affinity else plain
     inverse_root = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
     inverse_root = inverse_root.astype(np.float32)
-    for start in range(0, s.shape[0], ROWS):
-        pointers = s.indptr[start : start + ROWS + 1]
-        part = slice(pointers[0], pointers[-1])
-        s.data[part] *= np.repeat(inverse_root[start : start + ROWS], np.diff(pointers))
+    for part, rows in _entries(s):
+        s.data[part] *= inverse_root[rows]
         s.data[part] *= inverse_root[s.indices[part]]
     return s
 
@@ -85,23 +92,6 @@ def null_space(affinity: sp.csr_matrix, *, self_loops: bool) -> tuple[np.ndarray
     degree[size[components] == 1] = 1  # the null vector of an isolated node is its own unit vector
     mass = np.bincount(components, weights=degree)
     return components, np.sqrt(degree / mass[components])
-
-
-def null_projection(
-    null: np.ndarray, components: np.ndarray, device: torch.device | str = "cpu"
-) -> Operator:
-    """Return the projection that takes the null vectors out of the columns of a matrix, in place."""
-    count = int(components.max()) + 1
-    entries = torch.from_numpy(null.astype(np.float32)).to(device)[:, None]
-    of = torch.from_numpy(components.astype(np.int64)).to(device)
-
-    def project_out(x: Tensor) -> Tensor:
-        if count == 1:
-            return x.addmm_(entries, entries.T @ x, alpha=-1)
-        sums = torch.zeros(count, x.shape[1], device=x.device).index_add_(0, of, entries * x)
-        return x.sub_(entries * sums[of])
-
-    return project_out
 
 
 def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> Operator:
@@ -119,18 +109,138 @@ def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> O
     return lambda x: held @ x
 
 
-def reordered(matrix: sp.csr_matrix, order: np.ndarray) -> sp.csr_matrix:
-    """Copy a square matrix with its rows and columns in the order `order`."""
-    place = np.empty(len(order), dtype=matrix.indices.dtype)
-    place[order] = np.arange(len(order), dtype=place.dtype)
-    answer = matrix[order]
-    answer.indices = place[answer.indices]
-    answer.has_sorted_indices = False
-    answer.sort_indices()
-    return answer
-
-
-def reordered_operator(product: Operator, order: Tensor) -> Operator:
-    """Return products with a matrix, made by those with `reordered(matrix, order)`."""
+def reordered_operator(
+    matrix: sp.csr_matrix, order: Tensor, make: Callable[[sp.csr_matrix], Operator]
+) -> Operator:
+    """Return products with a square matrix, by those that `make` makes of it in another order of rows."""
     place = torch.argsort(order)
+    turned = matrix[order.numpy()]
+    turned.indices = place.numpy().astype(matrix.indices.dtype)[turned.indices]
+    turned.has_sorted_indices = False
+    turned.sort_indices()
+    product = make(turned)
     return lambda x: product(x[order])[place]
+
+
+@dataclass(frozen=True)
+class GraphOperator:
+    """What solvers and filters need of a graph of N nodes."""
+
+    product: Operator  # x -> S x, float32, on `device`
+    components: Tensor  # the connected component of each node
+    # The unit null vector of L of the component of each node there, float64; proportional to `root_degrees`.
+    exact_null: np.ndarray
+    root_degrees: Tensor  # float32, of the degrees in the Laplacian; 1 at an isolated node
+    degrees: np.ndarray  # float64, all positive, the degrees that weigh the constraints
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    @cached_property
+    def null(self) -> Tensor:
+        return torch.from_numpy(self.exact_null).float()
+
+    @property
+    def num_components(self) -> int:
+        return int(self.components.max()) + 1
+
+    @cached_property
+    def smallest_eigenvalue(self) -> float:
+        """Smallest positive eigenvalue of L, from above, by inverse iteration; 2 where there is none."""
+        if self.num_components == len(self):
+            return 2.0
+        columns = torch.randn(len(self), 4, generator=generator(0, "sample")).to(self.device)
+        for _ in range(8):
+            columns = self.solve(columns)
+            columns = columns / columns.norm(dim=0)
+        quotient = (columns * (columns - self.product(columns))).sum(dim=0)
+        # Rounding can put an almost disconnected part at 0 or below.
+        return max(float(torch.nan_to_num(quotient).min()), EPS)
+
+    @cached_property
+    def project_out(self) -> Operator:
+        """Projection that takes the null space of L out of columns on `device`, in place."""
+        count, of = self.num_components, self.components.to(self.device)
+        entries = self.null.to(self.device)[:, None]
+
+        def project_out(x: Tensor) -> Tensor:
+            if count == 1:
+                return x.addmm_(entries, entries.T @ x, alpha=-1)
+            sums = torch.zeros(count, x.shape[1], device=x.device).index_add_(0, of, entries * x)
+            return x.sub_(entries * sums[of])
+
+        return project_out
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """Apply the pseudo-inverse of L to columns on `device`."""
+
+        def laplacian(x: Tensor) -> Tensor:
+            return self.project_out(x - self.product(x))
+
+        return conjugate_gradients(laplacian, self.project_out(columns.clone()))
+
+    def reached(self, labeled: Tensor) -> Tensor:
+        """Tell for each node whether its component holds one of the nodes `labeled`: N, bool."""
+        holds = torch.zeros(self.num_components, dtype=torch.bool)
+        holds[self.components[labeled]] = True
+        return holds[self.components]
+
+
+def graph_operator(
+    affinity: sp.csr_matrix, product: Operator, self_loops: str, device: torch.device | str
+) -> GraphOperator:
+    """Make the operator of a symmetric affinity matrix W, N x N, with products on `device`."""
+    in_laplacian, in_constraints = self_loop_choice(self_loops)
+    components, null = null_space(affinity, self_loops=in_laplacian)
+    degree = positive_degrees(affinity, self_loops=in_laplacian)
+    return GraphOperator(
+        product,
+        torch.from_numpy(components).long(),
+        null,
+        torch.from_numpy(np.sqrt(degree)).float(),
+        positive_degrees(affinity, self_loops=in_constraints),
+        device,
+    )
+
+
+def conjugate_gradients(apply: Operator, columns: Tensor) -> Tensor:
+    """Solve A x = b for every column b of N x m, each with its own step lengths (Hestenes and Stiefel 1952).
+
+    Args:
+        apply: x -> A x, symmetric and positive on the space that the columns span under A.
+        columns: right-hand sides; a column of zeros has the solution zero.
+
+    Warns:
+        UserWarning: where a residual stays above `TOLERANCE` times the norm of its column.
+    """
+    size = columns.norm(dim=0)
+    # Right-hand sides have unit norm: float32 would lose the squares of small ones.
+    residual = torch.where(size > 0, columns / size, torch.zeros_like(columns))
+    solution, direction = torch.zeros_like(columns), residual.clone()
+    square = residual.square().sum(dim=0)
+    target = square * TOLERANCE**2
+    steps = 0
+    while steps < MAX_ITERATIONS:
+        steps += 1
+        if (square <= target).all():
+            return solution * size
+        image = apply(direction)
+        curvature = (direction * image).sum(dim=0)
+        # A column stands still when it is done, and where A x is rounding, which would blow it up.
+        alive = (square > target) & (curvature > EPS * direction.square().sum(dim=0))
+        if not alive.any():
+            break
+        step = torch.where(alive, square / curvature, torch.zeros_like(square))
+        solution += step * direction
+        residual -= step * image
+        before, square = square, residual.square().sum(dim=0)
+        ratio = torch.where(alive, square / before, torch.zeros_like(square))
+        direction = residual + ratio * direction
+    worst = float((square / target.clamp_min(1e-37)).max().sqrt()) * TOLERANCE
+    warnings.warn(
+        f"conjugate gradients stopped after {steps} steps at a residual of {worst:.1e}; the "
+        "graph is close to falling apart: take more neighbors per image, or another filter",
+        stacklevel=2,
+    )
+    return solution * size

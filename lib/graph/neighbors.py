@@ -19,7 +19,6 @@ EXACT_BELOW = {"cpu": 250_000, "cuda": 4_000_000}  # rows; beyond, exact search 
 HALF_FROM = 20_000  # rows from which the faster products are worth the second ranking
 LEAST_OF_HALF = 0.995  # recall below which "auto" does not take bfloat16
 KEPT_BYTES = 2**30  # bound of the neighbors held if only the first and the last of them are wanted
-RECALL = 0.97  # recall that the approximate search aims at
 SAMPLED_ROWS = 512  # rows whose exact neighbors the recall is measured against
 FAISS_PROBES = 32
 TIE = 1e-6  # cosines that differ by less are equal in float32
@@ -27,28 +26,15 @@ TIE = 1e-6  # cosines that differ by less are equal in float32
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Nearest neighbors by cosine, falling.
+    """Nearest neighbors by cosine, falling, of the R rows that were asked for."""
 
-    Attributes:
-        indexes: R x K, int32, one row for each row that was asked for.
-        similarities: R x K, float32.
-        scale_similarities: R, cosine of the neighbor that sets the local scale; empty if none does.
-        recall: share of the exact neighbors that were found, measured on a random sample of rows
-            (1 where the search is exact by construction).
-    """
-
-    indexes: Tensor
-    similarities: Tensor
-    scale_similarities: Tensor
-    recall: float = 1.0
+    indexes: Tensor  # R x K, int32
+    similarities: Tensor  # R x K, float32
+    scale_similarities: Tensor  # R, of the neighbor that sets the local scale; empty if none does
+    recall: float = 1.0  # share of the exact neighbors found, on a sample of rows
 
 
-def _recall(found: Tensor, exact: Tensor) -> float:
-    """Compute the share of exact neighbors found, by their cosines: equally near ones replace each other."""
-    return float((found >= exact[:, -1:] - TIE).float().mean())
-
-
-def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tuple[Tensor, Tensor]:
+def _by_faiss(features: Tensor, k: int, rows: slice, own_value: float) -> tuple[Tensor, Tensor]:
     """Search by an inverted file of FAISS where there are many rows, by its flat index otherwise."""
     try:
         import faiss
@@ -78,43 +64,36 @@ def _by_faiss(features: Tensor, k: int, rows: slice, *, own_value: float) -> tup
     return values, indexes.gather(1, order).clamp(min=0).int()
 
 
-def _sampled(rows: slice, seed: int) -> Tensor:
+def _sampled(rows: slice) -> Tensor:
     """Draw a random sample of these rows, to measure recall on."""
-    rng = generator(seed, "sample", 2)
-    return torch.randperm(rows.stop - rows.start, generator=rng)[:SAMPLED_ROWS] + rows.start
+    order = torch.randperm(rows.stop - rows.start, generator=generator(0, "sample", 2))
+    return order[:SAMPLED_ROWS] + rows.start
 
 
-def _recall_at(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
-    """Measure the recall of the first k of `values`, found for the rows `ids`, without themselves."""
+def _recall(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
+    """Measure the share of exact neighbors among the first k found for the rows `ids`, without themselves.
+
+    Their cosines are compared: equally near ones replace each other.
+    """
     queries = features[ids.to(features.device)]
     exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
-    others = slice(int(own_value == FIRST), k)
-    if others.start == k:
+    first = int(own_value == FIRST)
+    if first == k:
         return 1.0
-    return _recall(values[:, others], exact[:, others])
+    return float((values[:, first:k] >= exact[:, -1:] - TIE).float().mean())
 
 
-def _measured_recall(
-    features: Tensor, values: Tensor, rows: slice, own_value: float, seed: int, k: int
-) -> float:
-    """Measure the recall of the first k of `values` on a random sample of the rows."""
-    ids = _sampled(rows, seed)
-    return _recall_at(features, ids, values[ids - rows.start], own_value, k)
-
-
-def _precision_for(precision: str, features: Tensor, k: int, own_value: float, seed: int) -> str:
+def _precision_for(precision: str, features: Tensor, k: int, own_value: float) -> str:
     """Choose the precision; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
     if precision != "auto":
         return precision
     if len(features) < HALF_FROM or not has_fast_bf16(features.device):
         return "fp32"
-    whole = slice(0, len(features))
-    ids = _sampled(whole, seed)
+    ids = _sampled(slice(0, len(features)))
     queries = features[ids.to(features.device)]
     values, _ = exact_search(queries, features, k, own=ids, own_value=own_value, precision="bf16")
     # The recall is low where there are crowds of images that bfloat16 cannot tell apart.
-    least = _recall_at(features, ids, values, own_value, k)
-    return "bf16" if least >= LEAST_OF_HALF else "fp32"
+    return "bf16" if _recall(features, ids, values, own_value, k) >= LEAST_OF_HALF else "fp32"
 
 
 def _require_memory(rows: slice, wanted: int) -> None:
@@ -127,43 +106,17 @@ def _require_memory(rows: slice, wanted: int) -> None:
         )
 
 
-def _approximate(
-    features: Tensor,
-    wanted: int,
-    method: str,
-    rows: slice,
-    own_value: float,
-    recall: float,
-    block_bytes: int,
-    seed: int,
-) -> tuple[Tensor, Tensor] | None:
-    """Find cosines and places of neighbors by "ivf" or "faiss"; None where exact search shall do it."""
-    if method == "exact":
-        return None
-    _require_memory(rows, wanted)
-    if method == "faiss":
-        return _by_faiss(features, wanted, rows, own_value=own_value)
-    return search_cells(
-        features,
-        wanted,
-        rows=rows,
-        own_value=own_value,
-        recall=recall,
-        block_bytes=block_bytes,
-        seed=seed,
-    )
-
-
 def _by_blocks(
     features: Tensor,
     wanted: int,
     k: int,
+    column: int,
     rows: slice,
     own_value: float,
     block_bytes: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find cosines and places of the first k of `wanted` neighbors, and the cosine of the last of them."""
+    """Find cosines and places of the first k of `wanted` neighbors, and all cosines of one `column`."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
     for first in range(rows.start, rows.stop, size):
@@ -178,35 +131,33 @@ def _by_blocks(
             block_bytes=block_bytes,
             progress="neighbors",
         )
-        kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, -1].clone()))
+        kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, column].clone()))
     if len(kept) == 1:
         return kept[0]
-    whole = [torch.cat(parts) for parts in zip(*kept, strict=True)]
-    return whole[0], whole[1], whole[2]
+    values, places, scales = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return values, places, scales
 
 
-def _whole(rows: slice | None, n: int) -> slice:
-    start, stop, step = (rows or slice(None)).indices(n)
-    if step != 1 or stop <= start:
-        raise ValueError(f"rows {rows} of {n} images: take a slice of one row at least, step 1")
-    return slice(start, stop)
-
-
-def _method_for(method: str, n: int, device: torch.device) -> str:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: take one of {', '.join(METHODS)}")
-    if method == "auto":
-        return "exact" if n < EXACT_BELOW.get(device.type, EXACT_BELOW["cpu"]) else "ivf"
-    return method
-
-
-def _check(features: Tensor, k: int, precision: str) -> None:
-    if len(features) < 2:
-        raise ValueError(f"a graph needs two images at least, not {len(features)}")
+def _checked(
+    features: Tensor, k: int, method: str, precision: str, rows: slice | None
+) -> tuple[str, slice]:
+    """Refuse what cannot be searched; return the method, and the rows to find neighbors for."""
+    n = len(features)
+    if n < 2:
+        raise ValueError(f"a graph needs two images at least, not {n}")
     if k < 1:
         raise ValueError(f"a graph needs one neighbor per image at least, not {k}")
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: take one of {', '.join(PRECISIONS)}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: take one of {', '.join(METHODS)}")
+    start, stop, step = (rows or slice(None)).indices(n)
+    if step != 1 or stop <= start:
+        raise ValueError(f"rows {rows} of {n} images: take a slice of one row at least, step 1")
+    if method == "auto":
+        least = EXACT_BELOW.get(features.device.type, EXACT_BELOW["cpu"])
+        method = "exact" if n < least else "ivf"
+    return method, slice(start, stop)
 
 
 def nearest_neighbors(
@@ -219,10 +170,8 @@ def nearest_neighbors(
     method: str = "auto",
     precision: str = "auto",
     rows: slice | None = None,
-    recall: float = RECALL,
-    seed: int = 0,
 ) -> Neighbors:
-    """Find the k nearest neighbors of every row among all rows, by blocks.
+    """Find the k nearest neighbors of every row among all rows, on the CPU.
 
     Args:
         features: N x D unit vectors (float32), on any device.
@@ -232,53 +181,49 @@ def nearest_neighbors(
         scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
         block_bytes: bound of the similarities that all threads hold together.
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.graph.cells`), or
-            exact where that is faster; "faiss", where it is installed; "auto", exact below `EXACT_BELOW`
-            rows.
-        precision: precision of the products of the exact search: "fp32"; "bf16", with half as many
-            candidates more, ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware
-            multiplies it.
-        rows: rows to find neighbors for, a slice of step 1; all if None. The cells of "ivf" are the
-            same in every process that is given the same features and seed.
-        recall: recall that "ivf" aims at.
-        seed: seed of k-means and of the rows that the recall is measured on.
-
-    Returns:
-        Their neighbors, on the CPU, and the measured recall of a search that is not exact.
+            exact where that is faster; "faiss"; "auto", exact below `EXACT_BELOW` rows.
+        precision: of the products of the exact search: "fp32"; "bf16", with half as many candidates more,
+            ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
+        rows: rows to find neighbors for, a slice of step 1; all if None.
 
     Raises:
         ValueError: for fewer than two rows, no neighbor, an unknown method or precision, no rows asked
-            for, or FAISS where it is not installed.
+            for, more neighbors than memory holds, or FAISS where it is not installed.
 
     Warns:
         UserWarning: where the measured recall stays below 0.95.
     """
-    _check(features, k, precision)
-    method, rows = _method_for(method, len(features), features.device), _whole(rows, len(features))
+    method, rows = _checked(features, k, method, precision, rows)
     features = features.detach()  # threads do not inherit no_grad
-    k = min(k, len(features) if include_self else len(features) - 1)
-    rank = min(scale_rank, len(features) - 1)
-    wanted = max(k, rank + include_self)
+    most = len(features) - 1
+    k, rank = min(k, most + include_self), min(scale_rank, most)
+    wanted, column = max(k, rank + include_self), rank - 1 + include_self
     own_value = FIRST if include_self else -torch.inf
-    found = _approximate(features, wanted, method, rows, own_value, recall, block_bytes, seed)
+    found, compared = None, wanted
+    if method != "exact":
+        _require_memory(rows, wanted)
+    if method == "faiss":
+        found = _by_faiss(features, wanted, rows, own_value)
+    elif method == "ivf":
+        found = search_cells(features, wanted, rows, own_value, block_bytes)
     if found is not None:
-        values, indexes, scales = *found, found[0][:, -1]
-        reached = _measured_recall(features, values, rows, own_value, seed, wanted)
+        values, indexes, scales = *found, found[0][:, column].clone()
     else:  # exact search was asked for, or is faster
-        method, reached = "exact", 1.0
-        chosen = _precision_for(precision, features, k, own_value, seed)
+        chosen = _precision_for(precision, features, k, own_value)
+        method, compared = "exact", 0 if chosen == "fp32" else k
         values, indexes, scales = _by_blocks(
-            features, wanted, k, rows, own_value, block_bytes, chosen
+            features, wanted, k, column, rows, own_value, block_bytes, chosen
         )
-        if chosen != "fp32":
-            reached = _measured_recall(features, values, rows, own_value, seed, k)
-    if reached < 0.95:
-        warnings.warn(f"{method} search found {reached:.1%} of the nearest neighbors", stacklevel=2)
-    if not rank:
-        scales = torch.empty(0)
-    elif rank + include_self < wanted:
-        scales = values[:, rank - 1 + include_self]
-    scales = scales.clone()
+    recall = 1.0
+    if compared:
+        ids = _sampled(rows)
+        recall = _recall(features, ids, values[ids - rows.start], own_value, compared)
+        if recall < 0.95:
+            warnings.warn(
+                f"{method} search found {recall:.1%} of the nearest neighbors", stacklevel=2
+            )
+    scales = scales.clamp_(-1, 1) if rank else torch.empty(0)
     values, indexes = values[:, :k].contiguous(), indexes[:, :k].contiguous()
     if include_self:
         values[:, 0] = 1.0
-    return Neighbors(indexes, values.clamp_(-1, 1), scales.clamp_(-1, 1), reached)
+    return Neighbors(indexes, values.clamp_(-1, 1), scales, recall)

@@ -1,30 +1,22 @@
 """Exact search for the rows with the largest products, by blocks.
 
-It costs 2 N Q D operations, and the rate at which the machine multiplies matrices bounds its speed. On a CPU
-every core works on its own rows with one BLAS thread. Nothing here is larger than Q x K or a copy of the
-features, except blocks of similarities within a stated number of bytes.
+On a CPU every core works on its own rows with one BLAS thread. Nothing here is larger than Q x K or a copy
+of the features, except blocks of similarities within a stated number of bytes.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lib.runtime.distributed import progress_bar
 
-try:  # holds numpy's BLAS to one thread per core; without it torch's own BLAS is used
-    from threadpoolctl import threadpool_limits
-except ImportError:
-    threadpool_limits = None
-
 BLOCK_BYTES = 256 * 2**20  # bound of the similarities that all threads hold together
 TILE = 65_536  # columns multiplied at a time, at most
-ROWS = (
-    128  # rows multiplied at a time on a CPU, at most: their similarities should stay in the cache
-)
+ROWS = 128  # rows multiplied at a time on a CPU, at most: similarities that stay in the cache
 GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
 MORE_CANDIDATES = 8  # additional candidates of bfloat16, at least
 FIRST = 2.0  # above every cosine: puts an image before its duplicates
@@ -33,9 +25,8 @@ FIRST = 2.0  # above every cosine: puts an image before its duplicates
 def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest entries of each row, falling, and their columns.
 
-    They lie in the k groups of columns with the largest maxima: taking those maxima reads every
-    column once, and the selection proper sees N / GROUP of them, then k GROUP candidates. A group is
-    every N / GROUP-th column, so that its maximum is taken of whole vectors at once.
+    They lie in the k groups of columns with the largest maxima, so that the selection proper sees N / GROUP
+    maxima, then k GROUP candidates. A group is every N / GROUP-th column: maxima of whole vectors.
     """
     n = similarities.shape[1]
     groups = n // GROUP
@@ -51,34 +42,21 @@ def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, places)
 
 
-@contextlib.contextmanager
-def _single_threaded_blas() -> Iterator[None]:
-    """Hold BLAS to one thread inside each product, as the rows are divided among threads already."""
-    threads = torch.get_num_threads()
-    limits = (
-        threadpool_limits(1, user_api="blas") if threadpool_limits else contextlib.nullcontext()
-    )
-    with limits:
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)  # MKL has one number for all threads
-
-
 def in_parallel(work: Callable[[Iterator], None], items: Iterable, device: torch.device) -> None:
     """Let every core take `items` off one iterator; a single thread keeps a GPU busy."""
     threads = torch.get_num_threads()
     shared = iter(list(items))  # next() of a list's iterator is atomic
     if device.type != "cpu" or threads == 1:
         return work(shared)
-    with _single_threaded_blas(), ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
-        for future in [pool.submit(work, shared) for _ in range(threads)]:
-            future.result()
+    # One BLAS thread inside each product, as the rows are divided among threads already.
+    with threadpool_limits(1, user_api="blas"):
+        try:
+            with ThreadPoolExecutor(threads, None, torch.set_num_threads, (1,)) as pool:
+                for future in [pool.submit(work, shared) for _ in range(threads)]:
+                    future.result()
+        finally:
+            torch.set_num_threads(threads)  # MKL has one number for all threads
     return None
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -89,10 +67,7 @@ def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor
         out = torch.empty(len(left), len(right))
     else:
         out = buffer[: len(left) * len(right)].view(len(left), len(right))
-    if threadpool_limits or torch.get_num_threads() == 1:
-        np.matmul(left.numpy(), right.numpy().T, out=out.numpy())  # faster than MKL on some CPUs
-    else:
-        torch.mm(left, right.T, out=out)
+    np.matmul(left.numpy(), right.numpy().T, out=out.numpy())  # faster than MKL on some CPUs
     return out
 
 
@@ -147,11 +122,9 @@ def exact_search(
     """Find the k largest products of each query with the rows of `columns`.
 
     Args:
-        queries: Q x D.
-        columns: N x D.
-        k: number of products to find.
+        queries, columns: Q x D and N x D.
         own: column of each query whose product is replaced by `own_value`.
-        precision: "bf16" multiplies in bfloat16 and ranks half as many candidates again in float32.
+        precision: "bf16" multiplies in bfloat16 and ranks half as many candidates more in float32.
         block_bytes: bound of the similarities that all threads hold together.
         progress: title of the progress bar; no bar if empty.
 

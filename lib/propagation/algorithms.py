@@ -19,22 +19,15 @@ OF_FILTERS = tuple(name for found in FILTERS.values() for name in found.paramete
 
 @dataclass(frozen=True)
 class Algorithm:
-    """How to run an algorithm.
+    """How to run an algorithm."""
 
-    Attributes:
-        propagate: (graph, labelings, num_classes, its parameters) -> for each labeling N x C logits:
-            their softmax are probabilities, and all are equal where no label reaches.
-        parameters: names of its parameters.
-        confidence: published measure, a key of `lib.labels.confidence.CONFIDENCES`.
-        class_prior: whether predicted class sizes are matched to equal ones where none are given.
-        needs_graph: whether more counts than the distances to the labeled images.
-    """
-
+    # (graph, labelings, num_classes, its parameters) -> for each labeling N x C logits: their softmax are
+    # probabilities, and all are equal where no label reaches.
     propagate: Callable[..., list[Tensor]]
     parameters: tuple[str, ...] = ()
-    confidence: str = "margin"
-    class_prior: bool = False
-    needs_graph: bool = True
+    confidence: str = "margin"  # published measure, a key of `lib.labels.confidence.CONFIDENCES`
+    class_prior: bool = False  # whether predicted class sizes are equal where none are given
+    needs_graph: bool = True  # whether more counts than the distances to the labeled images
 
 
 ALGORITHMS = {
@@ -56,13 +49,9 @@ def run_algorithm(
     class_prior: Tensor | Sequence[float] | None = None,
     **parameters: Any,
 ) -> list[Tensor]:
-    """Run one algorithm for many sets of labels at once: N x C logits for each.
+    """Run one algorithm, a key of `ALGORITHMS`, for many sets of labels at once: N x C logits for each.
 
     Args:
-        graph: features and their graph.
-        method: a key of `ALGORITHMS`.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
         class_prior: C shares that the predicted classes of the images without a label take up; None
             for no constraint (equal ones for `poisson-prior`).
         parameters: parameters of the algorithm.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
 
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.embedding_graph import EmbeddingGraph
@@ -57,26 +58,19 @@ STANDARD_ERRORS = 1.5  # by which a candidate may be worse and still count as eq
 
 @dataclass(frozen=True)
 class Verdict:
-    """What cross-validation found for one candidate.
-
-    Attributes:
-        candidate: the candidate.
-        temperature: the one that makes the held-out labels most likely under its probabilities.
-        losses: loss of each held-out image.
-    """
+    """What cross-validation found for one candidate."""
 
     candidate: Candidate
-    temperature: float
-    losses: Tensor
+    temperature: float  # makes the held-out labels most likely under its probabilities
+    losses: Tensor  # of each held-out image
 
 
 def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
     """Divide the labeled images into folds: the positions to hold out, while every class keeps one or more.
 
-    The folds are stratified: each class is dealt out over them by itself. With m labels of the rarest class
-    that has two or more there are min(m, MAX_FOLDS) folds: few labels are left out one per class. Fewer
-    than `FEW_LABELS` are dealt out several times, each time in another order. The only label of a class
-    is never held out.
+    Each class is dealt out over the folds by itself; its only label is never held out. With m labels of the
+    rarest class that has two or more there are min(m, MAX_FOLDS) folds. Fewer labels than `FEW_LABELS` are
+    dealt out several times, each time in another order.
     """
     counts = torch.bincount(labels)
     divisible = counts[counts >= 2]
@@ -97,22 +91,14 @@ def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature in `TEMPERATURES` that makes the labels most likely (Guo et al. 2017).
-
-    Args:
-        logits: n x C.
-        labels: n class numbers.
-    """
-    losses = [
-        float(torch.nn.functional.cross_entropy(logits / t, labels)) for t in TEMPERATURES.tolist()
-    ]
+    """Find the temperature in `TEMPERATURES` that makes the labels most likely (Guo et al. 2017)."""
+    losses = [float(cross_entropy(logits / t, labels)) for t in TEMPERATURES.tolist()]
     return float(TEMPERATURES[int(torch.tensor(losses).argmin())])
 
 
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the squared distance of softmax(logits) from the true class (Brier 1950): n, in [0, 2]."""
-    true = torch.nn.functional.one_hot(labels, logits.shape[1])
-    return (logits.softmax(dim=1) - true).square().sum(dim=1)
+    return (logits.softmax(dim=1) - one_hot(labels, logits.shape[1])).square().sum(dim=1)
 
 
 def _held_out_logits(
@@ -139,17 +125,6 @@ def _held_out_logits(
     return torch.cat(logits)
 
 
-def _prepare(graph: EmbeddingGraph, candidates: Sequence[Candidate]) -> None:
-    """Compute the largest spectrum that any candidate asks for; the others are its beginning."""
-    wanted = [
-        c.parameters.get("num_eigenvectors", NUM_EIGENVECTORS)
-        for c in candidates
-        if c.method == "nc"
-    ]
-    if wanted:
-        graph.spectrum(max(wanted) - 1)
-
-
 def cross_validate(
     graph: EmbeddingGraph,
     labeling: Labeling,
@@ -160,39 +135,27 @@ def cross_validate(
     least_held_out: int = 0,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Measure every candidate on labeled images that it was not told of.
+    """Measure every candidate on labeled images that it was not told of; `labeling` is all that is known.
 
-    Args:
-        graph: features and their graph.
-        labeling: labeled images and their classes: all that is known of classes.
-        num_classes: C.
-        candidates: what to try.
-        class_prior: as in `run_algorithm`.
-        least_held_out: where fewer images can be held out, only the first candidate is measured.
-        seed: seed of the folds.
+    Where fewer than `least_held_out` images can be held out, only the first candidate is measured.
 
     Returns:
-        A verdict for each candidate, in their order; none where no class has two labels.
+        A verdict for each candidate, in their order; the same for all where no class has two labels.
     """
     labels = labeling.labels
     held = make_folds(labels, seed)
     if not held:
-        return []
+        return [Verdict(candidate, 1.0, torch.zeros(1)) for candidate in candidates]
     positions = torch.cat(held)
     count = torch.bincount(positions, minlength=len(labels)).clamp_min(1)
     if len(positions.unique()) < least_held_out:
         candidates = candidates[:1]
-    _prepare(graph, candidates)
-    verdicts = []
+    cuts = [candidate.parameters for candidate in candidates if candidate.method == "nc"]
+    if cuts:  # the spectra of all of them are the beginning of the largest one
+        graph.spectrum(max(p.get("num_eigenvectors", NUM_EIGENVECTORS) for p in cuts) - 1)
+    verdicts, common = [], {"num_classes": num_classes, "class_prior": class_prior}
     for candidate in candidates:
-        logits = _held_out_logits(
-            graph,
-            candidate,
-            labeling,
-            held,
-            num_classes=num_classes,
-            class_prior=class_prior,
-        )
+        logits = _held_out_logits(graph, candidate, labeling, held, **common)
         temperature = fit_temperature(logits, labels[positions])
         loss = brier(logits / temperature, labels[positions])
         sums = torch.zeros(len(labels)).index_add_(0, positions, loss)
@@ -205,8 +168,7 @@ def best(verdicts: Sequence[Verdict]) -> Verdict:
 
     A candidate is as good as the one of smallest loss where the mean of their differences over the
     held-out images is within `STANDARD_ERRORS` standard errors (after the one-standard-error rule of
-    Breiman et al. 1984, with the errors of paired differences). With few labels preference decides, with
-    many labels the losses.
+    Breiman et al. 1984, with the errors of paired differences). With few labels preference decides.
     """
     leader = min(verdicts, key=lambda v: float(v.losses.mean()))
     for verdict in verdicts:
@@ -217,22 +179,13 @@ def best(verdicts: Sequence[Verdict]) -> Verdict:
     return leader
 
 
-def choose(verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES) -> Verdict:
+def choose(verdicts: Sequence[Verdict]) -> Verdict:
     """Return the best verdict; the first where fewer than `LEAST_HELD_OUT` images could be held out."""
-    if not verdicts:
-        return Verdict(candidates[0], 1.0, torch.empty(0))
     return best(verdicts) if len(verdicts[0].losses) >= LEAST_HELD_OUT else verdicts[0]
 
 
-def committee(
-    verdicts: Sequence[Verdict], candidates: Sequence[Candidate] = CANDIDATES
-) -> list[Verdict]:
-    """Return the best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first.
-
-    Where nothing could be held out, these are the first candidates of different algorithms.
-    """
-    if not verdicts:
-        verdicts = [Verdict(c, 1.0, torch.zeros(1)) for c in candidates]
+def committee(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return the best verdict of each algorithm, `COMMITTEE` of them at most, the smallest losses first."""
     members: dict[str, Verdict] = {}
     for verdict in sorted(verdicts, key=lambda v: float(v.losses.mean())):
         members.setdefault(verdict.candidate.method, verdict)

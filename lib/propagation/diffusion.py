@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lib.graph.filters import LabelVectors, apply_filter
-from lib.graph.operator import GraphOperator
+from lib.graph.laplacian import GraphOperator
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling, check_every_class, check_labels
 from lib.propagation.scores import log_shares
@@ -16,43 +16,29 @@ ROWS = 8192  # rows worked on at a time where a copy of all scores would not fit
 LEAST_SIZE = 1e-20  # least root mean square that scores are divided by
 
 
-def label_spreading(
-    operator: GraphOperator, labelings: Sequence[Labeling], num_classes: int, *, alpha: float
+def propagate_spreading(
+    graph: EmbeddingGraph, labelings: Sequence[Labeling], num_classes: int, *, alpha: float = 0.99
 ) -> list[Tensor]:
     """Compute F = (1 - a) (I - a S)^-1 Y for each set of labels, where Y holds one-hot rows.
 
     Zhou et al. 2004, "Learning with local and global consistency"; by conjugate gradients, as in Iscen et
     al. 2019.
 
-    Args:
-        operator: the graph of all images.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
-        alpha: share that goes on along the edges, in (0, 1).
-
     Returns:
-        N x C float32 for each set, not negative; zero for an image that no label reaches.
+        Logarithms of the shares in F, N x C for each set; uniform for an image that no label reaches.
 
     Raises:
-        ValueError: for labels that do not fit, or alpha out of range.
+        ValueError: for labels that do not fit, or alpha out of (0, 1).
     """
-    vectors = []
+    operator, vectors = graph.operator, []
     for labeled, labels in labelings:
-        check_labels(len(operator.null), labeled, labels, num_classes)
+        check_labels(len(operator), labeled, labels, num_classes)
         vectors.append(LabelVectors(labeled, one_hot(labels, num_classes).float()))
     answers = apply_filter(operator, vectors, "ppr", alpha=alpha)
     for (labeled, _), scores in zip(labelings, answers, strict=True):
         scores.clamp_min_(0)  # only the residual of the solver is negative
         scores[~operator.reached(labeled)] = 0
-    return answers
-
-
-def propagate_spreading(
-    graph: EmbeddingGraph, labelings: Sequence[Labeling], num_classes: int, *, alpha: float = 0.99
-) -> list[Tensor]:
-    """Compute the logarithms of the shares in F of `label_spreading`, for each set of labels: N x C."""
-    scores = label_spreading(graph.operator, labelings, num_classes, alpha=alpha)
-    return [log_shares(one) for one in scores]
+    return [log_shares(scores) for scores in answers]
 
 
 def propagate_poisson(
@@ -64,11 +50,6 @@ def propagate_poisson(
     It solves (D - W) u = sum_j (y_j - mean y) delta_j, sum_i d_i u_i = 0, by conjugate gradients on the
     normalized Laplacian (u = D^-1/2 x), and divides u_c by the number of labels of class c. Every component
     has its own mean, so that its equation has a solution.
-
-    Args:
-        graph: features and their graph.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
 
     Returns:
         N x C float32 of mean square 1 for each set. A class without a label in a component is below all
@@ -82,8 +63,10 @@ def propagate_poisson(
     for labeled, labels in labelings:
         check_labels(len(root), labeled, labels, num_classes)
         check_every_class(labels, num_classes, "poisson learning")
-        sources = _poisson_sources(operator, labeled, labels, num_classes)
-        vectors.append(LabelVectors(labeled, sources / root[labeled]))
+        onehot, component = one_hot(labels, num_classes).float(), operator.components[labeled]
+        sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
+        mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
+        vectors.append(LabelVectors(labeled, (onehot - mean[component]) / root[labeled]))
     answers = apply_filter(operator, vectors, "pseudo-inverse")
     for (labeled, labels), scores in zip(labelings, answers, strict=True):
         scores.div_(root).div_(torch.bincount(labels, minlength=num_classes))
@@ -94,24 +77,10 @@ def propagate_poisson(
     return answers
 
 
-def _poisson_sources(
-    operator: GraphOperator, labeled: Tensor, labels: Tensor, num_classes: int
-) -> Tensor:
-    """Compute y_j - mean(y), L x C, the mean over the labeled images of the component."""
-    onehot = one_hot(labels, num_classes).float()
-    component = operator.components[labeled]
-    sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
-    mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
-    return onehot - mean[component]
-
-
 def _only_own_classes(
     operator: GraphOperator, scores: Tensor, labeled: Tensor, labels: Tensor
 ) -> None:
-    """Put classes without a label in a component below all others there, in place.
-
-    Components without any label get 0.
-    """
+    """Put classes without a label in a component below all others there, in place; 0 without any label."""
     present = torch.zeros(operator.num_components, scores.shape[1], dtype=torch.bool)
     present[operator.components[labeled], labels] = True
     low, high = torch.aminmax(scores)

@@ -3,29 +3,30 @@
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import torch
 from torch import Tensor
 
 from lib.files.cache import load_or_compute
-from lib.graph.affinity import GraphPreset, build_graph, features_digest
+from lib.graph.affinity import GraphPreset, affinity_matrix, chosen_preset
 from lib.graph.cells import near_order
-from lib.graph.files import load_spectrum, save_spectrum
+from lib.graph.files import load_graph, load_spectrum, save_graph, save_spectrum
 from lib.graph.laplacian import (
+    GraphOperator,
     Operator,
     csr_operator,
+    graph_operator,
     normalized_affinity,
-    reordered,
     reordered_operator,
     self_loop_choice,
 )
 from lib.graph.neighbors import nearest_neighbors
-from lib.graph.operator import GraphOperator, graph_operator
 from lib.graph.spectrum import Spectrum, laplacian_spectrum
 from lib.propagation.workers import Workers
 
@@ -44,26 +45,20 @@ class GraphCache:
 
     A file is read in place of computing while it was made from the same, and replaced otherwise. In
     `folder` there is one file of each kind for the same features.
-
-    Attributes:
-        folder: folder of files named by the digest of the features; empty keeps nothing.
-        graph: another file for the graph.
-        reuse: False computes anew, whatever is there.
-        log: receives one line about what was read or computed.
     """
 
-    folder: str | Path = ""
-    graph: str | Path = ""
-    reuse: bool = True
-    log: Callable[[str], None] = _ignore
+    folder: str | Path = ""  # of files named by the digest of the features; empty keeps nothing
+    graph: str | Path = ""  # another file for the graph
+    reuse: bool = True  # False computes anew, whatever is there
+    log: Callable[[str], None] = _ignore  # receives one line about what was read or computed
 
     def file(self, kind: str, features: Tensor) -> str | Path:
-        """Name the file of the `kind` ("graph", "spectrum") of N x D features; empty if it is not kept."""
+        """Name the file of a kind in `KINDS` for N x D features; empty if it is not kept."""
         if kind == "graph" and self.graph:
             return self.graph
         if not self.folder:
             return ""
-        return Path(self.folder) / f"{kind}-{features_digest(features)}{SUFFIX}"
+        return Path(self.folder) / f"{kind}-{digest(features)}{SUFFIX}"
 
     def discard(self) -> None:
         """Remove what is kept in `folder`, and the folder where nothing else lies in it."""
@@ -79,29 +74,19 @@ class GraphCache:
 
 @dataclass(frozen=True)
 class EmbeddingGraph:
-    """Features, and what is built from them: each once, however many algorithms and label counts ask.
+    """Features, and what is built from them: each once, however many algorithms and label counts ask."""
 
-    Attributes:
-        features: N x D unit vectors, on the device of the work.
-        graph: preset of the affinity matrix, see `lib.graph.affinity.build_graph`.
-        num_neighbors: replaces the preset's number.
-        self_loops: a key of `lib.graph.laplacian.SELF_LOOPS`.
-        given: an affinity matrix made before, in place of a new one.
-        search: options of `lib.graph.neighbors.nearest_neighbors`: `method`, `precision`, `block_bytes`.
-        solver: options of `lib.graph.spectrum.laplacian_spectrum`: `solver`, `basis_bytes`, `tolerance`.
-        cache: files that keep graph and spectrum.
-        workers: processes that share the work; None for this one alone.
-    """
-
-    features: Tensor
-    graph: str | GraphPreset = "cifar"
-    num_neighbors: int | None = None
-    self_loops: str = "published"
-    given: sp.csr_matrix | None = None
+    features: Tensor  # N x D unit vectors, on the device of the work
+    graph: str | GraphPreset = "cifar"  # a name in `lib.graph.affinity.PRESETS`, or choices
+    num_neighbors: int | None = None  # replaces the preset's number
+    self_loops: str = "published"  # a key of `lib.graph.laplacian.SELF_LOOPS`
+    given: sp.csr_matrix | None = None  # an affinity matrix made before, in place of a new one
+    # Options of `nearest_neighbors` (`method`, `precision`, `block_bytes`) and of `laplacian_spectrum`
+    # (`solver`, `basis_bytes`).
     search: Mapping[str, Any] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
     cache: GraphCache = field(default_factory=GraphCache)
-    workers: Workers | None = None
+    workers: Workers | None = None  # processes that share the work; None for this one alone
     # The number of eigenvectors asked for, and the largest spectrum so far; `replace` starts without one.
     _largest: list[tuple[int, Spectrum]] = field(
         init=False, default_factory=list, repr=False, compare=False
@@ -116,19 +101,34 @@ class EmbeddingGraph:
 
     @cached_property
     def affinity(self) -> sp.csr_matrix:
-        """Affinity matrix W, N x N."""
+        """Affinity matrix W, N x N: symmetric, sparse, float32."""
         if self.given is not None:
             return self.given
-        return build_graph(
-            self.features,
-            self.graph,
-            num_neighbors=self.num_neighbors,
-            **self.search,
-            path=self.cache.file("graph", self.features),
-            reuse=self.cache.reuse,
-            log=self.cache.log,
-            search=self.workers.nearest_neighbors if self.workers else nearest_neighbors,
+        preset = chosen_preset(self.graph, self.num_neighbors)
+        path = self.cache.file("graph", self.features)
+        key = {"features_digest": digest(self.features)} if path else {}
+        key |= {"preset": asdict(preset)}
+        key |= {name: self.search.get(name, "auto") for name in ("method", "precision")}
+
+        def compute() -> tuple[sp.csr_matrix, dict[str, Any]]:
+            search = self.workers.nearest_neighbors if self.workers else nearest_neighbors
+            found = search(
+                self.features,
+                preset.num_neighbors,
+                include_self=preset.include_self,
+                scale_rank=preset.scale_rank,
+                **self.search,
+            )
+            return affinity_matrix(found, preset), {"recall": found.recall}
+
+        reuse = self.cache.reuse
+        loaded = load_or_compute(path, key, compute, load_graph, save_graph, reuse=reuse)
+        graph, recall = loaded.value, loaded.meta.get("recall", 1.0)
+        self.cache.log(
+            f"graph of {graph.shape[0]} images: {loaded.origin('built')}; {graph.nnz} entries, recall "
+            f"{recall:.4f}"
         )
+        return graph
 
     @cached_property
     def product(self) -> Operator:
@@ -139,17 +139,13 @@ class EmbeddingGraph:
         if len(self) < SORTED_FROM or self.features.device.type != "cpu":
             return divide(s, self.features.device)
         order = near_order(self.features)  # the rows of x that neighbors need are then in the cache
-        return reordered_operator(divide(reordered(s, order.numpy()), "cpu"), order)
+        return reordered_operator(s, order, lambda turned: divide(turned, "cpu"))
 
     @cached_property
     def operator(self) -> GraphOperator:
-        """Operator that the filters work on."""
-        return graph_operator(
-            self.affinity,
-            self_loops=self.self_loops,
-            product=self.product,
-            device=self.features.device,
-        )
+        """Operator that the filters and the solvers of eigenvectors work on."""
+        device = self.features.device
+        return graph_operator(self.affinity, self.product, self.self_loops, device)
 
     def spectrum(self, num_vectors: int) -> Spectrum:
         """Return the first `num_vectors` eigenvectors of L: cut from those computed before, where they do."""
@@ -166,21 +162,17 @@ class EmbeddingGraph:
         # A file of more eigenvectors does not do: the first of them differ in their last bits.
         key = {"num_vectors": num_vectors, "self_loops": self.self_loops, **self.solver}
         if path:
-            key["graph_digest"] = graph_digest(self.affinity)
+            w = self.affinity
+            key["graph_digest"] = digest(w.indptr, w.indices, w.data)
 
-        def compute() -> tuple[Spectrum, dict[str, Any]]:
-            found = laplacian_spectrum(
-                self.affinity,
-                num_vectors,
-                self_loops=self.self_loops,
-                product=self.product,
-                device=self.features.device,
-                **self.solver,
-            )
-            return found, {}
-
-        reuse = self.cache.reuse
-        loaded = load_or_compute(path, key, compute, load_spectrum, save_spectrum, reuse=reuse)
+        loaded = load_or_compute(
+            path,
+            key,
+            lambda: (laplacian_spectrum(self.operator, num_vectors, **self.solver), {}),
+            load_spectrum,
+            save_spectrum,
+            reuse=self.cache.reuse,
+        )
         found = loaded.value
         self.cache.log(
             f"{len(found.values)} eigenvectors: {loaded.origin()}; residual {found.residual:.1e}"
@@ -188,9 +180,9 @@ class EmbeddingGraph:
         return found
 
 
-def graph_digest(affinity: sp.csr_matrix) -> str:
-    """Digest an affinity matrix: 16 hexadecimal digits of the SHA-256 of its arrays."""
-    digest = hashlib.sha256()
-    for part in (affinity.indptr, affinity.indices, affinity.data):
-        digest.update(np.ascontiguousarray(part))
-    return digest.hexdigest()[:16]
+def digest(*arrays: Tensor | np.ndarray) -> str:
+    """Digest arrays: 16 hexadecimal digits of the SHA-256 of their bytes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(torch.as_tensor(array).detach().cpu().contiguous().numpy())
+    return found.hexdigest()[:16]

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from lib.graph.knn import BLOCK_BYTES, classify, weighted_votes
+from lib.graph.knn import classify
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling, check_labels
 from lib.propagation.scores import log_shares
@@ -30,11 +29,8 @@ def knn_probabilities(
 
     Args:
         features: V, N x D unit vectors.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
-        num_classes: C.
+        labeled, labels: L indexes of the labeled images and their classes.
         k: neighbors that vote, cut down to the number of labels.
-        temperature: T.
         vote: `lib.graph.knn.classify`, or a function that does the same in several processes.
 
     Returns:
@@ -44,29 +40,14 @@ def knn_probabilities(
         ValueError: for labels that do not fit, no neighbor, or a temperature that is not positive.
     """
     check_labels(len(features), labeled, labels, num_classes)
-    bank = features[labeled]
-    probabilities = vote(features, bank, labels, num_classes, k=k, temperature=temperature)
+    bank, options = features[labeled], {"k": k, "temperature": temperature}
+    probabilities = vote(features, bank, labels, num_classes, **options)
     if len(labeled) == 1:
         probabilities[labeled] = 1 / num_classes
     else:
-        probabilities[labeled] = _without_own_vote(
-            bank, labels.to(bank.device), num_classes, k, temperature
-        )
+        own = classify(bank, bank, labels, num_classes, **options, own_vote=False)
+        probabilities[labeled] = own
     return probabilities
-
-
-def _without_own_vote(
-    bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float
-) -> Tensor:
-    """Let the other labeled images vote on each labeled one: L x C probabilities."""
-    votes = []
-    rows_at_once = max(1, BLOCK_BYTES // (4 * len(bank)))
-    for rows in torch.arange(len(bank), device=bank.device).split(rows_at_once):
-        similarities = bank[rows] @ bank.T
-        similarities[torch.arange(len(rows), device=bank.device), rows] = -torch.inf
-        top, places = similarities.topk(min(k, len(bank) - 1), dim=1)
-        votes.append(weighted_votes(top, labels[places], num_classes, temperature))
-    return torch.cat(votes)
 
 
 def propagate_knn(
@@ -77,27 +58,8 @@ def propagate_knn(
     k: int = MAX_NEIGHBORS,
     temperature: float = 0.1,
 ) -> list[Tensor]:
-    """Compute log P of the nearest labeled images for each set of labels: N x C, on the CPU.
-
-    Args:
-        graph: the features; their graph is not needed.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
-        k, temperature: as in `knn_probabilities`.
-
-    Raises:
-        ValueError: as `knn_probabilities`.
-    """
-    answers = []
-    for labeled, labels in labelings:
-        probabilities = knn_probabilities(
-            graph.features,
-            labeled,
-            labels,
-            num_classes,
-            k=k,
-            temperature=temperature,
-            vote=graph.workers.classify if graph.workers else classify,
-        )
-        answers.append(log_shares(probabilities.cpu()))
-    return answers
+    """Compute log P of `knn_probabilities` for each set of labels: N x C, on the CPU."""
+    vote = graph.workers.classify if graph.workers else classify
+    options = {"k": k, "temperature": temperature, "vote": vote}
+    found = (knn_probabilities(graph.features, *one, num_classes, **options) for one in labelings)
+    return [log_shares(probabilities.cpu()) for probabilities in found]

@@ -11,13 +11,7 @@ from lib.labels.confidence import from_scores
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
 from lib.propagation.algorithms import ALGORITHMS, OF_FILTERS, run_algorithm
-from lib.propagation.choose import (
-    LEAST_HELD_OUT,
-    average,
-    choose,
-    committee,
-    cross_validate,
-)
+from lib.propagation.choose import LEAST_HELD_OUT, average, choose, committee, cross_validate
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling
 from lib.propagation.normalized_cut import DEFAULT_FILTER
@@ -28,17 +22,11 @@ OF_CROSS_VALIDATION = ("candidates", "least_held_out", "seed")
 
 @dataclass(frozen=True)
 class Propagation:
-    """What a method says of every image.
+    """What a method says of every image."""
 
-    Attributes:
-        scores: N x C logits, whose softmax are probabilities.
-        confidence: the measure published for the method, a key of `lib.labels.confidence.CONFIDENCES`.
-        meta: the method and what it chose, plain types.
-    """
-
-    scores: Tensor
-    confidence: str = "margin"
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    scores: Tensor  # N x C logits, whose softmax are probabilities
+    confidence: str = "margin"  # the method's own, a key of `lib.labels.confidence.CONFIDENCES`
+    meta: Mapping[str, Any] = field(default_factory=dict)  # the method and what it chose
 
     def pseudo_labels(
         self,
@@ -51,16 +39,8 @@ class Propagation:
     ) -> PseudoLabels:
         """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does.
 
-        Args:
-            split: which images are labeled.
-            meta: what made the features; the choices of the method are added as `propagation` and
-                `confidence`.
-            temperature: temperature of the probabilities and of the confidence.
-            confidence: a key of `lib.labels.confidence.CONFIDENCES`; None for the method's own.
-            probabilities: False leaves them out, as the published ImageNet files do.
-
-        Raises:
-            ValueError: as `lib.labels.confidence.from_scores`.
+        `meta` says what made the features; the choices of the method are added to it as `propagation` and
+        `confidence`.
         """
         confidence = confidence or self.confidence
         own = {"propagation": dict(self.meta), "confidence": confidence}
@@ -103,9 +83,7 @@ def propagate(
         graph: features and their graph; hand in the same one for every method and number of labels.
         method: one of `METHODS`. `auto` is the candidate that cross-validation on the labeled images
             prefers, `ensemble` the mean of the calibrated probabilities of the best three algorithms.
-        split: which images are labeled.
-        labels: their L class numbers; no other label is ever read.
-        num_classes: C.
+        split, labels: which images are labeled, and their L class numbers; no other label is ever read.
         class_prior: C shares that the predicted classes shall take up.
         parameters: parameters of the algorithm; for `auto` and `ensemble` those of `cross_validate`.
 

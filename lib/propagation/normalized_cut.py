@@ -1,28 +1,19 @@
 """Constrained normalized cut: each class against the rest, in the spectral embedding or by a filter."""
 
 from collections.abc import Sequence
-from math import inf
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.graph.filters import (
-    FILTERS,
-    LabelVectors,
-    apply_filter,
-    filter_by_eigenvectors,
-    find_filter,
-)
-from lib.graph.operator import GraphOperator
+from lib.graph.filters import LabelVectors, apply_filter, filter_by_eigenvectors, find_filter
+from lib.graph.laplacian import GraphOperator
 from lib.graph.spectrum import Spectrum
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling, check_every_class, check_labels
 
 NUM_EIGENVECTORS = 200  # published, the constant one included
-CLAMP_STRENGTH = (
-    1000.0  # weight of smoothness against clamped constraints, in labeled images; measured
-)
+CLAMP_STRENGTH = 1000.0  # weight of smoothness against clamped constraints, in labels; measured
 DEFAULT_FILTER = "smoothed-step"
 FILTER_BY = ("auto", "products", "eigenvectors")
 SPECTRUM_PRODUCTS = 50  # products with one column that an eigenvector costs, about; measured
@@ -39,12 +30,6 @@ def constraint_vectors(
     Class c stands against the other labels. With p the degrees at its labeled images, q those at the other
     labeled images and r = sum(p) / sum(q), s = sqrt(p / r) - sqrt(q r), scaled to norm 1. It is orthogonal
     to sqrt(degree), the solution that separates nothing.
-
-    Args:
-        degrees: d, N, all positive.
-        labeled: L indexes of the labeled images.
-        labels: their L class numbers.
-        num_classes: C.
 
     Returns:
         S at the labeled images, L x C, float64.
@@ -66,12 +51,9 @@ def constrained_solution(
 ) -> Tensor:
     """Compute Z = U diag(1 / lambda) U^T S, the constrained normalized cut (section 3.2 of the paper).
 
-    Args:
-        spectrum: lambda and the eigenvectors U of the graph of all images.
-        constraints: S, from `constraint_vectors`.
-        clamp: fit the values of S at the labeled images instead of adding its columns up (ridge regression
-            on the eigenvectors, penalty sum_k lambda_k a_k^2; after Belkin and Niyogi 2004), and give
-            every labeled image its own label. This is better with many labels, worse with few.
+    With `clamp`, fit the values of S at the labeled images instead of adding its columns up (ridge regression
+    on the eigenvectors, penalty sum_k lambda_k a_k^2; after Belkin and Niyogi 2004), and give every labeled
+    image its own label. This is better with many labels, worse with few.
 
     Returns:
         Z, N x C float32, each column scaled to norm sqrt(N), then minus the maximum of its row: the winner
@@ -84,11 +66,8 @@ def constrained_solution(
     else:
         coefficients = (u.T @ s) / spectrum.values[:, None]
     z = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
-    between = None
-    if spectrum.num_components > 1:
-        gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
-        between = between_components(spectrum, constraints, gain)
-    z = _finish(z, spectrum, constraints.nodes, between)
+    gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
+    _finish(z, spectrum, constraints, gain)
     if clamp:
         z[labeled] = z.min()
         z[labeled, s.argmax(axis=1)] = 0
@@ -98,10 +77,7 @@ def constrained_solution(
 def _fitted(
     vectors: np.ndarray, values: np.ndarray, constraints: np.ndarray, root: np.ndarray
 ) -> np.ndarray:
-    """Fit coordinates along the eigenvectors, k x C, to the constraints at the labeled images.
-
-    Both are taken as functions of the images, D^-1/2 u, where `root` is D^1/2.
-    """
+    """Fit coordinates, k x C, to the constraints, both as functions of images: D^-1/2 u; `root` is D^1/2."""
     design, wanted = vectors / root[:, None], constraints / root[:, None]
     typical = np.square(design).sum() / max(design.size, 1)
     # The floor keeps the system solvable where no eigenvector reaches a labeled image.
@@ -122,10 +98,8 @@ def between_components(
     """
     components, null = np.asarray(graph.components), np.asarray(graph.null)
     indexes, s = constraints.nodes.numpy(), constraints.values.numpy()
-    inside = torch.from_numpy(null[indexes, None] * s)
-    of = torch.from_numpy(components[indexes]).long()
-    coefficients = inside.new_zeros(graph.num_components, s.shape[1])
-    coefficients = coefficients.index_add_(0, of, inside).numpy()
+    coefficients = np.zeros((graph.num_components, s.shape[1]))
+    np.add.at(coefficients, components[indexes], null[indexes, None] * s)
     labeled = np.zeros(graph.num_components)
     labeled[components[indexes]] = 1
     everywhere = np.sqrt(np.bincount(components, weights=graph.degrees)) * labeled
@@ -136,31 +110,28 @@ def between_components(
 
 
 def _finish(
-    scores: Tensor, graph: Spectrum | GraphOperator, labeled: Tensor, between: np.ndarray | None
-) -> Tensor:
-    """Scale columns to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place.
+    scores: Tensor, graph: Spectrum | GraphOperator, constraints: LabelVectors, gain: float | None
+) -> None:
+    """Scale columns of N x C to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place.
 
-    Args:
-        scores: N x C float32.
-        graph: its components and null vectors.
-        labeled: indexes of the labeled images.
-        between: result of `between_components`, to be added.
+    Scores of whole components are added before, where there are several and a `gain` of theirs.
     """
     components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
-    holds = torch.zeros(graph.num_components, dtype=torch.bool)
-    holds[components[labeled]] = True
+    holds, between = torch.zeros(graph.num_components, dtype=torch.bool), None
+    holds[components[constraints.nodes]] = True
+    if gain is not None and graph.num_components > 1:
+        between = torch.from_numpy(between_components(graph, constraints, gain))
     squares = torch.zeros(scores.shape[1], dtype=torch.float64)
     for start in range(0, len(scores), ROWS):
         part, own = scores[start : start + ROWS], components[start : start + ROWS]
         if between is not None:
-            part += null[start : start + ROWS, None] * torch.from_numpy(between)[own]
+            part += null[start : start + ROWS, None] * between[own]
         part[~holds[own]] = 0
         squares += part.double().square().sum(dim=0)
     scale = torch.where(squares > 0, (len(scores) / squares).sqrt(), 0.0)
     for part in scores.split(ROWS):
         part.copy_(part * scale)
         part -= part.amax(dim=1, keepdim=True)
-    return scores
 
 
 def propagate_normalized_cut(
@@ -173,23 +144,12 @@ def propagate_normalized_cut(
 ) -> list[Tensor]:
     """Compute Z of the constrained normalized cut for each set of labels, as published.
 
-    Args:
-        graph: features and their graph.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
-        num_eigenvectors: how many to use, with the constant one.
-        clamp: as in `constrained_solution`.
-
-    Raises:
-        ValueError: as `constraint_vectors`, or for fewer than two eigenvectors.
+    `num_eigenvectors` counts the constant one, so 2 at least; `clamp` is that of `constrained_solution`.
     """
     _check_num_eigenvectors(num_eigenvectors)
     spectrum = graph.spectrum(num_eigenvectors - 1)
-    answers = []
-    for labeled, labels in labelings:
-        constraints = constraint_vectors(spectrum.degrees, labeled, labels, num_classes)
-        answers.append(constrained_solution(spectrum, constraints, clamp=clamp))
-    return answers
+    constraints = (constraint_vectors(spectrum.degrees, *one, num_classes) for one in labelings)
+    return [constrained_solution(spectrum, one, clamp=clamp) for one in constraints]
 
 
 def propagate_filter(
@@ -206,26 +166,13 @@ def propagate_filter(
 
     Products with S cost the same whatever the spectrum, and in proportion to the number of classes;
     eigenvectors cost the same for any number of classes, but hold only the part of the answer before the
-    last of them. The smoothed step at 0.2 on N = 20,000 of `scripts/benchmarks/propagation.py`'s mixture,
-    one busy core, 199 eigenvectors (their time in brackets), and the images that get the same label either
-    way:
-
-        classes    products    eigenvectors    same labels    left out, bound
-             10      0.7 s     0.1 s (+ 7.5)        100.0%              0.06%
-            100      1.8 s     0.1 s (+ 3.0)         99.9%              1.5%
-           1000     28.8 s     1.6 s (+ 6.2)         93.6%              9.0%
-
-    Where eigenvectors are cheaper, 199 of them give another answer. So "auto" takes them only where they are
-    much cheaper *and* the bound of what they leave out is small, and it is not the default.
+    last of them (figures: scripts/benchmarks/README.md). So "auto" takes them only where they are much
+    cheaper *and* what they leave out is little, and it is not the default.
 
     Args:
-        graph: features and their graph.
-        labelings: labeled images and their classes, one pair for each answer.
-        num_classes: C.
-        filter: a key of `lib.graph.filters.FILTERS`.
+        filter, parameters: a key of `lib.graph.filters.FILTERS`, and what that filter takes.
         filter_by: a name in `FILTER_BY`.
         num_eigenvectors: how many to filter by, with the constant one.
-        parameters: parameters of the filter.
 
     Returns:
         N x C float32 for each set, scaled as in `constrained_solution`.
@@ -243,35 +190,21 @@ def propagate_filter(
     much_work = work > MUCH_CHEAPER * SPECTRUM_PRODUCTS * num_eigenvectors
     answers = None
     if filter_by == "eigenvectors" or (filter_by == "auto" and much_work):
-        allowed = inf if filter_by == "eigenvectors" else EXACT_ENOUGH
-        answers = _by_eigenvectors(graph, num_eigenvectors, allowed, constraints, filter, complete)
+        spectrum = graph.spectrum(num_eigenvectors - 1)
+        answers, bound = filter_by_eigenvectors(spectrum, constraints, filter, **complete)
+        if filter_by == "auto" and bound > EXACT_ENOUGH:
+            answers = None
+            graph.cache.log(
+                f"{num_eigenvectors} eigenvectors may leave out {bound:.0%} of a column: by products instead"
+            )
     if answers is None:
         answers = apply_filter(operator, constraints, filter, **complete)
+    gain = None
+    if operator.num_components > 1 and not found.keeps_null:
+        gain = 2 / operator.smallest_eigenvalue
     for one, scores in zip(constraints, answers, strict=True):
-        between = None
-        if operator.num_components > 1 and not FILTERS[filter].keeps_null:
-            between = between_components(operator, one, 2 / operator.smallest_eigenvalue)
-        _finish(scores, operator, one.nodes, between)
+        _finish(scores, operator, one, gain)
     return answers
-
-
-def _by_eigenvectors(
-    graph: EmbeddingGraph,
-    num_eigenvectors: int,
-    allowed: float,
-    constraints: Sequence[LabelVectors],
-    filter: str,
-    parameters: dict[str, float],
-) -> list[Tensor] | None:
-    """Filter through eigenvectors; None if they may leave out more than `allowed` of a column."""
-    spectrum = graph.spectrum(num_eigenvectors - 1)
-    answers, bound = filter_by_eigenvectors(spectrum, constraints, filter, **parameters)
-    if bound <= allowed:
-        return answers
-    graph.cache.log(
-        f"{num_eigenvectors} eigenvectors may leave out {bound:.0%} of a column: by products instead"
-    )
-    return None
 
 
 def _check_num_eigenvectors(num_eigenvectors: int) -> None:

@@ -25,12 +25,8 @@ def log_shares(scores: Tensor) -> Tensor:
     return scores
 
 
-def check_prior(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
-    """Return class shares as C float64 numbers that sum to 1; uniform for None.
-
-    Raises:
-        ValueError: if they are not C positive finite numbers.
-    """
+def _shares(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
+    """Return a prior as C float64 numbers that sum to 1."""
     if prior is None:
         return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
     shares = torch.as_tensor(prior, dtype=torch.float64)
@@ -81,21 +77,18 @@ def _exact_offsets(scores: Tensor, shares: Tensor, offsets: Tensor) -> Tensor:
 def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Tensor) -> Tensor:
     """Add one offset per class, so that the shares of predicted classes among `rows` match `prior`.
 
-    Equal scores stay together, so that a class may miss its size by their number.
+    Equal scores stay together, so that a class may miss its size by their number. Rows whose scores are all
+    equal (no label reaches them) are not counted, and keep their scores.
 
     Args:
         scores: N x C.
         prior: C shares, or None for equal ones.
-        rows: indexes of the images to count. Rows whose scores are all equal (no label reaches them) are
-            not counted, and keep their scores.
-
-    Returns:
-        N x C scores.
+        rows: indexes of the images to count.
 
     Raises:
-        ValueError: for a prior that does not fit.
+        ValueError: for a prior that is not C positive finite numbers.
     """
-    shares = check_prior(prior, scores.shape[1]).to(scores.dtype)
+    shares = _shares(prior, scores.shape[1]).to(scores.dtype)
     informed = scores.amax(dim=1) > scores.amin(dim=1)
     counted = scores[rows][informed[rows]]
     if len(counted) < 2:

@@ -2,24 +2,22 @@
 
 Rank 0 runs phase 2 from top to bottom, as a single process does. What takes long and can be divided by rows
 - neighbors, votes of nearest neighbors, products with the normalized affinity S - every process does for
-its own share of the rows (`lib.runtime.distributed.shard`), and rank 0 puts the parts together:
+its own share of the rows, and rank 0 puts the parts together:
 
     if not distributed.is_main():
         serve(device)
     else:
         with lead(device) as workers:
             graph = EmbeddingGraph(features, workers=workers)
-            ...
 
-So every decision is taken once. Processes that ran the solvers side by side would have to agree in the
-last bit, or they would stop after different numbers of steps; here they may be different machines. A
-row of S x does not depend on which process computes it, and the exact search compares the same blocks of
-rows: on one kind of machine, with one number of threads for each process, the answers are those of one
-process bit for bit. Approximate search, and fewer rows than two blocks for each process, round otherwise.
+So every decision is taken once, where solvers side by side would have to agree in the last bit. A row of S x
+does not depend on which process computes it, and the exact search compares the same blocks of rows: on one
+kind of machine, with one number of threads for each process, the answers are those of one process bit for
+bit. Approximate search, and fewer rows than two blocks for each process, round otherwise.
 
-Memory: rank 0 holds what a single process holds, except the other processes' rows of S. Another process
-holds the features (4 N D bytes), its rows of S (8 bytes for each of at most 2 N K / size entries), and
-during a product N x m numbers, m the width of a block of columns.
+Rank 0 holds what a single process holds, except the other processes' rows of S. Another process holds the
+features (4 N D bytes), its rows of S (8 bytes for each of at most 2 N K / size entries), and during a product
+N x m numbers, m the width of a block of columns.
 """
 
 import warnings
@@ -41,7 +39,6 @@ from lib.runtime import distributed
 from lib.runtime.distributed import shard_of
 
 TASKS = ("", "take_features", "find", "vote", "take_rows", "multiply")  # "" ends the work
-Task = tuple[str, dict[str, Any]]
 
 
 def rows_of(rank: int, world_size: int, n: int) -> slice:
@@ -53,16 +50,14 @@ def rows_of(rank: int, world_size: int, n: int) -> slice:
     return slice(rows.start - rows.start % ROWS, n if last else rows.stop - rows.stop % ROWS)
 
 
-def _rows_of(rank: int, n: int) -> slice:
-    return rows_of(rank, distributed.world_size(), n)
+def _parts(n: int) -> list[slice]:
+    """Return the part of n rows of every process."""
+    size = distributed.world_size()
+    return [rows_of(rank, size, n) for rank in range(size)]
 
 
 def _own(n: int) -> slice:
-    return _rows_of(distributed.rank(), n)
-
-
-def _others() -> range:
-    return range(1, distributed.world_size())
+    return _parts(n)[distributed.rank()]
 
 
 def _collect(part: Tensor, n: int) -> Tensor:
@@ -73,101 +68,17 @@ def _collect(part: Tensor, n: int) -> Tensor:
         return part
     whole = part.new_empty(n, *part.shape[1:])
     whole[_own(n)] = part
-    for rank in _others():
-        dist.recv(whole[_rows_of(rank, n)], rank)
+    for rank, rows in enumerate(_parts(n)[1:], 1):
+        dist.recv(whole[rows], rank)
     return whole
 
 
-def _spread(x: Tensor) -> Tensor:
-    """Send the tensor of rank 0 to every process, where it overwrites `x`."""
-    dist.broadcast(x, 0)
-    return x
-
-
-def _send_rows(part: sp.csr_matrix, rank: int) -> None:
-    for values in (part.indptr.astype(np.int64), part.indices.astype(np.int64), part.data):
-        dist.send(torch.from_numpy(values), rank)
-
-
-def _receive_rows(n: int, size: int) -> sp.csr_matrix:
-    rows = _own(n)
-    pointers = torch.empty(rows.stop - rows.start + 1, dtype=torch.int64)
-    columns, values = torch.empty(size, dtype=torch.int64), torch.empty(size)
-    for received in (pointers, columns, values):
-        dist.recv(received, 0)
-    shape = (len(pointers) - 1, n)
-    # scipy takes the smallest index type that will do
-    return sp.csr_matrix((values.numpy(), columns.numpy(), pointers.numpy()), shape)
-
-
-class Worker:
-    """What a process holds, and its part of each task. Rank 0 names the task, and all do it together."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self.features: Tensor = torch.empty(0)
-        self.product: Operator | None = None
-
-    def take_features(self, features: Tensor | None, shape: tuple[int, int]) -> None:
-        held = torch.empty(shape, device=self.device) if features is None else features
-        self.features = _spread(held.contiguous())
-
-    def find(self, k: int, options: dict[str, Any]) -> Neighbors:
-        """Find the neighbors of all rows, on rank 0; the recall is the mean over the processes."""
-        n = len(self.features)
-        found = nearest_neighbors(self.features, k, rows=_own(n), **options)
-        parts = [found.indexes, found.similarities]
-        if len(found.scale_similarities):
-            parts.append(found.scale_similarities)
-        whole = [_collect(part, n) for part in parts]
-        size = distributed.world_size()
-        recalls = _collect(torch.tensor([found.recall], dtype=torch.float64), size)
-        scales = whole[2] if len(whole) == 3 else found.scale_similarities
-        return Neighbors(whole[0], whole[1], scales, float(recalls.mean()))
-
-    def vote(
-        self, bank: Tensor | None, labels: Tensor | None, num_labeled: int, options: dict[str, Any]
-    ) -> Tensor:
-        """Compute the class probabilities of all rows, on rank 0."""
-        if bank is None or labels is None:
-            bank = torch.empty(num_labeled, self.features.shape[1], device=self.device)
-            labels = torch.empty(num_labeled, dtype=torch.int64)
-        bank, labels = _spread(bank), _spread(labels)
-        n = len(self.features)
-        return _collect(classify(self.features[_own(n)], bank, labels, **options), n)
-
-    def take_rows(self, matrix: sp.csr_matrix | None, n: int, sizes: list[int]) -> None:
-        """Receive the own rows of a matrix of n rows, of which rank r has `sizes[r]` entries."""
-        if matrix is None:
-            own = _receive_rows(n, sizes[distributed.rank()])
-        else:
-            own = matrix[_own(n)]
-            for rank in _others():
-                _send_rows(matrix[_rows_of(rank, n)], rank)
-        self.product = csr_operator(own, self.device)
-
-    def multiply(self, columns: Tensor | None, shape: tuple[int, int]) -> Tensor:
-        """Multiply the matrix by columns, on rank 0."""
-        assert self.product is not None
-        held = torch.empty(shape, device=self.device) if columns is None else columns
-        return _collect(self.product(_spread(held.contiguous())), shape[0])
-
-
-def serve(device: torch.device | str) -> None:
-    """Do this process's part of every task that rank 0 names, until it has no more."""
-    worker = Worker(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # rank 0 gives the same warnings
-        while (task := _announce()) is not None:
-            name, arguments = task
-            getattr(worker, name)(**arguments)
-
-
-def _announce(name: str = "", arguments: dict[str, Any] | None = None) -> Task | None:
+def _announce(name: str = "", arguments: dict[str, Any] | None = None) -> tuple[str, dict] | None:
     """Tell every process the task that rank 0 names; return it, None at the end."""
     shape = (arguments or {}).get("shape", (0, 0))
     # There are thousands of products, so that their few numbers travel as one small tensor.
-    header = _spread(torch.tensor([TASKS.index(name), *shape]))
+    header = torch.tensor([TASKS.index(name), *shape])
+    dist.broadcast(header, 0)
     name = TASKS[int(header[0])]
     if name == "multiply":
         return name, {"columns": None, "shape": (int(header[1]), int(header[2]))}
@@ -175,26 +86,18 @@ def _announce(name: str = "", arguments: dict[str, Any] | None = None) -> Task |
 
 
 class Workers:
-    """All processes as rank 0 sees them, itself included. Made by `lead`."""
+    """All processes as rank 0 sees them, itself included. Made by `lead`, and by `serve` on the others.
+
+    Rank 0 calls `nearest_neighbors`, `classify` and `divide`. These name tasks, the methods in `TASKS`, that
+    all processes do together; only rank 0 has their tensors, the others receive them.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
-        self._worker = Worker(device)
-        self._divided = 0  # matrices so far
-        self._busy = False
-
-    def _together(self, name: str, tensors: dict[str, Any], **plain: Any) -> Any:
-        """Let every process do a task, in which it receives the `tensors`."""
-        self._busy = True
-        _announce(name, plain | dict.fromkeys(tensors))
-        answer = getattr(self._worker, name)(**tensors, **plain)
-        self._busy = False
-        return answer
-
-    def _hand_out(self, features: Tensor) -> None:
-        if features is not self._worker.features:
-            shape = tuple(features.shape)
-            self._together("take_features", {"features": features}, shape=shape)
-            self._worker.features = features  # the same object again needs no second copy
+        self.device = torch.device(device)
+        self.features: Tensor = torch.empty(0)
+        self.product: Operator | None = None
+        self.num_divided = 0  # matrices so far
+        self.busy = False
 
     def nearest_neighbors(self, features: Tensor, k: int, **options: Any) -> Neighbors:
         """Run `lib.graph.neighbors.nearest_neighbors`, the rows divided among the processes."""
@@ -211,7 +114,7 @@ class Workers:
         if len(queries) < distributed.world_size():
             return classify(queries, bank, bank_labels, **options)
         self._hand_out(queries)
-        tensors = {"bank": bank.contiguous(), "labels": bank_labels.contiguous()}
+        tensors = {"bank": bank, "labels": bank_labels}
         return self._together("vote", tensors, num_labeled=len(bank), options=options)
 
     def divide(self, matrix: sp.csr_matrix, device: torch.device | str) -> Operator:
@@ -222,23 +125,99 @@ class Workers:
         n = matrix.shape[0]
         if n < distributed.world_size():
             return csr_operator(matrix, device)
-        parts = [_rows_of(rank, n) for rank in range(distributed.world_size())]
-        sizes = [int(matrix.indptr[p.stop] - matrix.indptr[p.start]) for p in parts]
+        sizes = [int(matrix.indptr[p.stop] - matrix.indptr[p.start]) for p in _parts(n)]
         self._together("take_rows", {"matrix": matrix}, n=n, sizes=sizes)
-        self._divided += 1
-        number = self._divided
+        self.num_divided += 1
+        number = self.num_divided
 
         def product(columns: Tensor) -> Tensor:
-            assert number == self._divided, "this matrix was replaced by another"
-            shape = tuple(columns.shape)
-            return self._together("multiply", {"columns": columns}, shape=shape)
+            assert number == self.num_divided, "this matrix was replaced by another"
+            return self._together("multiply", {"columns": columns}, shape=tuple(columns.shape))
 
         return product
 
-    def dismiss(self) -> None:
-        """Let the others end, unless they are in the midst of a task, which then has failed."""
-        if not self._busy:
-            _announce()
+    def _hand_out(self, features: Tensor) -> None:
+        if features is not self.features:
+            self._together("take_features", {"features": features}, shape=tuple(features.shape))
+            self.features = features  # the same object again needs no second copy
+
+    def _together(self, name: str, tensors: dict[str, Any], **plain: Any) -> Any:
+        """Let every process do a task, in which it receives the `tensors`."""
+        self.busy = True
+        _announce(name, plain | dict.fromkeys(tensors))
+        answer = getattr(self, name)(**tensors, **plain)
+        self.busy = False
+        return answer
+
+    def _received(self, x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """Send a float32 tensor of rank 0, where it is not None, to the device of every process."""
+        held = torch.empty(shape, device=self.device) if x is None else x.contiguous()
+        dist.broadcast(held, 0)
+        return held
+
+    def take_features(self, features: Tensor | None, shape: tuple[int, int]) -> None:
+        self.features = self._received(features, shape)
+
+    def find(self, k: int, options: dict[str, Any]) -> Neighbors:
+        """Find the neighbors of all rows, on rank 0; the recall is the mean over the processes."""
+        n = len(self.features)
+        found = nearest_neighbors(self.features, k, rows=_own(n), **options)
+        indexes, similarities = _collect(found.indexes, n), _collect(found.similarities, n)
+        scales = found.scale_similarities
+        scales = _collect(scales, n) if len(scales) else scales
+        recall = torch.tensor([found.recall], dtype=torch.float64)
+        recalls = _collect(recall, distributed.world_size())
+        return Neighbors(indexes, similarities, scales, float(recalls.mean()))
+
+    def vote(
+        self, bank: Tensor | None, labels: Tensor | None, num_labeled: int, options: dict[str, Any]
+    ) -> Tensor:
+        """Compute the class probabilities of all rows, on rank 0."""
+        n, dim = self.features.shape
+        bank = self._received(bank, (num_labeled, dim))
+        labels = torch.empty(num_labeled, dtype=torch.int64) if labels is None else labels
+        labels = labels.contiguous()
+        dist.broadcast(labels, 0)
+        return _collect(classify(self.features[_own(n)], bank, labels, **options), n)
+
+    def take_rows(self, matrix: sp.csr_matrix | None, n: int, sizes: list[int]) -> None:
+        """Receive the own rows of a matrix of n rows, of which rank r has `sizes[r]` entries."""
+        own, size = _own(n), sizes[distributed.rank()]
+        num_rows = own.stop - own.start
+        if matrix is None:
+            pointers = torch.empty(num_rows + 1, dtype=torch.int64)
+            columns, values = torch.empty(size, dtype=torch.int64), torch.empty(size)
+            for received in (pointers, columns, values):
+                dist.recv(received, 0)
+            # scipy takes the smallest index type that will do
+            arrays = values.numpy(), columns.numpy(), pointers.numpy()
+            part = sp.csr_matrix(arrays, (num_rows, n))
+        else:
+            part = matrix[own]
+            for rank, rows in enumerate(_parts(n)[1:], 1):
+                sent = matrix[rows]
+                for array in (
+                    sent.indptr.astype(np.int64),
+                    sent.indices.astype(np.int64),
+                    sent.data,
+                ):
+                    dist.send(torch.from_numpy(array), rank)
+        self.product = csr_operator(part, self.device)
+
+    def multiply(self, columns: Tensor | None, shape: tuple[int, int]) -> Tensor:
+        """Multiply the matrix by columns, on rank 0."""
+        assert self.product is not None
+        return _collect(self.product(self._received(columns, shape)), shape[0])
+
+
+def serve(device: torch.device | str) -> None:
+    """Do this process's part of every task that rank 0 names, until it has no more."""
+    workers = Workers(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rank 0 gives the same warnings
+        while (task := _announce()) is not None:
+            name, arguments = task
+            getattr(workers, name)(**arguments)
 
 
 @contextmanager
@@ -251,4 +230,5 @@ def lead(device: torch.device | str) -> Iterator[Workers | None]:
     try:
         yield workers
     finally:
-        workers.dismiss()
+        if not workers.busy:  # otherwise a task has failed in its midst
+            _announce()

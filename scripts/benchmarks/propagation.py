@@ -39,7 +39,7 @@ from torch import Tensor
 from lib.cli import declared, options, start
 from lib.features import extraction
 from lib.files import provenance
-from lib.graph.affinity import affinity, chosen_preset
+from lib.graph.affinity import affinity_matrix, chosen_preset
 from lib.graph.neighbors import METHODS as SEARCHES
 from lib.graph.neighbors import PRECISIONS, nearest_neighbors
 from lib.labels.split import Split, labeled_split
@@ -166,9 +166,9 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
         graph, recall = EmbeddingGraph(rows), 1.0
         algorithm = ALGORITHMS.get(method)
         if algorithm is None or algorithm.needs_graph:
-            preset = chosen_preset("cifar", num_neighbors=num_neighbors)
+            preset = chosen_preset("cifar", num_neighbors)
             found = nearest_neighbors(rows, num_neighbors, include_self=True, **search)
-            graph, recall = EmbeddingGraph(rows, given=affinity(found, preset)), found.recall
+            graph, recall = EmbeddingGraph(rows, given=affinity_matrix(found, preset)), found.recall
             del found
             seconds["graph"] = time.perf_counter() - start
             start = time.perf_counter()

@@ -7,20 +7,15 @@ import pytest
 import scipy.sparse as sp
 import torch
 from conftest import blobs
+from graphs import build_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.files import checkpoint
-from lib.graph.affinity import (
-    PRESETS,
-    GraphPreset,
-    affinity,
-    build_graph,
-    chosen_preset,
-    graph_meta,
-)
+from lib.graph.affinity import PRESETS, GraphPreset, affinity_matrix
 from lib.graph.files import load_graph, save_graph
 from lib.graph.neighbors import Neighbors, nearest_neighbors
+from lib.propagation.embedding_graph import GraphCache
 
 
 def naive_affinity(features, k, *, include_self, factor, scale, rank, symmetrize):
@@ -147,7 +142,7 @@ def test_weight_that_underflows_is_no_edge():
         torch.tensor([[1], [0], [0]]), torch.tensor([[1.0], [1.0], [0.0]]), torch.empty(0)
     )
     # exp(-103.2) is the smallest float32, and half of it is 0
-    W = affinity(neighbors, GraphPreset(1, False, 2.0, 1 / 103.2, 0, "mean"))
+    W = affinity_matrix(neighbors, GraphPreset(1, False, 2.0, 1 / 103.2, 0, "mean"))
     assert W.nnz == 2
 
 
@@ -180,40 +175,46 @@ def test_graph_file_gives_the_same_graph_back(tmp_path):
     assert meta["git_commit"]
 
 
-def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path):
+def test_graph_file_is_used_only_for_its_own_features_and_choices(tmp_path, monkeypatch):
     built, said = [], []
 
     def counted(*args, **options):
         built.append(1)
         return nearest_neighbors(*args, **options)
 
+    monkeypatch.setattr("lib.propagation.embedding_graph.nearest_neighbors", counted)
     features, _ = blobs(3, 20)
-    kept = {"path": tmp_path / "graph.pth.tar", "search": counted}
-    first = build_graph(features, num_neighbors=6, **kept, log=said.append)
-    again = build_graph(features, num_neighbors=6, **kept, log=said.append)
+    cache = GraphCache(graph=tmp_path / "graph.pth.tar", log=said.append)
+    first = build_graph(features, num_neighbors=6, cache=cache)
+    again = build_graph(features, num_neighbors=6, cache=cache)
     assert len(built) == 1
     assert ["built" in line for line in said] == [True, False]
     assert "read from" in said[1]
     assert (first != again).nnz == 0
-    build_graph(features, num_neighbors=6, **kept, reuse=False)
+    build_graph(features, num_neighbors=6, cache=replace(cache, reuse=False))
     assert len(built) == 2
     for changed, options in (
         (features.flip(0), {"num_neighbors": 6}),
         (features, {"num_neighbors": 7}),
         (features, {"num_neighbors": 7, "preset": "imagenet"}),
-        (features, {"num_neighbors": 7, "preset": "imagenet", "precision": "bf16"}),
+        (features, {"num_neighbors": 7, "preset": "imagenet", "search": {"precision": "bf16"}}),
     ):
         before = len(built)
-        other = build_graph(changed, **kept, **options)
+        other = build_graph(changed, cache=cache, **options)
         assert len(built) == before + 1
         assert (other != build_graph(changed, **options)).nnz == 0
 
 
-def test_meta_of_a_graph_holds_every_choice():
+def test_meta_of_a_graph_holds_every_choice(tmp_path):
     features, _ = blobs(3, 20)
-    meta = graph_meta(features, chosen_preset("local-scale", num_neighbors=5))
-    assert meta["preset"]["num_neighbors"] == meta["preset"]["scale_rank"] == 5
-    assert meta["features_digest"] != graph_meta(-features, PRESETS["cifar"])["features_digest"]
+    path, digests = tmp_path / "graph.pth.tar", set()
+    for rows in (features, -features):
+        build_graph(rows, "local-scale", num_neighbors=5, cache=GraphCache(graph=path))
+        meta = load_graph(path)[1]
+        assert meta["preset"]["num_neighbors"] == meta["preset"]["scale_rank"] == 5
+        assert (meta["method"], meta["precision"], meta["recall"]) == ("auto", "auto", 1.0)
+        digests.add(meta["features_digest"])
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.graph.knn
-import lib.propagation.knn
 from lib.graph.knn import classify, top_k_accuracy
 from lib.propagation.knn import knn_probabilities
 
@@ -64,8 +63,7 @@ def test_block_size_changes_nothing(monkeypatch):
     features, targets = blobs(3, 20)
     labeled = torch.arange(0, 60, 2)
     whole = knn_probabilities(features, labeled, targets[labeled], 3, k=7)
-    for module in (lib.graph.knn, lib.propagation.knn):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * len(labeled) * 4)
+    monkeypatch.setattr(lib.graph.knn, "BLOCK_BYTES", 4 * len(labeled) * 4)
     blocks = knn_probabilities(features, labeled, targets[labeled], 3, k=7)
     torch.testing.assert_close(blocks, whole)
 

@@ -174,9 +174,10 @@ def test_rows_put_together_are_the_whole(method, include_self):
 
 
 @pytest.mark.parametrize("include_self", [True, False])
-def test_cells_find_what_they_say_they_find(include_self):
+def test_cells_find_what_they_say_they_find(include_self, monkeypatch):
+    monkeypatch.setattr(lib.graph.cells, "RECALL", 0.9)
     features, _ = blobs(8, 250, spread=0.2)
-    found = nearest_neighbors(features, 6, include_self=include_self, method="ivf", recall=0.9)
+    found = nearest_neighbors(features, 6, include_self=include_self, method="ivf")
     others = found.indexes[:, int(include_self) :]
     _, columns = dense_neighbors(features, others.shape[1])
     naive = np.mean(
@@ -222,24 +223,27 @@ def many_rounds(monkeypatch):
 @pytest.mark.parametrize("include_self", [True, False])
 def test_second_round_that_may_lose_nothing_finds_every_neighbor(include_self, monkeypatch):
     monkeypatch.setattr(lib.graph.cells, "SAMPLED_ROWS", 10**6)  # the margin of all rows
+    monkeypatch.setattr(lib.graph.cells, "RECALL", 1.0)
     features, _ = blobs(4, 150, spread=0.5)
-    found = nearest_neighbors(features, 7, include_self=include_self, method="ivf", recall=1.0)
+    found = nearest_neighbors(features, 7, include_self=include_self, method="ivf")
     exact = nearest_neighbors(features, 7, include_self=include_self)
     assert torch.equal(found.indexes, exact.indexes)
     torch.testing.assert_close(found.similarities, exact.similarities)
 
 
 @pytest.mark.usefixtures("many_rounds")
-def test_second_round_reaches_the_recall_that_is_asked_for():
+def test_second_round_reaches_the_recall_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(lib.graph.cells, "RECALL", 0.96)
     features, _ = blobs(4, 500, spread=0.5)
-    found = nearest_neighbors(features, 9, include_self=False, method="ivf", recall=0.96)
+    found = nearest_neighbors(features, 9, include_self=False, method="ivf")
     assert 0.94 < found.recall < 0.98  # a margin too wide would be a waste
 
 
 @pytest.mark.usefixtures("many_rounds")
-def test_second_round_of_some_rows_is_that_of_all_of_them():
+def test_second_round_of_some_rows_is_that_of_all_of_them(monkeypatch):
+    monkeypatch.setattr(lib.graph.cells, "RECALL", 0.9)
     features, _ = blobs(4, 150, spread=0.5)
-    options = {"include_self": False, "method": "ivf", "recall": 0.9}
+    options = {"include_self": False, "method": "ivf"}
     whole = nearest_neighbors(features, 5, **options)
     parts = [
         nearest_neighbors(features, 5, rows=rows, **options)
@@ -276,9 +280,10 @@ def test_cells_of_degenerate_features_have_neighbors_enough(kind, monkeypatch):
 def test_search_that_misses_neighbors_warns(monkeypatch):
     # one cell each where the groups overlap
     monkeypatch.setattr(lib.graph.cells, "PROBES", 1)
+    monkeypatch.setattr(lib.graph.cells, "RECALL", 0.0)
     features, _ = blobs(1, 900, dim=32, spread=5.0)
     with pytest.warns(UserWarning, match="ivf search found"):
-        found = nearest_neighbors(features, 5, include_self=False, method="ivf", recall=0.0)
+        found = nearest_neighbors(features, 5, include_self=False, method="ivf")
     assert found.recall < 0.95
 
 

@@ -125,11 +125,13 @@ def test_true_labels_of_unlabeled_images_change_nothing(method, num_labeled):
 def test_one_label_per_class_falls_back_on_the_documented_order():
     metric, split, targets = task(num_labeled=3)
     labeling = Labeling(split.labeled, targets[split.labeled])
-    assert cross_validate(metric, labeling, 3) == []
+    verdicts = cross_validate(metric, labeling, 3)
+    assert [v.candidate for v in verdicts] == list(CANDIDATES)
+    assert {(v.temperature, *v.losses.tolist()) for v in verdicts} == {(1.0, 0.0)}
     found = propagate(metric, "auto", split, labeling.labels, 3)
     assert found.meta["chosen"] == [str(CANDIDATES[0])]
-    assert choose([]).candidate == CANDIDATES[0]
-    members = [v.candidate.method for v in committee([])]
+    assert choose(verdicts).candidate == CANDIDATES[0]
+    members = [v.candidate.method for v in committee(verdicts)]
     assert len(set(members)) == len(members) == 3
 
 

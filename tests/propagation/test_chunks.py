@@ -10,19 +10,20 @@ from lib.files import checkpoint
 from lib.labels import pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation import EmbeddingGraph, propagate
-from lib.propagation.chunks import part_file, pseudo_label, pseudo_label_parts, save_part
+from lib.propagation.chunks import cut_graph, save_part
 from lib.report.curves import top_k_hits
 
 FEATURES, TARGETS = blobs(num_classes=5, per_class=40)
 SPLIT = labeled_split(TARGETS, 20, 5)
 
 
-def parts_of(method, chunks, **keywords):
-    metric = EmbeddingGraph(FEATURES, num_neighbors=8)
-    answers = pseudo_label_parts(
-        metric, method, SPLIT, TARGETS[SPLIT.labeled], 5, chunks=chunks, **keywords
-    )
-    return list(answers)
+def parts_of(method, chunks, **parameters):
+    parts = []
+    for chunk in cut_graph(EmbeddingGraph(FEATURES, num_neighbors=8), SPLIT, chunks):
+        words = chunk.graph, method, chunk.split, TARGETS[SPLIT.labeled], 5
+        answer = propagate(*words, **parameters)
+        parts.append(chunk.restored(answer.pseudo_labels(chunk.split)))
+    return parts
 
 
 def test_nearest_neighbors_do_not_notice_the_chunks():
@@ -41,7 +42,7 @@ def test_a_chunk_holds_images_of_every_class():
 
 
 def test_each_chunk_is_propagated_on_a_graph_of_its_own_with_all_labeled_images():
-    parts = parts_of("nc", 3, parameters={"num_eigenvectors": 10})
+    parts = parts_of("nc", 3, num_eigenvectors=10)
     for part in parts:
         members = torch.cat([SPLIT.labeled, part.unlabeled])
         alone = EmbeddingGraph(FEATURES[members], num_neighbors=8)
@@ -64,19 +65,15 @@ def test_a_subset_shares_the_choices_but_neither_graph_nor_spectrum():
 
 
 def test_the_meta_record_says_what_was_done():
-    pseudo = pseudo_label(
-        *(EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5),
-        parameters={"k": 3},
-        confidence="entropy",
-        meta={"mine": 1},
-    )
+    answer = propagate(EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5, k=3)
+    pseudo = answer.pseudo_labels(SPLIT, {"mine": 1}, confidence="entropy")
     assert pseudo.meta["propagation"] == {"method": "knn", "k": 3}
     assert (pseudo.meta["confidence"], pseudo.meta["mine"]) == ("entropy", 1)
 
 
 def test_top_5_is_known_without_probabilities_too():
-    words = (EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5)
-    whole, bare = (pseudo_label(*words, probabilities=wanted) for wanted in (True, False))
+    answer = propagate(EmbeddingGraph(FEATURES), "knn", SPLIT, TARGETS[SPLIT.labeled], 5)
+    whole, bare = (answer.pseudo_labels(SPLIT, probabilities=wanted) for wanted in (True, False))
     assert bare.probabilities is None
     assert torch.equal(bare.labels, whole.labels)
     true = TARGETS.flip(0)  # of other images: the right ones are all found
@@ -87,15 +84,14 @@ def test_top_5_is_known_without_probabilities_too():
 
 
 def test_parts_are_written_under_the_published_names(tmp_path):
-    assert part_file(tmp_path, 250) == tmp_path / "250.pth.tar"
-    assert part_file(tmp_path, 13000, 9, 10) == tmp_path / "num_labeled_13000" / "10_9.pth.tar"
     for place, part in enumerate(parts_of("knn", 2)):
         path = save_part(replace(part, probabilities=None), tmp_path, 20, place, 2)
-        assert path == part_file(tmp_path, 20, place, 2)
+        assert path == tmp_path / "num_labeled_20" / f"2_{place}.pth.tar"
         state = checkpoint.load_dict(path)
         assert "pseudo_probs" not in state
         assert torch.equal(state["unlabeled_indexes"].sort().values, part.indexes.sort().values)
     whole = save_part(parts_of("knn", 1)[0], tmp_path, 20)
+    assert whole == tmp_path / "20.pth.tar"
     assert "pseudo_probs" in checkpoint.load_dict(whole)
 
 

@@ -9,13 +9,12 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
-from graphs import normalized_cut
+from graphs import build_graph, laplacian_spectrum, normalized_cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.graph.spectrum
-from lib.graph.affinity import PRESETS, build_graph
-from lib.graph.spectrum import laplacian_spectrum
+from lib.graph.affinity import PRESETS
 from lib.labels.confidence import from_scores
 from lib.labels.split import labeled_split
 from lib.propagation.normalized_cut import between_components, constraint_vectors
