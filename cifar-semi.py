@@ -30,19 +30,24 @@ from datasets import build_datasets
 from datasets.transforms import Augmentation, finetune_ops
 from lib.cli import checks, declared, options, start
 from lib.files import provenance
+from lib.files.description import CLASSIFIER
 from lib.files.published import CLASSIFIERS
+from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
+from lib.loading.sampler import num_batches
 from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
+from lib.runtime.option import resume_invariants
 from lib.training import finetuning, training_set
-from lib.training.finetuning import BEST, LAST, RESUME_INVARIANTS, Settings, Tester
+from lib.training.finetuning import BEST, LAST, Settings, Tester
 from lib.training.log import main_log
 from lib.training.optimizer import sgd, trainable
 from lib.training.progress import RunProgress, step_arithmetic
-from lib.training.state import Checkpoints, TrainState
+from lib.training.schedule import learning_rate
+from lib.training.state import Checkpoints, TrainState, describe
 from lib.training.step import train_steps
 
-__all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
+RESUME_INVARIANTS = resume_invariants(Settings)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +59,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     checks.check_finetuning(args, build_parser())
     settings, device = declared.values(args, Settings), start.select_training_device(args)
     folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
-    resume = finetuning.find_start(args.resume, folder)
+    resume = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # rank 0 may have to download them
@@ -64,12 +69,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     tester = Tester(test, device, args.input_gray, args.num_workers)
 
     # 2. Network; --eval measures it and ends here
-    built, pretrained = finetuning.starting_weights(
-        args.architecture, resume, args.pretrained, evaluating=args.eval
-    )
-    model = finetuning.build_classifier(
-        settings, train.num_classes, device, imagenet=False, weights=built
-    )
+    classes, gray = train.num_classes, args.input_gray
+    described = describe(CLASSIFIER, args.architecture, train, classes, imagenet=False, gray=gray)
+    model = finetuning.build_classifier(settings, described, resume, device)
     if args.eval:
         return tester.measure_file(resume or args.pretrained, model)
 
@@ -79,11 +81,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     objective = finetuning.build_objective(chosen, args.criterion, device)
     parameters = trainable(model, head_only=args.finetune)
     optimizer = sgd([*parameters, *objective.parameters()], args.lr, args.weight_decay)
-    meta = provenance.record(vars(args), train.digest)
-    described = finetuning.describe_classifier(settings, train, imagenet=False)
-    facts = {"examples": chosen.digest}
-    state = TrainState(model, objective, optimizer, described, CLASSIFIERS, meta, facts)
-    finetuning.begin(state, resume, pretrained)
+    meta, facts = provenance.record(vars(args), train.digest), {"examples": chosen.digest}
+    learning = model, objective, optimizer
+    state = TrainState(*learning, described, CLASSIFIERS, meta, RESUME_INVARIANTS, facts)
+    finetuning.begin(state, resume, args.pretrained)
     print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
     files, is_new = Checkpoints(folder, LAST, BEST), not state.step
     start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
@@ -98,7 +99,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_workers=workers,
         loader=args.loader,
     )
-    schedule = finetuning.schedule_of(settings, len(chosen.indexes))
+    per_epoch = num_batches(len(chosen.indexes), args.batch_size * args.iter_size)
+    schedule = learning_rate(args.lr_scheduler, args.lr, args.max_iters, per_epoch)
     shape = (1 if args.input_gray else 3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network = profiling.prepare_training(model, args.compile)

@@ -23,7 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datasets import build_datasets
 from lib.cli.start import load_script
+from lib.features.networks import load_network
 from lib.files import checkpoint
+from lib.files.description import METRIC
 from lib.labels import confidence, pseudo_files
 from lib.labels.split import labeled_split
 from lib.runtime.devices import Device
@@ -119,6 +121,11 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     board = EventAccumulator(str(folder))
     board.Reload()
     return {t: [(e.step, e.value) for e in board.Scalars(t)] for t in board.Tags()["scalars"]}
+
+
+def load_embedding(path: str | Path, architecture: str = "") -> torch.nn.Module:
+    """The network of a checkpoint of phase 1; the published ones for CIFAR are taken for WRN-28-2."""
+    return load_network(checkpoint.load_dict(path), path, architecture, unsaid=METRIC)[0]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -33,23 +33,28 @@ import torch
 from datasets import build_datasets
 from datasets.transforms import Augmentation, instance_ops
 from lib.cli import checks, declared, options, start
-from lib.files import checkpoint, provenance
+from lib.files import provenance
+from lib.files.description import METRIC
 from lib.files.published import CIFAR_METRIC
+from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
+from lib.loading.sampler import num_batches
 from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
+from lib.runtime.option import resume_invariants
 from lib.training import pretraining
 from lib.training.log import main_log
 from lib.training.optimizer import sgd
 from lib.training.pretraining import Settings
 from lib.training.progress import EpochProgress, step_arithmetic
+from lib.training.schedule import learning_rate
 from lib.training.settings import CifarPretraining
-from lib.training.state import Checkpoints, TrainState
-from lib.training.step import require_finite, train_steps
+from lib.training.state import Checkpoints, TrainState, describe
+from lib.training.step import train_steps
 from models import build_model
 
 LAST, BEST = "ckpt.cifar.pth.tar", "ckpt.cifar.best.pth.tar"
-RESUME_INVARIANTS = (*pretraining.RESUME_INVARIANTS, "transform_scale", "transform_crop")
+RESUME_INVARIANTS = resume_invariants(CifarPretraining)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,29 +87,29 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # 2. Network; --test-only measures it and ends here
     folder, log_folder = Path(args.model_dir), Path(args.log_dir)
-    source = pretraining.find_checkpoint(args.resume, folder, (LAST, BEST), needed=args.test_only)
+    source = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     torch.manual_seed(args.rng_seed)
-    model = device.prepare(build_model(args.architecture, args.low_dim, normalize=True))
+    described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=False)
+    model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.test_only:
-        pretraining.load_weights(model, checkpoint.load_dict(source), source)
+        pretraining.load_measured(model, source)
         return monitor.measure(model)
 
     # 3. Objective and optimizer, or the run to resume
     objective = pretraining.build_objective(settings, len(train), device)
-    nesterov = args.momentum > 0
     optimizer = sgd(
         [*model.parameters(), *objective.parameters()],
         args.lr,
         args.weight_decay,
         momentum=args.momentum,
-        nesterov=nesterov,
+        nesterov=args.momentum > 0,
     )
     meta = provenance.record(vars(args), train.digest)
-    described = pretraining.describe_metric(settings, train)
-    state = TrainState(model, objective, optimizer, described, CIFAR_METRIC, meta, accuracy=0.0)
-    per_epoch = settings.steps_per_epoch(len(train))
+    learning = model, objective, optimizer
+    state = TrainState(*learning, described, CIFAR_METRIC, meta, RESUME_INVARIANTS, accuracy=0.0)
+    per_epoch = num_batches(num_batches(len(train), args.batch_size), args.iter_size)
     if source:
-        pretraining.resume(state, source, per_epoch, RESUME_INVARIANTS)
+        pretraining.resume(state, source, per_epoch)
     files = Checkpoints(folder, LAST, BEST)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 
@@ -119,7 +124,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_workers=workers,
         loader=args.loader,
     )
-    schedule = settings.schedule(len(train), imagenet=False)
+    schedule = learning_rate(args.lr_scheduler, args.lr, args.epochs * per_epoch, per_epoch)
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}
@@ -149,7 +154,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     if stop.requested():
                         break
                 measured = progress.finish()
-            require_finite(state.step, model, objective)
+            state.require_finite()
             if stop.reached:
                 files.save(state)
                 write("stop", state.step, reason=stop.reason)

@@ -38,23 +38,27 @@ from datasets import build_datasets
 from datasets.transforms import Augmentation, instance_ops
 from lib.cli import checks, declared, options, start
 from lib.files import checkpoint, provenance
+from lib.files.description import METRIC
 from lib.files.published import IMAGENET_METRIC
+from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
+from lib.loading.sampler import num_batches
 from lib.runtime import distributed, interruption, profiling
 from lib.runtime.distributed import print_main
+from lib.runtime.option import resume_invariants
 from lib.training import pretraining
 from lib.training.log import main_log
 from lib.training.optimizer import sgd
-from lib.training.pretraining import RESUME_INVARIANTS, Settings
+from lib.training.pretraining import Settings
 from lib.training.progress import EpochProgress, step_arithmetic
+from lib.training.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
 from lib.training.settings import ImageNetPretraining
-from lib.training.state import Checkpoints, TrainState
-from lib.training.step import require_finite, train_steps
+from lib.training.state import Checkpoints, TrainState, describe, load_network
+from lib.training.step import train_steps
 from models import build_model
 
-__all__ = ["RESUME_INVARIANTS", "build_parser", "main"]
-
 LAST, BEST, NUMBERED = "ckpt.pth.tar", "model_best.pth.tar", "ckpt-{epoch}.pth.tar"
+RESUME_INVARIANTS = resume_invariants(ImageNetPretraining)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,7 +88,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def load_measured(args, model, train, source: str):
     """Load the checkpoint to measure into the network; return its memory bank with --evaluate."""
-    pretraining.load_weights(model, checkpoint.load_dict(source), source)
+    pretraining.load_measured(model, source)
     if not args.evaluate:
         return None
     return pretraining.stored_bank(source, len(train), args.low_dim, train.digest)
@@ -111,12 +115,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 2. Network; --evaluate and --test-only measure it and end here
     folder, log_folder = Path(args.model_dir), Path(args.log_dir)
     names = (LAST, BEST, *(file.name for file in folder.glob(NUMBERED.format(epoch="*"))))
-    wanted, needed = "auto" if args.auto_resume else args.resume, args.evaluate or args.test_only
-    source = pretraining.find_checkpoint(wanted, folder, names, needed=needed)
+    automatic = args.auto_resume or args.resume == "auto"
+    source = newest_readable(folder, names) if automatic else args.resume
     torch.manual_seed(args.rng_seed)
-    model = build_model(args.architecture, args.low_dim, normalize=True, imagenet=True)
-    model = device.prepare(model)
-    if needed:
+    described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=True)
+    model = device.prepare(build_model(args.architecture, **described.arguments))
+    if args.evaluate or args.test_only:
         return monitor.measure(model, load_measured(args, model, train, source))
 
     # 3. Objective and optimizer; initial weights, or the run to resume
@@ -129,16 +133,17 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         nesterov=False,
     )
     meta = provenance.record(vars(args), train.digest)
-    described = pretraining.describe_metric(settings, train, imagenet=True)
-    state = TrainState(model, objective, optimizer, described, IMAGENET_METRIC, meta, accuracy=0.0)
-    per_epoch = settings.steps_per_epoch(len(train))
+    learning = model, objective, optimizer
+    state = TrainState(*learning, described, IMAGENET_METRIC, meta, RESUME_INVARIANTS, accuracy=0.0)
+    per_epoch = num_batches(num_batches(len(train), args.batch_size), args.iter_size)
     if source:
         checks.warn_unused(args, build_parser(), "with --resume", "pretrained", "start_epoch")
         pretraining.resume(state, source, per_epoch)
     else:
         state.epoch, state.step = args.start_epoch, args.start_epoch * per_epoch
         if args.pretrained:
-            pretraining.load_pretrained(model, args.pretrained)
+            given = args.pretrained
+            load_network(model, checkpoint.load_dict(given), given, start_of=described)
     files = Checkpoints(folder, LAST, BEST, NUMBERED, args.save_freq)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 
@@ -152,7 +157,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_workers=workers,
         loader=args.loader,
     )
-    schedule = settings.schedule(len(train), imagenet=True)
+    lengths = args.epochs * per_epoch, per_epoch
+    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, IMAGENET_INSTANCE_DROPS)
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}
@@ -182,7 +188,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                     if stop.requested():
                         break
                 measured = progress.finish()
-            require_finite(state.step, model, objective)
+            state.require_finite()
             if stop.reached:
                 files.save(state)
                 write("stop", state.step, reason=stop.reason)

@@ -52,8 +52,9 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         raise ValueError("--eval measures a checkpoint: name it with --resume FILE")
     if args.eval:
         warn_unused(args, parser, "with --eval", *ONLY_TRAINING)
-    if args.pretrained and not Path(args.pretrained).is_file():
-        raise ValueError(f"--pretrained {args.pretrained}: there is no such file")
+    for option, file in (("--resume", args.resume), ("--pretrained", args.pretrained)):
+        if file not in ("", "auto") and not Path(file).is_file():
+            raise ValueError(f"{option} {file}: there is no such file")
     if args.pseudo_file and args.pseudo_dir:
         raise ValueError("--pseudo-file and --pseudo-dir both give pseudo-labels: name one of them")
     if not (args.pseudo_file or args.pseudo_dir):

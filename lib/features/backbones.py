@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,56 +41,33 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # names 
 
 
 class Preprocessing(Augmentation):
-    """The preprocessing of a network: images of any size are resized, center cropped and normalized.
+    """The preprocessing of a network: images of any size are resized, center cropped and normalized."""
 
-    Args:
-        image_size: side of the input in pixels.
-        resize: length of the shorter side before the crop; with `squash`, of both sides.
-        interpolation: method of resizing, always with antialiasing.
-        stats: mean and standard deviation per channel.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        resize: int,
-        interpolation: InterpolationMode,
-        stats: Stats,
-        *,
-        squash: bool = False,
-    ) -> None:
+    def __init__(self, image_size: int, resizing: Resizing, stats: Stats) -> None:
         super().__init__((), stats)
-        self.image_size, self.resize = image_size, resize
-        self.interpolation, self.squash, self.stats = interpolation, squash, stats
+        self.image_size, self.resizing, self.stats = image_size, resizing, stats
 
     def __call__(self, images: Tensor, params: Collection[Tensor] = ()) -> Tensor:
         """Preprocess B x 3 x H x W bytes into B x 3 x S x S float32."""
         assert not params, "evaluation must not augment"
-        resizing = Resizing(self.resize, self.interpolation, self.squash)
-        return super().__call__(resizing(images, self.image_size))
+        return super().__call__(self.resizing(images, self.image_size))
 
     def __str__(self) -> str:
-        cut = f"{self.resize} -> {self.image_size} pixels, {self.interpolation.value}"
-        return f"{cut}{', squashed' if self.squash else ''}, mean and std {self.stats}"
-
-
-class _NoHead(nn.Identity):
-    """Identity that replaces the classifier head."""
-
-    def __init__(self, out_features: int) -> None:
-        super().__init__()
-        self.out_features = out_features
+        how = self.resizing
+        cut = f"{how.shorter} -> {self.image_size} pixels, {how.interpolation.value}"
+        return f"{cut}{', squashed' if how.squash else ''}, mean and std {self.stats}"
 
 
 class PooledFeatures(EmbeddingNet):
-    """A network without its head, with the interface of `EmbeddingNet`; finetuning sets another `head`."""
+    """A network without its head; finetuning sets another `head`."""
 
     head_name = "head"
     normalize = False
 
     def __init__(self, trunk: nn.Module, out_features: int) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, _NoHead(out_features)
+        self.trunk, self.head = trunk, nn.Identity()
+        self.head.out_features = out_features
 
     def pooled(self, images: Tensor) -> Tensor:
         return self.trunk(images)
@@ -99,12 +75,7 @@ class PooledFeatures(EmbeddingNet):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network of a library, ready to extract features with.
-
-    Attributes:
-        model: network in evaluation mode, from B x 3 x S x S images to B x D pooled features.
-        preprocessing: transform from stored images to the input of `model`.
-    """
+    """A network in evaluation mode, from B x 3 x S x S images to B x D pooled features."""
 
     model: PooledFeatures
     preprocessing: Preprocessing
@@ -132,14 +103,12 @@ def build(architecture: str, path: str | Path = "", *, weighted: bool = True) ->
     """Build a network by its name.
 
     Args:
-        architecture: `torchvision:NAME`, `torchvision:NAME@WEIGHTS` or `timm:NAME`.
         path: local file with a state dict, with or without the head; empty takes the library's weights,
             which are downloaded the first time.
         weighted: False leaves the weights random, before those of a checkpoint of ours are loaded.
 
     Raises:
-        ValueError: if the name is unknown, the library is not installed, or the weights cannot be loaded or
-            do not fit.
+        ValueError: if the name is unknown, the library is not installed, or the weights do not fit.
     """
     library, _, name = architecture.partition(":")
     if library not in LIBRARIES or not name:
@@ -186,13 +155,12 @@ def _from_torchvision(name: str, path: str | Path, weighted: bool) -> Backbone:
     if weighted:
         _load(trunk, path or _cached(weights.url), (head,))
     view = weights.transforms()
-    stats = tuple(view.mean), tuple(view.std)
-    preprocessing = Preprocessing(view.crop_size[0], view.resize_size[0], view.interpolation, stats)
+    resizing = Resizing(view.resize_size[0], view.interpolation)
+    preprocessing = Preprocessing(view.crop_size[0], resizing, (tuple(view.mean), tuple(view.std)))
     return Backbone(PooledFeatures(trunk, num_features), preprocessing)
 
 
 def _construction(name: str, weights: Any) -> dict[str, Any]:
-    """Return the constructor arguments of the network that these weights belong to."""
     if name.startswith("vit_"):  # the number of position embeddings follows from the size
         return {"image_size": weights.meta["min_size"][0]}
     return BESIDE_WEIGHTS.get(name, {})
@@ -200,8 +168,7 @@ def _construction(name: str, weights: Any) -> dict[str, Any]:
 
 def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
     """Load every weight of the trunk from a file that may hold the heads in addition, and nothing else."""
-    state = checkpoint.load_dict(path)
-    named = model_weights(state, path)
+    named = model_weights(checkpoint.load_dict(path), path)
     weights = {OLD_DENSENET.sub(r"\1\2", name): value for name, value in named.items()}
     ends = tuple(f"{head}." for head in heads)
     kept = {name: value for name, value in weights.items() if not name.startswith(ends)}
@@ -210,40 +177,35 @@ def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
 
 
 def _cached(url: str) -> Path:
-    """Return the file of an address in torch's cache, the one of torchvision, downloading it if needed."""
+    """Return the file of an address in torch's cache, the one of torchvision, downloading it if needed.
+
+    Its name ends in the first digits of its sha256.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     with main_first():
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _download(url, path)
+        if path.is_file():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                url, str(path), digest and digest[1], progress=sys.stderr.isatty()
+            )
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise ValueError(
+                f"the weights {url} cannot be downloaded: {error}; fetch that file elsewhere and name it as "
+                "the local weight file"
+            ) from error
     return path
 
 
-def _download(url: str, path: Path) -> None:
-    """Download weights whose file name ends in the first digits of their sha256."""
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
     try:
-        torch.hub.download_url_to_file(
-            url, str(path), digest and digest[1], progress=sys.stderr.isatty()
-        )
-    except (OSError, HTTPException, RuntimeError) as error:
-        raise ValueError(
-            f"the weights {url} cannot be downloaded: {error}; fetch that file elsewhere and name it as "
-            "the local weight file"
-        ) from error
-
-
-def _import_timm() -> ModuleType:
-    try:
-        return importlib.import_module("timm")
+        timm = importlib.import_module("timm")
     except ModuleNotFoundError as error:
         raise ValueError(
             "timm:NAME needs the package timm, which is not installed: pip install timm"
         ) from error
-
-
-def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
-    timm = _import_timm()
     _require_known("timm", name.split(".")[0], timm.list_models())
     try:
         with main_first():
@@ -262,18 +224,10 @@ def _from_timm(name: str, path: str | Path, weighted: bool) -> Backbone:
 
 
 def timm_preprocessing(name: str, config: Mapping[str, Any]) -> Preprocessing:
-    """Return the preprocessing of timm's evaluation transform with this data configuration.
-
-    Raises:
-        ValueError: if the inputs are not square RGB images, or are cropped in another way.
-    """
+    """Return that of timm's evaluation transform; ValueError unless it crops square RGB images centrally."""
     channels, height, width = config["input_size"]
     if channels != 3 or height != width or config["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"timm:{name} takes images in a way that is not known here ({config})")
-    return Preprocessing(
-        height,
-        math.floor(height / config["crop_pct"]),
-        InterpolationMode(config["interpolation"]),
-        (tuple(config["mean"]), tuple(config["std"])),
-        squash=config["crop_mode"] == "squash",
-    )
+    shorter, squash = math.floor(height / config["crop_pct"]), config["crop_mode"] == "squash"
+    resizing = Resizing(shorter, InterpolationMode(config["interpolation"]), squash)
+    return Preprocessing(height, resizing, (tuple(config["mean"]), tuple(config["std"])))

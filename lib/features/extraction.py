@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DataSet, build_datasets
-from datasets.resizing import Resizing
 from datasets.transforms import Augmentation
 from lib.features import backbones
 from lib.features.networks import load_network
@@ -47,14 +46,8 @@ def extract(
 ) -> Tensor:
     """Extract the unit-norm embeddings of every image, N x D float32 on the CPU of every process.
 
-    The model runs in evaluation mode (BatchNorm uses rank 0's running statistics) and is put back into its
-    own mode afterwards. Each process computes its shard of the rows.
-
-    Args:
-        gray: whether the network reads gray images.
-        batch_size: images at a time, in each process.
-        num_workers: workers of each process that decode image files.
-        preprocessing: transform of the images; None normalizes them by the data set's mean and std.
+    Each process computes its shard of the rows, in evaluation mode with rank 0's running statistics.
+    `preprocessing` of None normalizes the images by the data set's mean and std.
     """
     was_training = model.training
     model.eval()
@@ -73,11 +66,7 @@ def extract(
 
 
 def check(features: Tensor, num_images: int | None = None, *, source: str = "features") -> Tensor:
-    """Check features and return them as N x D float32 unit vectors.
-
-    Raises:
-        ValueError: if they are not finite N x D numbers, or not one row per image.
-    """
+    """Return N x D float32 unit vectors; ValueError if they are not finite, or not one row per image."""
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{source}: expected a matrix of floats, one row per image")
     if not features.numel():
@@ -96,14 +85,9 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The features and labels that propagation starts from.
+    """The features (N x D float32 unit vectors) and labels (N int64 or `UNKNOWN`) for propagation.
 
-    Attributes:
-        features: N x D float32 unit vectors.
-        targets: N int64, `UNKNOWN` for an unknown label.
-        num_classes: C.
-        digest: digest of the data set, or empty.
-        classes: class names, or empty.
+    The digest of the data set and the class names may be empty.
     """
 
     features: Tensor
@@ -127,16 +111,13 @@ class FeatureSet:
 
 
 def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Read a feature file of any published kind.
+    """Read N x D unit-norm features, N labels or None, and the `meta` record of a file.
 
-    A file holds `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
+    It holds `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
     (ImageNet) or one bare N x D tensor (colorization).
 
-    Returns:
-        N x D unit-norm features, N labels or None, and the `meta` record.
-
     Raises:
-        ValueError: if the file is missing, holds no features, or not one label per row.
+        ValueError: if it is missing, holds no features, or not one label per row.
     """
     state = checkpoint.load(path)
     if isinstance(state, Tensor):
@@ -171,13 +152,7 @@ def _from_file(path: str | Path, dataset: str, data_dir: str, **reading: int) ->
 
 @dataclass(frozen=True)
 class _Extraction:
-    """An extraction to do, and the file that caches it.
-
-    Attributes:
-        key: values that cached features must share to be used again.
-        digest: digest of the data set, to be recorded.
-        options: options of `extract`.
-    """
+    """An extraction to do, and its cache, which is good where `key` is the same."""
 
     model: nn.Module
     data: DataSet
@@ -202,8 +177,7 @@ def _of_checkpoint(
     origin = sha256_of(Path(path))[:16]
     key = {"checkpoint": origin, "image_size": reading["image_size"], "data_digest": data.digest}
     cache = Path(str(path).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
-    options = {"gray": found.is_gray}
-    return _Extraction(model, data, cache, key, data.digest, options)
+    return _Extraction(model, data, cache, key, data.digest, {"gray": found.is_gray})
 
 
 def _of_backbone(
@@ -212,40 +186,31 @@ def _of_backbone(
     found = backbones.build(architecture, path)
     view = found.preprocessing
     if dataset == "folder":
-        reading["image_size"] = view.resize
+        reading["image_size"] = view.resizing.shorter
     data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
-    data = data.resized_by(Resizing(view.resize, view.interpolation, view.squash))
+    data = data.resized_by(view.resizing)
     key = {"backbone": found.digest, "images": data.digest}
     cache = KEPT / f"{re.sub('[:@/]', '_', architecture)}.{dataset}.features.pth.tar"
     options = {"preprocessing": view, "batch_size": BACKBONE_BATCH}
     return _Extraction(found.model, data, cache, key, data.portable_digest, options)
 
 
-def _kept(wanted: _Extraction) -> Tensor | None:
-    """Return the cached features, if they are of this network and these images."""
-    if not wanted.cache.is_file():
-        return None
-    rows, _, meta = read(wanted.cache)
-    same = all(meta.get(name) == value for name, value in wanted.key.items())
-    return rows if same else None
-
-
 def _once(wanted: _Extraction, device: Device | None, num_workers: int) -> FeatureSet:
     """Return the cached features of this network and these images, or extract and cache them."""
     data, cache = wanted.data, wanted.cache
-    kept = _kept(wanted)
-    missing = any_process(kept is None)  # a rank without the file must not extract alone
-    if kept is not None and not missing:
-        return FeatureSet(kept, data.targets, data.num_classes, wanted.digest, data.classes)
+    found = FeatureSet(torch.empty(0), data.targets, data.num_classes, wanted.digest, data.classes)
+    rows, _, meta = read(cache) if cache.is_file() else (None, None, {})
+    missing = rows is None or any(meta.get(name) != value for name, value in wanted.key.items())
+    if not any_process(missing):  # a rank without the file must not extract alone
+        return replace(found, features=rows)
     device = device or select()
     model = device.prepare(wanted.model)
     rows = extract(model, data, device, num_workers=num_workers, **wanted.options)
     # normalized once more, as when the file is read: the first run and the second get the same bits
     usable = check(rows, len(data), source=f"the features for {cache}")
-    extracted = FeatureSet(rows, data.targets, data.num_classes, wanted.digest, data.classes)
     if is_main():
-        checkpoint.save(extracted.state(**wanted.key), cache)
-    return replace(extracted, features=usable)
+        checkpoint.save(replace(found, features=rows).state(**wanted.key), cache)
+    return replace(found, features=usable)
 
 
 def load_or_extract(
@@ -262,20 +227,16 @@ def load_or_extract(
     """Read the features to propagate through from a file, or extract them once and cache them.
 
     The cache lies beside the checkpoint as `<name>.<dataset>.features.pth.tar`, that of a library's network
-    in `checkpoint/backbones/`. It records the digests of the network and the data set, and is used again
-    only while both are the same. For ImageNet's networks and those of a library the images of a folder stay
-    in their files.
+    in `checkpoint/backbones/`, and is used again only while network and data set are the same. For ImageNet's
+    networks and those of a library the images of a folder stay in their files.
 
     Args:
         features: feature file, which skips extraction.
         checkpoint_file: checkpoint of phase 1, or weights of a library's network (empty: the published ones).
         architecture: network of phase 1, if the file does not name it; or a library's network, as in
-            `lib.features.backbones.build`: `torchvision:resnet50`, `timm:...`.
-        dataset, data_dir: as in `datasets.build_datasets`.
+            `lib.features.backbones`: `torchvision:resnet50`, `timm:...`.
+        image_size: None takes that of training. A library's network always has its own.
         num_workers: processes that decode image files, on each machine.
-        image_size: side of the images in pixels; None takes that of training. A library's network always
-            has its own.
-        device: device to extract on.
 
     Raises:
         ValueError: if neither file nor architecture is given, or one does not fit.

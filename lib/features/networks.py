@@ -8,18 +8,14 @@ import torch
 from torch import nn
 
 from lib.features import backbones
-from lib.files import checkpoint, weights
-from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files import weights
+from lib.files.description import CLASSIFIER, Description
 from lib.files.published import describe
 from models import build_model
 
 
 def build_network(found: Description, source: str | Path) -> nn.Module:
-    """Build the network that a checkpoint describes, with random weights.
-
-    Raises:
-        ValueError: if the description is incomplete, or names an unknown network.
-    """
+    """Build what a checkpoint describes, with random weights; ValueError if that is not enough to build."""
     if "out_features" not in found.arguments:
         raise ValueError(
             f"{source} holds no network that this project builds, from conv1 to its head"
@@ -52,33 +48,14 @@ def load_network(
     tensors = weights.model_weights(state, source)
     found = describe(state, source, architecture, unsaid=unsaid)
     if not backbones.is_external(found.architecture):
-        _require_size(found, tensors, source)
+        with torch.device("meta"):  # a description must not make its reader run out of memory
+            wanted = sum(p.numel() for p in build_network(found, source).parameters())
+        held = sum(t.numel() for t in tensors.values() if isinstance(t, torch.Tensor))
+        if wanted > 2 * held:
+            raise ValueError(
+                f"{source} does not fit the network that it describes, which has {wanted} parameters: it "
+                f"holds {held} numbers"
+            )
     model = build_network(found, source)
     weights.load_weights(model, tensors, source=source)
     return model, found
-
-
-def _require_size(
-    found: Description, tensors: Mapping[str, torch.Tensor], source: str | Path
-) -> None:
-    """Refuse a description of a network that is far larger than the file, before it takes memory."""
-    with torch.device("meta"):
-        wanted = sum(p.numel() for p in build_network(found, source).parameters())
-    held = sum(t.numel() for t in tensors.values() if isinstance(t, torch.Tensor))
-    if wanted > 2 * held:
-        raise ValueError(
-            f"{source} does not fit the network that it describes, which has {wanted} parameters: it holds "
-            f"{held} numbers"
-        )
-
-
-def load_embedding(path: str | Path, architecture: str = "") -> nn.Module:
-    """Load the network of a checkpoint of phase 1.
-
-    The published checkpoints for CIFAR do not name their network, and are taken for WRN-28-2 unless
-    `architecture` names another.
-
-    Raises:
-        ValueError: if the file does not fit that network.
-    """
-    return load_network(checkpoint.load_dict(path), path, architecture, unsaid=METRIC)[0]

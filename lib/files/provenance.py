@@ -50,19 +50,22 @@ def made_by() -> dict[str, Any]:
     }
 
 
-def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def require_same(
+    saved: Mapping[str, Any], now: Mapping[str, Any], invariants: Mapping[str, Any]
+) -> None:
     """Raise ValueError, listing the differences, if a run would be resumed with other options or data.
 
     Args:
         saved: the `meta` record of the checkpoint.
         now: the `meta` record of this run.
-        names: options that must be the same.
+        invariants: options that must be the same, with their defaults, which a file older than an option
+            was made with.
     """
-    before, after = saved.get("options", {}), now["options"]
+    before, after = {**invariants, **saved.get("options", {})}, now["options"]
     different = [
         f"--{name.replace('_', '-')} was {before[name]}, is {after[name]}"
-        for name in names
-        if name in before and before[name] != after[name]
+        for name in invariants
+        if before[name] != after[name]
     ]
     if saved.get("data_digest", now["data_digest"]) != now["data_digest"]:
         different.append("the images or labels of the data set are not the same")

@@ -6,10 +6,10 @@ there as bytes, or workers read them from files. `workers` augments one image at
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,9 @@ class Batch:
         views: augmented views of the same images, each B x C x S x S float32 on the device; B may be 0 in
             a short batch of many processes.
         indexes: B indexes into the data set, on the device.
-        first: place of the first of these rows in the whole batch.
-        total: rows of the whole batch, over all processes; by default the rows given.
+        first: place of the first of these rows among the `total` of all processes (by default these).
         positions: B places of the rows in the list of images that a stream repeats.
         step: number of the batch, the address of its random numbers.
-        stream: number of the stream of batches.
     """
 
     views: tuple[Tensor, ...]
@@ -57,22 +55,17 @@ class Batch:
             object.__setattr__(self, "total", len(self.indexes))
 
     @property
-    def images(self) -> Tensor:
-        """Images of the first view."""
+    def images(self) -> Tensor:  # of the first view
         return self.views[0]
 
 
-class _Plan(NamedTuple):
-    """A whole batch before its images are read."""
-
+class _Plan(NamedTuple):  # a whole batch before its images are read
     indexes: Tensor
     step: int
     positions: Tensor | None = None
 
 
-class _View(NamedTuple):
-    """The way from a job to images: their random numbers, their source, the augmentation that remains."""
-
+class _View(NamedTuple):  # the way to images: random numbers, source, augmentation that remains
     draw: Callable[[int, torch.Generator], list[Tensor]]
     source: Source
     remaining: Remaining
@@ -108,24 +101,17 @@ def _channels_last(images: Tensor, _: Sequence[Tensor]) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def with_loader(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the loader to the record of a run that is older than the choice: it had the first of `LOADERS`."""
-    return {**meta, "options": {"loader": LOADERS[0], **meta.get("options", {})}}
-
-
 class Batches:
     """Augmented batches of a data set, whose randomness is a function of (seed, step).
 
     Row r of batch `step` gets row r of the random numbers drawn for `step`, of which each process takes its
     shard. So a batch depends neither on the device, nor on the number of processes or workers, nor on
-    interruptions of the run.
+    interruptions of the run. Each of `LOADERS` has random numbers of its own, of the same distribution.
 
     Args:
         augmentations: one for each view of an image.
         batch_size: total over all processes.
-        num_workers: workers of this process that read files, or that augment with the loader `workers`;
-            they are divided among the views.
-        loader: one of `LOADERS`; each has random numbers of its own, of the same distribution.
+        num_workers: workers of this process, divided among the views.
         stream: number of this stream of batches; each has an order and random numbers of its own.
 
     Attributes:
@@ -159,9 +145,9 @@ class Batches:
         return num_batches(self.length, self.batch_size)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yield every image once, in an order drawn for the epoch; the last batch may be short.
+        """Yield every image once, from batch `first` on, in an order drawn for the epoch.
 
-        A run that resumes within an epoch leaves out the batches before number `first`.
+        The last batch may be short.
         """
         order = permutation(self.length, self.seed, epoch, self.stream).split(self.batch_size)
         start = epoch * self.per_epoch
@@ -170,10 +156,7 @@ class Batches:
         )
 
     def repeat(self, indexes: Tensor, first: int, stop: int) -> Iterator[Batch]:
-        """Yield full batches number first ... stop - 1 of the endlessly repeated images `indexes`.
-
-        `Batch.positions` are the places of the rows in `indexes`, to look up labels and weights.
-        """
+        """Yield full batches number first ... stop - 1 of the endlessly repeated images `indexes`."""
         stream = Stream(len(indexes), self.batch_size, self.seed, self.stream)
         positions = ((step, stream.batch(step)) for step in range(first, stop))
         return self._batches(_Plan(indexes[places], step, places) for step, places in positions)
@@ -208,16 +191,11 @@ class Batches:
             view.remaining(pixels.to(device, non_blocking=True), job.params)
             for view, (job, pixels) in zip(self._views, views, strict=True)
         )
-        positions = None if plan.positions is None else plan.positions[mine]
-        return Batch(
-            images,
-            plan.indexes[mine].to(device, non_blocking=True),
-            mine.start,
-            len(plan.indexes),
-            None if positions is None else self.device.to_device(positions),
-            plan.step,
-            self.stream,
-        )
+        indexes, positions = plan.indexes[mine].to(device, non_blocking=True), None
+        if plan.positions is not None:
+            positions = self.device.to_device(plan.positions[mine])
+        total = len(plan.indexes)
+        return Batch(images, indexes, mine.start, total, positions, plan.step, self.stream)
 
 
 @torch.no_grad()
@@ -228,10 +206,7 @@ def in_order(
     batch_size: int = 500,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this process's shard of the set, not augmented and in order.
-
-    `batch_size` counts for this process; `first` and `total` of a batch are its place in the whole set.
-    """
+    """Yield this process's shard of the set, not augmented and in order, with its place in the whole set."""
     assert not augmentation.ops, "evaluation must not augment"
     if not data.in_memory:
         source: Source = FromWorkers(data.for_workers(), False, device, num_workers)

@@ -12,15 +12,14 @@ def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> Tensor:
 
 
 def num_batches(n: int, batch_size: int) -> int:
-    """Return the number of batches of one epoch, a short last one included."""
+    """Count the batches of one epoch, a short last one included."""
     return -(-n // batch_size)
 
 
 class Stream:
-    """An endless series of full batches from concatenated permutations of n items.
+    """An endless series of full batches from concatenated permutations of n items, maybe fewer than a batch.
 
-    A set smaller than the batch (10 labeled images, batches of 128) repeats within a batch. Batch `step`
-    depends on (n, batch_size, seed, stream, step) alone.
+    Batch `step` depends on (n, batch_size, seed, stream, step) alone.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, stream: int = 0) -> None:

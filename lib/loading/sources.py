@@ -1,7 +1,4 @@
-"""Sources of the images of a batch: bytes in memory, or worker processes that read files.
-
-A source turns jobs into images, in order.
-"""
+"""Sources, which turn jobs into images in order: bytes in memory, or worker processes that read files."""
 
 import multiprocessing
 import os
@@ -23,12 +20,10 @@ from lib.runtime.devices import Device
 
 
 class Job(NamedTuple):
-    """One view of a batch before its images are read.
+    """One view of this process's images before they are read.
 
-    Attributes:
-        indexes: this process's images.
-        params: random numbers of the augmentation: a tensor for each operation still to be applied, or the
-            seeds of a Pillow chain.
+    `params` are the random numbers of the augmentation: a tensor for each operation still to be applied, or
+    the seeds of a Pillow chain.
     """
 
     indexes: Tensor
@@ -61,8 +56,7 @@ class _Requests:
 class FromWorkers:
     """A source whose `num_workers` processes read images, and live as long as it does.
 
-    Args:
-        consumes_params: whether the reader applies the first random numbers of a job.
+    A reader that `consumes_params` applies the first random numbers of a job.
     """
 
     def __init__(
@@ -82,11 +76,7 @@ class FromWorkers:
         )
 
     def __call__(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Tensor]]:
-        """Read the images of each job.
-
-        Raises:
-            ValueError: listing the images that cannot be read.
-        """
+        """Read the images of each job; ValueError lists those that cannot be read."""
         ahead, jobs = tee(jobs)
         self.requests.coming = (
             (job.indexes, job.params[0] if self.consumes_params else None) for job in ahead

@@ -14,10 +14,8 @@ CRITERIA = ("CrossEntropyLoss", "MultiMarginLoss")  # classes of torch.nn
 class Classification(Objective):
     """The weighted mean loss of the images of a batch (equation 6 of the paper).
 
-    Args:
-        labels: M class numbers, indexed by the `positions` of a batch.
-        weights: M weights of the images' losses: ones, or the confidence of pseudo-labels.
-        criterion: one of `CRITERIA`.
+    M class numbers and M weights (ones, or the confidence of pseudo-labels) are indexed by the `positions`
+    of a batch.
     """
 
     labels: Tensor

@@ -6,18 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from lib.loading.batches import Batch
-from lib.objectives.memory_bank import NCE, FullSoftmax, InfoNCE, MemoryBank, build_loss
+from lib.objectives.memory_bank import NCE, FullSoftmax, InfoNCE, MemoryBank
 from lib.objectives.objective import Network, Objective
 from lib.runtime.distributed import all_gather_rows
 
 
 class InstanceDiscrimination(Objective):
-    """Objective that pulls an embedding to its image's row of a memory bank and away from all others.
-
-    Args:
-        bank: N x D unit vectors, one for each training image.
-        loss: one of the losses of `lib.objectives.memory_bank`.
-    """
+    """Objective that pulls an embedding to its image's row of a memory bank and away from all others."""
 
     def __init__(self, bank: MemoryBank, loss: FullSoftmax | NCE | InfoNCE) -> None:
         super().__init__()
@@ -25,14 +20,8 @@ class InstanceDiscrimination(Objective):
 
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         embeddings = network(batch.images)
-        loss = self.loss(
-            embeddings,
-            batch.indexes,
-            self.bank.memory,
-            batch.step,
-            first=batch.first,
-            total=batch.total,
-        )
+        place = {"first": batch.first, "total": batch.total}
+        loss = self.loss(embeddings, batch.indexes, self.bank.memory, batch.step, **place)
         # a copy: the next forward pass of a network compiled into CUDA graphs writes to the same place
         return {"loss": loss}, (batch.indexes, embeddings.detach().clone(), batch.total)
 
@@ -60,32 +49,3 @@ class InstanceDiscrimination(Objective):
     def load_entries(self, state: Mapping[str, Any]) -> None:
         self.bank.load_state_dict(state["lemniscate"])
         self.loss.load_state_dict(state["criterion"])
-
-
-def instance_discrimination(
-    num_images: int,
-    dim: int,
-    *,
-    num_negatives: int = 0,
-    temperature: float = 0.1,
-    bank_momentum: float = 0.5,
-    loss: str = "nce",
-    z_momentum: float | None = None,
-    seed: int = 0,
-    bf16: bool = False,
-) -> InstanceDiscrimination:
-    """Build the objective of phase 1 with a fresh memory bank.
-
-    Args:
-        num_images: N, rows of the bank.
-        dim: D, dimension of the embedding.
-        num_negatives: `--nce-k`; 0 is the softmax over all N images.
-        loss: loss with negatives, one of `lib.objectives.memory_bank.LOSSES`.
-        z_momentum: momentum of NCE's normalizer; None estimates it once, as published.
-        seed: seed of the bank's initial values and the negatives.
-        bf16: whether to multiply with the bank in bfloat16.
-    """
-    criterion = build_loss(
-        num_negatives, temperature, kind=loss, z_momentum=z_momentum, seed=seed, bf16=bf16
-    )
-    return InstanceDiscrimination(MemoryBank(num_images, dim, bank_momentum, seed), criterion)

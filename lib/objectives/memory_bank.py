@@ -2,12 +2,11 @@
 
 The bank M (N x D) holds one unit vector per training image. A loss compares the embeddings v (B x D,
 unit norm) of a batch with the bank; the gradient flows into v alone. After the optimizer step,
-`MemoryBank.update` moves the rows of the batch toward their new embeddings. Doing that outside of
-backward keeps mixed precision, gradient accumulation and several processes correct.
+`MemoryBank.update` moves the rows of the batch toward their new embeddings, outside of backward.
 
 Every process holds the whole bank and computes the loss of its rows of a batch. Of `total` rows in the
-whole batch, its own begin at number `first`, and a loss is their part of the batch's mean: the parts add up
-to the mean. Random numbers are drawn for the whole batch.
+whole batch, its own begin at number `first`, and a loss is their part of the batch's mean. Random numbers
+are drawn for the whole batch.
 """
 
 import math
@@ -27,14 +26,10 @@ EPS = 1e-7  # value of the published code that keeps the logarithms of the NCE l
 
 
 class MemoryBank(nn.Module):
-    """Memory bank: one unit vector per training image.
+    """Memory bank M: one unit vector per training image, of whose old value an update keeps `momentum`.
 
-    Args:
-        num_images: N.
-        dim: D.
-        momentum: fraction of the old row that an update keeps (0.5 as published).
-        seed: seed of the initial values, uniform in +-1/sqrt(D/3) and then scaled to unit norm (the
-            published bank starts without that scaling, off the sphere).
+    Initial values are uniform in +-1/sqrt(D/3) and then scaled to unit norm; the published bank starts
+    without that scaling, off the sphere.
     """
 
     def __init__(self, num_images: int, dim: int, momentum: float = 0.5, seed: int = 0) -> None:
@@ -60,8 +55,7 @@ class _BankSoftmax(torch.autograd.Function):
     """Cross-entropy of softmax(v M^T / T), summed and divided by `num_rows`, without B x N in memory.
 
     The bank takes no gradient, so that one pass gives the loss and d loss / d v: it keeps a running maximum
-    and sum (online softmax) and the running sum of p m. Products run in the given format, sums in that of
-    the bank.
+    and sum (online softmax) and the running sum of p m. Sums are in the number format of the bank.
     """
 
     block = 8192  # rows of the bank at a time: B x 8192 logits stay inside the cache
@@ -118,7 +112,7 @@ class FullSoftmax(nn.Module):
         return math.log(num_images)
 
     def flops(self, num_images: int, dim: int) -> float:
-        """Count floating point operations per image: the logits, and the weighted rows of the gradient."""
+        """Count operations per image: the logits, and the weighted rows of the gradient."""
         return 4.0 * num_images * dim
 
     def forward(
@@ -147,14 +141,10 @@ def draw_negatives(
     first: int = 0,
     total: int = 0,
 ) -> Tensor:
-    """Draw B x K image indexes, uniform over all images except each row's own.
+    """Draw B x K image indexes, uniform over all images except each row's own; ValueError if there is none.
 
-    They are drawn for the `total` rows of the whole batch, of which these begin at number `first`. Uniform
-    sampling needs no alias table: a draw from N - 1 numbers, plus one from the row's own index on, is
-    exactly uniform over the others and never the positive.
-
-    Raises:
-        ValueError: if there is no other image.
+    They are drawn for the `total` rows of the whole batch, of which these begin at number `first`. A draw
+    from N - 1 numbers, plus one from the row's own index on, is exactly uniform over the others.
     """
     if num_images < 2:
         raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
@@ -180,26 +170,11 @@ class _Sampled(nn.Module):
         return num_images < GATHER_COST * self.k  # B x N products are cheaper than B x K x D copies
 
     def flops(self, num_images: int, dim: int) -> float:
-        """Count floating point operations per image: similarities and their gradient."""
+        """Count operations per image: similarities and their gradient."""
         return 4.0 * dim * (num_images if self._by_products(num_images) else 1 + self.k)
 
-    def similarities(
-        self, v: Tensor, indexes: Tensor, memory: Tensor, step: int, first: int, total: int
-    ) -> Tensor:
-        """Compute B x (1 + K) values v.m / T, the positive first."""
-        negatives = draw_negatives(
-            indexes, self.k, len(memory), self.seed, step, first=first, total=total
-        )
-        v = v.to(memory.dtype)
-        rows = torch.cat([indexes[:, None], negatives], dim=1)
-        if self._by_products(len(memory)):
-            products = (v @ memory.T).gather(1, rows)
-        else:
-            products = torch.einsum("bd,bkd->bk", v, memory[rows])
-        return products / self.temperature
-
     def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
-        """Sum the losses of some rows, of `total` in the whole batch."""
+        """Sum the losses of rows, of `total` in the whole batch, from B x (1 + K) v.m / T, positive first."""
         raise NotImplementedError
 
     def forward(
@@ -213,21 +188,23 @@ class _Sampled(nn.Module):
         total: int = 0,
     ) -> Tensor:
         """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D."""
-        total = total or len(indexes)
-        similarities = self.similarities(v, indexes, memory, step, first, total)
-        return self.summed(similarities, len(memory), total) / total
+        n, total, v = len(memory), total or len(indexes), v.to(memory.dtype)
+        negatives = draw_negatives(indexes, self.k, n, self.seed, step, first=first, total=total)
+        rows = torch.cat([indexes[:, None], negatives], dim=1)
+        if self._by_products(n):
+            products = (v @ memory.T).gather(1, rows)
+        else:
+            products = torch.einsum("bd,bkd->bk", v, memory[rows])
+        return self.summed(products / self.temperature, n, total) / total
 
 
 class NCE(_Sampled):
     """Noise-contrastive estimation with K uniform negatives (`--nce-k K`).
 
     P = exp(v.m / T) / Z; h = P / (P + K/N); the loss is -[log h(positive) + sum over the negatives of
-    log((K/N) / (P + K/N))], averaged over the batch.
-
-    Args:
-        z_momentum: None estimates Z once, as N mean(exp) of the first batch, as published. A number such as
-            0.99 updates it as an exponential moving average: the embeddings of the first batch are random,
-            and Z changes a lot as they learn.
+    log((K/N) / (P + K/N))], averaged over the batch. With `z_momentum` None, Z is estimated once, as
+    N mean(exp) of the first batch, as published. A number such as 0.99 updates it as an exponential moving
+    average: the embeddings of the first batch are random, and Z changes a lot as they learn.
     """
 
     def __init__(self, k: int, temperature: float, seed: int, z_momentum: float | None) -> None:
@@ -260,9 +237,9 @@ class NCE(_Sampled):
 
 
 class InfoNCE(_Sampled):
-    """Softmax cross-entropy of the positive against K bank negatives (`--nce-loss infonce`).
+    """Softmax cross-entropy of the positive against K bank negatives (`--nce-loss infonce`), without Z.
 
-    Later releases of instance discrimination use it (K = 65,536). It needs no estimate of Z.
+    Later releases of instance discrimination use it (K = 65,536).
     """
 
     def chance(self, num_images: int) -> float:

@@ -12,23 +12,17 @@ Network = Callable[[Tensor], Tensor]  # function from images to outputs, in the 
 
 
 class Objective(nn.Module):
-    """A loss of a batch, and the memory that it keeps from step to step.
+    """A loss of a batch, and the memory (a memory bank, a moving average) that it keeps in buffers.
 
-    The memory (a memory bank, a moving average) is held in buffers, which move to the device and into the
-    checkpoint. `forward` computes on the device alone, with shapes that depend on the batch size only, and
-    never makes the host wait.
+    Buffers move to the device and into the checkpoint. `forward` computes on the device alone, with shapes
+    that depend on the batch size only, and never makes the host wait.
     """
 
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Compute the losses of one batch.
+        """Compute the losses of one batch by name, and return with them the data that `after_step` needs.
 
-        Args:
-            network: function from B x C x S x S images to B x D outputs; runs under autocast.
-            batch: this process's rows of the batch.
-
-        Returns:
-            Losses by name, and the data of this batch that `after_step` needs. Training minimizes `loss`,
-            this process's part of the mean over the `batch.total` rows.
+        `network` maps B x C x S x S images to B x D outputs under autocast. Training minimizes `loss`, this
+        process's part of the mean over the `batch.total` rows.
         """
         raise NotImplementedError
 
@@ -55,10 +49,6 @@ class Objective(nn.Module):
         return {"objective": state} if state else {}
 
     def load_entries(self, state: Mapping[str, Any]) -> None:
-        """Restore the memory from the entries of `checkpoint_entries`.
-
-        Raises:
-            KeyError, RuntimeError: if an entry is missing or does not fit.
-        """
+        """Restore the memory; KeyError or RuntimeError if an entry is missing or does not fit."""
         if self.state_dict():
             self.load_state_dict(state["objective"])

@@ -3,7 +3,7 @@
     @dataclass(frozen=True)
     class Optimization:
         GROUP: ClassVar[str] = "optimization"
-        lr: float = option(0.03, "--rate", limit=POSITIVE, invariant=True, help="highest learning rate")
+        lr: float = invariant(0.03, "--rate", limit=POSITIVE, help="highest learning rate")
 
 The option is named after the field, `--lr`. `lib.cli.declared` makes the command line from such classes, and
 `resume_invariants` lists what a resumed run must not change. A subclass that repeats a field with another
@@ -12,7 +12,7 @@ value, `lr: float = 0.1`, changes the default and nothing else; `redeclared` cha
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -53,6 +53,11 @@ def option(default: Any, *flags: str, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(flags, help, **more)})
 
 
+def invariant(default: Any, *flags: str, **more: Any) -> Any:
+    """Declare an option, as `option` does, that a resumed run must not change."""
+    return option(default, *flags, invariant=True, **more)
+
+
 def redeclared(
     kind: type, name: str, *more_flags: str, default: Any = MISSING, **changes: Any
 ) -> Any:
@@ -80,6 +85,7 @@ def options_of(kind: type) -> dict[str, Option]:
     return found
 
 
-def resume_invariants(kind: type) -> tuple[str, ...]:
-    """Return the names of the options that a resumed run must not change."""
-    return tuple(name for name, declared in options_of(kind).items() if declared.invariant)
+def resume_invariants(kind: type) -> dict[str, Any]:
+    """Return the options that a resumed run must not change, with their defaults."""
+    default = {each.name: each.default for each in fields(kind)}
+    return {name: default[name] for name, each in options_of(kind).items() if each.invariant}

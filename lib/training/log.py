@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,17 @@ class RunLog:
         """Append one line; the numbers of an event with a step go to TensorBoard too."""
         plain = _plain(values)
         head = {"event": event, "time": round(time.time(), 3)}
-        head |= {} if step is None else {"step": step}
+        if step is not None:
+            head["step"] = step
         self._lines.write(json.dumps(head | plain, allow_nan=False) + "\n")
         self._lines.flush()
-        if step is None:
-            return
-        for name, value in plain.items():
+        for name, value in plain.items() if step is not None else ():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._board.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
         self._lines.close()
         self._board.close()
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextmanager
@@ -69,5 +62,5 @@ def main_log(folder: Path) -> Iterator[Writer]:
     if not is_main():
         yield lambda *_, **__: None
         return
-    with RunLog(folder) as log:
+    with closing(RunLog(folder)) as log:
         yield log.write

@@ -34,7 +34,7 @@ class AverageMeter:
 
 
 class Throughput:
-    """The speed of training, and the fraction of time spent waiting for images; pauses do not count.
+    """The speed of training; pauses do not count.
 
     Args:
         waited: function that returns the seconds spent waiting for images so far.
@@ -42,9 +42,7 @@ class Throughput:
     """
 
     def __init__(
-        self,
-        waited: Callable[[], float],
-        mfu: Callable[[float], float] | None = None,
+        self, waited: Callable[[], float], mfu: Callable[[float], float] | None = None
     ) -> None:
         self._waited_so_far, self._mfu = waited, mfu
         self._restart()

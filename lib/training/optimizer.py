@@ -19,14 +19,8 @@ def sgd(
 
     It is fused: one kernel updates all parameters, to the same bits as a loop over them.
     """
-    return torch.optim.SGD(
-        parameters,
-        lr=lr,
-        momentum=momentum,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        fused=True,
-    )
+    decay = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    return torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
 
 
 def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:

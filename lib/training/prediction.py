@@ -30,18 +30,14 @@ BLOCK_BYTES = 256 * 2**20  # size of the pictures decoded at a time
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network on the CPU, and its description with a name for every class."""
+    """A network, and its description with a name for every class."""
 
     model: nn.Module
     description: Description
 
 
 def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
-    """Load the classifier in a checkpoint of phase 3.
-
-    Args:
-        path: checkpoint written by `cifar-semi.py` or `imagenet-semi.py`.
-        architecture: needed if the checkpoint does not name it (the published ones do not).
+    """Load the classifier in a checkpoint of phase 3, whose `architecture` the published ones do not name.
 
     Raises:
         ValueError: if it holds no classifier, does not name its network, or does not fit it.
@@ -61,11 +57,7 @@ def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
 
 
 def pictures(folder: str | Path, classifier: Classifier) -> FileSet:
-    """List all pictures below a folder, at any depth, in the order of their paths and without labels.
-
-    Raises:
-        ValueError: if the folder does not exist or holds no picture.
-    """
+    """List the pictures at any depth below a folder by path, without labels; ValueError if there is none."""
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; name one with pictures in it")
@@ -81,12 +73,7 @@ def pictures(folder: str | Path, classifier: Classifier) -> FileSet:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most probable classes of each picture, the best first.
-
-    Attributes:
-        labels: N x K class numbers.
-        confidence: N x K probabilities.
-    """
+    """The K most probable classes of each picture, the best first, and their probabilities: N x K."""
 
     labels: Tensor
     confidence: Tensor
@@ -132,12 +119,7 @@ def predict(
     batch_size: int = 500,
     num_workers: int = 0,
 ) -> Predictions:
-    """Classify every picture; each process takes its shard, and all return the whole result.
-
-    Args:
-        top: number of classes to keep of each picture, at most all of them.
-        batch_size: pictures at a time, in each process.
-        num_workers: workers of each process that decode image files.
+    """Find the `top` classes of every picture; each process takes its shard, and all return the whole result.
 
     Raises:
         ValueError: if a picture cannot be read, naming it, or the network's outputs are not finite.

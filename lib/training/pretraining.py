@@ -3,31 +3,25 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from datasets import UNKNOWN, DataSet
-from lib.features import extraction
-from lib.files import checkpoint, provenance, weights
-from lib.files.description import METRIC, Description
+from lib.features.extraction import extract
+from lib.files import checkpoint, weights
+from lib.files.description import NUM_NEIGHBORS, TEMPERATURE
 from lib.files.published import BANK, bank_rows, is_metric
-from lib.files.resume import newest_readable
-from lib.loading.batches import with_loader
-from lib.objectives.instance import InstanceDiscrimination, instance_discrimination
+from lib.graph import knn
+from lib.objectives.instance import InstanceDiscrimination
+from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime.devices import Device
 from lib.runtime.distributed import print_main, world_size
-from lib.runtime.option import resume_invariants
-from lib.training.evaluation import knn_monitor
 from lib.training.meters import speed
 from lib.training.settings import PretrainingSettings as Settings
-from lib.training.state import TrainState, naming, restore
+from lib.training.state import TrainState, load_network, naming
 
 Z_MOMENTUM = 0.99  # momentum of NCE's normalizer
-
-
-RESUME_INVARIANTS = resume_invariants(Settings)
 
 
 def check_images(num_images: int, nce_k: int) -> None:
@@ -43,80 +37,30 @@ def check_images(num_images: int, nce_k: int) -> None:
 
 def build_objective(settings: Settings, num_images: int, device: Device) -> InstanceDiscrimination:
     """Build instance discrimination over `num_images` images with the options of a run."""
-    objective = instance_discrimination(
-        num_images,
-        settings.low_dim,
-        num_negatives=settings.nce_k,
-        temperature=settings.nce_t,
-        bank_momentum=settings.nce_m,
-        loss=settings.nce_loss,
+    loss = build_loss(
+        settings.nce_k,
+        settings.nce_t,
+        kind=settings.nce_loss,
         z_momentum=Z_MOMENTUM if settings.nce_z == "moving-average" else None,
         seed=settings.rng_seed,
         bf16=device.bf16,
     )
-    return objective.to(device.torch_device)
+    bank = MemoryBank(num_images, settings.low_dim, settings.nce_m, settings.rng_seed)
+    return InstanceDiscrimination(bank, loss).to(device.torch_device)
 
 
-def describe_metric(settings: Settings, train: DataSet, *, imagenet: bool = False) -> Description:
-    """Describe the network of a run, for the readers of its checkpoints."""
-    mean, std = train.stats
-    return Description(
-        METRIC,
-        settings.architecture,
-        {
-            "out_features": settings.low_dim,
-            "in_channels": 3,
-            "normalize": True,
-            "imagenet": imagenet,
-        },
-        mean,
-        std,
-        train.image_size,
-        train.evaluation_resize,
-        train.classes,
-    )
-
-
-def load_weights(
-    model: nn.Module, state: Mapping[str, Any], source: str, *, keep_head: bool = True
-) -> None:
-    """Load weights into the network, and print what was loaded."""
-    tensors = weights.model_weights(state, source)
-    report = weights.load_weights(model, tensors, source=source, keep_head=keep_head)
-    print_main(f"{source}: {report}")
-
-
-def load_pretrained(model: nn.Module, source: str) -> None:
-    """Load the weights of another network, with the last layer of a metric if that has our shape."""
-    state = checkpoint.load_dict(source)
-    name = f"{model.head_name}.weight"
-    head = weights.model_weights(state, source).get(name)
-    same = head is not None and head.shape == model.state_dict()[name].shape
-    load_weights(model, state, source, keep_head=same and is_metric(state))
-
-
-def find_checkpoint(resume: str, folder: Path, names: Iterable[str], *, needed: bool) -> str:
-    """Return the file that --resume names: with `auto` the newest readable one of the run, or none.
-
-    Raises:
-        ValueError: if one is needed and there is none; or as `newest_readable`.
-    """
-    source = newest_readable(folder, names) if resume == "auto" else resume
-    if needed and not source:
+def load_measured(model: nn.Module, source: str) -> None:
+    """Load the weights of the checkpoint to measure; ValueError if there is none or it does not fit."""
+    if not source:
         raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
-    return source
+    load_network(model, checkpoint.load_dict(source), source)
 
 
-def resume(
-    state: TrainState, source: str, steps_per_epoch: int, invariants: tuple[str, ...] = ()
-) -> None:
+def resume(state: TrainState, source: str, steps_per_epoch: int) -> None:
     """Resume a pretraining run from the checkpoint `source`.
 
     A file without the record `meta` is taken for a published one: its weights, momenta, memory bank and
     epoch are used with the options of this run, and the rest of the state starts anew.
-
-    Args:
-        invariants: options that must be the same, besides those of every run of phase 1.
 
     Raises:
         ValueError: if it is not a checkpoint of phase 1, does not fit, or belongs to a run with other
@@ -126,35 +70,28 @@ def resume(
     if not is_metric(entries):
         checkpoint.require_keys(entries, source, BANK)
     own = state.objective.checkpoint_entries()
+    with naming(source):
+        epoch = int(entries["epoch"]) + 1 - (state.names.first_epoch or 0)
+        accuracy = float(entries.get("acc", entries.get("best_prec1", 0.0)))
+    progress = {"step": epoch * steps_per_epoch, "acc": accuracy}
     if {"meta", "criterion", "description"} & entries.keys():  # published files have none of these
         checkpoint.require_keys(entries, source, "meta", "best_acc")
-        names = (*RESUME_INVARIANTS, *invariants)
-        provenance.require_same(with_loader(entries["meta"]), state.meta, names)
+        state.require_own(entries["meta"])
         checkpoint.require_keys(entries, source, *own)
-        provenance.say_precision(entries["meta"], state.meta)
-        state.load_state_dict(_complete(entries, steps_per_epoch, state), source)
+        state.load_state_dict({**progress, **entries}, source)  # older files lack some of them
     else:
-        _take_over(state, entries, source, steps_per_epoch)
+        progress["best_acc"] = entries.get("best_acc", accuracy)
+        _take_over(state, entries, {**own, **progress}, source)
     within = state.step - state.epoch * steps_per_epoch
     place = f" and {within} steps" if within else ""
     print_main(f"continuing after epoch {state.epoch}{place} (best so far {state.best:.2f}%)")
 
 
-def _complete(
-    entries: Mapping[str, Any], steps_per_epoch: int, state: TrainState
-) -> dict[str, Any]:
-    """Add the entries that older files of this project do not hold."""
-    epoch = int(entries["epoch"]) + 1 - (state.names.first_epoch or 0)
-    accuracy = entries.get("best_prec1", 0.0)
-    return {"step": epoch * steps_per_epoch, "acc": accuracy, **entries}
-
-
 def _take_over(
-    state: TrainState, entries: Mapping[str, Any], source: str, steps_per_epoch: int
+    state: TrainState, entries: Mapping[str, Any], more: Mapping[str, Any], source: str
 ) -> None:
-    """Load weights, momenta and memory bank of a published file; the optimizer keeps this run's options."""
-    rows = bank_rows(entries, source)
-    bank = state.objective.bank_rows
+    """Resume from a published file with the entries that it lacks; the optimizer keeps its options."""
+    rows, bank = bank_rows(entries, source), state.objective.bank_rows
     if bank is None:
         raise ValueError(
             f"{source} is a published file, whose memory bank this objective has no use for"
@@ -164,21 +101,16 @@ def _take_over(
             f"{source} holds a memory bank of {_shape(rows)} numbers, this run needs "
             f"{_shape(bank)}: it was made with other images or another --low-dim"
         )
-    state.load_network(entries, source)
-    groups = [
+    names = weights.model_weights(entries, source)
+    with naming(source):
+        momenta = _in_own_order(state.model, entries["optimizer"], names)
+    options = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
-    names = weights.model_weights(entries, source)
-    momenta = _in_own_order(state.model, entries["optimizer"], names)
-    restore(source, [(state.optimizer, momenta)])
-    bank.copy_(rows)
-    for group, own in zip(state.optimizer.param_groups, groups, strict=True):
+    more = {**more, BANK: {"memory": rows}, "optimizer": momenta}
+    state.load_state_dict({**entries, **more}, source)
+    for group, own in zip(state.optimizer.param_groups, options, strict=True):
         group.update(own)
-    with naming(source):
-        state.epoch = int(entries["epoch"]) + 1 - (state.names.first_epoch or 0)
-        state.step = state.epoch * steps_per_epoch
-        state.accuracy = float(entries.get("acc", entries.get("best_prec1", 0.0)))
-        state.best = float(entries.get("best_acc", state.accuracy))
     print_main(
         f"{source} is a published file: it records no options to compare with those of this run"
     )
@@ -195,7 +127,7 @@ def _in_own_order(
     theirs = [name for name in names if name in set(own)]
     groups = optimizer["param_groups"]
     if len(groups) != 1 or len(theirs) != len(own) or len(groups[0]["params"]) != len(own):
-        return optimizer  # `restore` reports that it does not fit
+        return optimizer  # loading it reports that it does not fit
     number = dict(zip(theirs, groups[0]["params"], strict=True))
     return {**optimizer, "param_groups": [{**groups[0], "params": [number[name] for name in own]}]}
 
@@ -208,9 +140,7 @@ def _shape(rows: Tensor) -> str:
 class Monitor:
     """Measurement of a metric by the nearest neighbors of the test images among the training images.
 
-    Attributes:
-        num_workers: workers of this process that read image files.
-        batch_size: images at a time, over all processes.
+    Images are read by `num_workers` of this process, in batches of `batch_size` over all processes.
     """
 
     train: DataSet
@@ -220,31 +150,27 @@ class Monitor:
     batch_size: int = 500
 
     def __call__(self, model: nn.Module, bank: Tensor | None) -> dict[str, float]:
-        """Measure kNN accuracies; {} without test images or without labels.
+        """Measure kNN accuracies (`lib.graph.knn.accuracy`); {} without test images or without labels.
 
-        Args:
-            bank: N x D embeddings of the training images; None computes them.
+        `bank` are the N x D embeddings of the training images, which stay as they are; None computes them.
         """
         targets, test = self.train.targets, self.test
         unknown = test is None or bool((test.targets == UNKNOWN).all())
         if unknown or bool((targets == UNKNOWN).all()):
             return {}
         if bank is None:
-            bank = extraction.extract(model, self.train, self.device, **self._reading)
+            bank = self._extracted(model, self.train)
         bank = bank.to(self.device.torch_device)
-        return knn_monitor(model, bank, targets, test, self.device, **self._reading)
+        queries = self._extracted(model, test).to(self.device.torch_device)
+        parameters = {"k": NUM_NEIGHBORS, "temperature": TEMPERATURE}
+        return knn.accuracy(queries, test.targets, bank, targets, test.num_classes, **parameters)
 
-    @property
-    def _reading(self) -> dict[str, int]:
-        batch_size = max(1, self.batch_size // world_size())
-        return {"batch_size": batch_size, "num_workers": self.num_workers}
+    def _extracted(self, model: nn.Module, data: DataSet) -> Tensor:
+        size = max(1, self.batch_size // world_size())
+        return extract(model, data, self.device, batch_size=size, num_workers=self.num_workers)
 
     def measure(self, model: nn.Module, bank: Tensor | None = None) -> dict[str, float]:
-        """Measure and print accuracies on `bank`, or on one recomputed from all training images.
-
-        Raises:
-            ValueError: if there are no test images or no labels.
-        """
+        """Measure as above, and print; ValueError if there are no test images or no labels."""
         scores = self(model, bank)
         if not scores:
             raise ValueError("measuring needs test images, and labels for the training images")
@@ -253,11 +179,7 @@ class Monitor:
 
 
 def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
-    """Read the N x D memory bank in a checkpoint of phase 1.
-
-    Raises:
-        ValueError: if it holds none, or one of other images.
-    """
+    """Read the N x D memory bank in a checkpoint of phase 1; ValueError if it holds none of these images."""
     state = checkpoint.load_dict(source)
     bank = bank_rows(state, source)
     recorded = state.get("meta", {}).get("data_digest", digest)

@@ -1,7 +1,7 @@
 """Progress lines, progress bars and the log of a run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from lib.training.meters import Throughput, speed
 from lib.training.state import TrainState
 from lib.training.step import Step
 
+Progress = TypeVar("Progress", bound="_Progress")
 BAR_EVERY = 50  # steps between losses on the progress bar: each one waits for the device
 
 
@@ -26,7 +27,28 @@ def step_arithmetic(
     return profiling.Arithmetic(needed, profiling.matrix_rate(device) * world_size())
 
 
-class EpochProgress:
+class _Progress:
+    """A progress bar that ends with its block, and the speed so far."""
+
+    def __init__(
+        self, batches: Batches, arithmetic: profiling.Arithmetic, **bar: str | int
+    ) -> None:
+        self._throughput = Throughput(lambda: batches.waited_s, arithmetic.mfu)
+        self.bar = progress_bar(unit="step", **bar)
+
+    def __enter__(self: Progress) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def count(self, step: Step) -> None:
+        """Count a step, after `TrainState.count`."""
+        self._throughput.count(step.batch_size)
+        self.bar.update()
+
+
+class EpochProgress(_Progress):
     """Progress within one epoch: a bar, and a line every `print_freq` steps."""
 
     def __init__(
@@ -39,28 +61,14 @@ class EpochProgress:
     ) -> None:
         self.state, self.total, self.print_freq = state, steps_per_epoch, print_freq
         self.start = state.epoch * steps_per_epoch
-        self._throughput, self._line = (
-            Throughput(lambda: batches.waited_s, arithmetic.mfu) for _ in range(2)
-        )
-        self.bar = progress_bar(
-            initial=state.step - self.start,
-            total=steps_per_epoch,
-            desc=f"epoch {state.epoch + 1}",
-            unit="step",
-        )
-
-    def __enter__(self) -> "EpochProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self._line = Throughput(lambda: batches.waited_s, arithmetic.mfu)
+        bar = {"initial": state.step - self.start, "total": steps_per_epoch}
+        super().__init__(batches, arithmetic, desc=f"epoch {state.epoch + 1}", **bar)
 
     def count(self, step: Step) -> None:
-        """Count a step, after `TrainState.count`."""
+        super().count(step)
         state = self.state
-        self._throughput.count(step.batch_size)
         self._line.count(step.batch_size)
-        self.bar.update()
         done = state.step - self.start
         if self.print_freq and done % self.print_freq == 0:
             line = f"epoch {state.epoch + 1:4d}  step {done:5d}/{self.total}"
@@ -75,7 +83,7 @@ class EpochProgress:
         return {"loss": loss} | self._throughput.lap()
 
 
-class RunProgress:
+class RunProgress(_Progress):
     """Progress of a run that is counted in steps: a bar, and lines on request."""
 
     def __init__(
@@ -87,19 +95,7 @@ class RunProgress:
         write: Writer,
     ) -> None:
         self.state, self.max_iters, self.write = state, max_iters, write
-        self._throughput = Throughput(lambda: batches.waited_s, arithmetic.mfu)
-        self.bar = progress_bar(total=max_iters, initial=state.step, unit="step")
-
-    def __enter__(self) -> "RunProgress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def count(self, step: Step) -> None:
-        """Count a step."""
-        self._throughput.count(step.batch_size)
-        self.bar.update()
+        super().__init__(batches, arithmetic, total=max_iters, initial=state.step)
 
     def report(self, step: Step) -> None:
         """Print and log the mean loss and the speed since the last report."""
@@ -109,8 +105,6 @@ class RunProgress:
         line = f"step {self.state.step:6d}/{self.max_iters}  loss {loss:.4f}  lr {step.lr:.5f}"
         print_main(f"{line}  {speed(lap)}")
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Exclude the time of a block from the speed."""
-        with self._throughput.paused():
-            yield
+        return self._throughput.paused()

@@ -4,7 +4,7 @@ Each schedule maps (step, total steps, base rate) to a rate; `step` counts optim
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,58 +32,41 @@ def cosine(step: int, total: int, base: float, eta_min: float = ETA_MIN) -> floa
     return eta_min + (base - eta_min) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
 
 
-def multi_step(
-    step: int,
-    total: int,
-    base: float,
-    milestones: Sequence[float] = CIFAR_DROPS.milestones,
-    gamma: float = CIFAR_DROPS.gamma,
-) -> float:
-    """Return `base` times `gamma` for each milestone (a fraction of `total`) that is passed."""
+def multi_step(step: int, total: int, base: float, drops: Drops) -> float:
+    """Return `base` times `gamma` for each milestone that is passed."""
     # rounding is needed, because products such as 0.6 * 200 may be off by one bit
-    passed = sum(step >= round(m * total) for m in milestones)
-    return base * gamma**passed
+    passed = sum(step >= round(m * total) for m in drops.milestones)
+    return base * drops.gamma**passed
 
 
-def cosine_with_restart(
-    step: int, first_cycle: int, base: float, eta_min: float = ETA_MIN, factor: int = 2
-) -> float:
-    """Return cosine cycles of `first_cycle` steps, then `factor` times as many, and so on (SGDR).
+def cosine_with_restart(step: int, first_cycle: int, base: float) -> float:
+    """Return cosine cycles of `first_cycle` steps, then twice as many, and so on (SGDR).
 
-    The published 1270 epochs are exactly seven cycles of 10, 20, ... 640 epochs, which end at `eta_min`.
+    The published 1270 epochs are exactly seven cycles of 10, 20, ... 640 epochs, which end at `ETA_MIN`.
     """
     length = first_cycle
     while step >= length:
-        step, length = step - length, length * factor
-    return cosine(step, length, base, eta_min)
+        step, length = step - length, length * 2
+    return cosine(step, length, base)
 
 
-def one_cycle(
-    step: int, total: int, base: float, warmup: float = 0.3, eta_min: float = ETA_MIN
-) -> float:
-    """Return a half cosine up from base / 25 during the fraction `warmup`, then down (Smith 2018)."""
-    peak = max(1, round(warmup * total))
+def one_cycle(step: int, total: int, base: float) -> float:
+    """Return a half cosine up from base / 25 during 30% of the steps, then down (Smith 2018)."""
+    peak = max(1, round(0.3 * total))
     if step < peak:
         return base / 25 + (base - base / 25) * (1 - math.cos(math.pi * step / peak)) / 2
-    return cosine(step - peak, max(1, total - peak), base, eta_min)
+    return cosine(step - peak, max(1, total - peak), base)
 
 
 def learning_rate(
-    name: str,
-    *,
-    base: float,
-    total: int,
-    steps_per_epoch: int = 1,
-    drops: Drops | None = None,
+    name: str, base: float, total: int, steps_per_epoch: int = 1, drops: Drops | None = None
 ) -> Callable[[int], float]:
-    """Return the schedule `name` over `total` steps as a function of the step.
+    """Return a schedule over `total` optimizer steps, at most `base`, as a function of the step.
 
     Args:
         name: one of `SCHEDULES`.
-        base: highest rate.
-        total: optimizer steps of the whole run.
-        steps_per_epoch: steps of one epoch: the first cycle of `cosine-with-restart` lasts 10 epochs, and
-            `multi-step` has its own milestones at 600 epochs.
+        steps_per_epoch: the first cycle of `cosine-with-restart` lasts 10 epochs, and `multi-step` has its
+            own milestones at 600 epochs.
         drops: milestones of `multi-step`; None takes the published ones of CIFAR.
 
     Raises:
@@ -91,14 +74,11 @@ def learning_rate(
     """
     if drops is None:
         drops = CIFAR_600_DROPS if total / steps_per_epoch == 600 else CIFAR_DROPS
+    first_cycle = 10 * steps_per_epoch
     choices: dict[str, Callable[[int], float]] = {
         "cosine": partial(cosine, total=total, base=base),
-        "multi-step": partial(
-            multi_step, total=total, base=base, milestones=drops.milestones, gamma=drops.gamma
-        ),
-        "cosine-with-restart": partial(
-            cosine_with_restart, first_cycle=10 * steps_per_epoch, base=base
-        ),
+        "multi-step": partial(multi_step, total=total, base=base, drops=drops),
+        "cosine-with-restart": partial(cosine_with_restart, first_cycle=first_cycle, base=base),
         "one-cycle": partial(one_cycle, total=total, base=base),
     }
     if name not in choices:

@@ -2,16 +2,13 @@
 
 `PretrainingSettings` is phase 1 and `FinetuningSettings` phase 3; each is made of groups of options, and each
 script has the class that adds its own options or defaults. A field is named as its option. The scripts build
-their command lines from these classes (`lib.cli.declared`). An option marked invariant must have the same
-value when a run is resumed.
+their command lines from these classes (`lib.cli.declared`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lib.labels.split import parse_num_labeled
-from lib.loading.sampler import num_batches
 from lib.objectives.memory_bank import LOSSES
 from lib.runtime.option import (
     FRACTION,
@@ -19,10 +16,10 @@ from lib.runtime.option import (
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_FRACTION,
+    invariant,
     option,
     redeclared,
 )
-from lib.training.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
 from lib.training.shared_settings import Data, Network, Optimization, Stopping, TrainingCompute
 from models import IMAGENET_ARCHITECTURES
 
@@ -31,18 +28,16 @@ from models import IMAGENET_ARCHITECTURES
 
 @dataclass(frozen=True)
 class MetricNetwork(Network):
-    low_dim: int = option(
-        128, limit=POSITIVE, metavar="D", invariant=True, help="dimensions of the embedding"
-    )
+    low_dim: int = invariant(128, limit=POSITIVE, metavar="D", help="dimensions of the embedding")
 
 
 @dataclass(frozen=True)
 class PretrainingOptimization(Optimization):
-    momentum: float = option(
-        0.9, limit=MOMENTUM, metavar="SHARE", invariant=True, help="momentum of the gradients"
+    momentum: float = invariant(
+        0.9, limit=MOMENTUM, metavar="SHARE", help="momentum of the gradients"
     )
-    epochs: int = option(
-        600, limit=POSITIVE, metavar="N", invariant=True, help="passes over the training images"
+    epochs: int = invariant(
+        600, limit=POSITIVE, metavar="N", help="passes over the training images"
     )
 
 
@@ -52,45 +47,41 @@ class InstanceDiscrimination:
 
     GROUP: ClassVar[str] = "memory bank"
 
-    nce_k: int = option(
+    nce_k: int = invariant(
         0,
         limit=NOT_NEGATIVE,
         metavar="K",
-        invariant=True,
         help="negatives to draw for each image; 0: compare with all images, by a full softmax",
     )
-    nce_t: float = option(
-        0.1,
-        limit=POSITIVE,
-        metavar="T",
-        invariant=True,
-        help="temperature that cosine similarities are divided by",
+    nce_t: float = invariant(
+        0.1, limit=POSITIVE, metavar="T", help="temperature that cosine similarities are divided by"
     )
-    nce_m: float = option(
+    nce_m: float = invariant(
         0.5,
         limit=MOMENTUM,
         metavar="SHARE",
-        invariant=True,
         help="momentum of the memory bank: share of a row that is kept when it is updated",
     )
-    nce_loss: str = option(
+    nce_loss: str = invariant(
         "nce",
         choices=LOSSES,
-        invariant=True,
         help="loss over --nce-k negatives: noise-contrastive estimation as published, or softmax "
         "cross-entropy (infonce)",
     )
-    nce_z: str = option(
+    nce_z: str = invariant(
         "moving-average",
         choices=("moving-average", "first-batch"),
-        invariant=True,
         help="normalizer of NCE: a moving average with momentum 0.99, or estimated once from the first batch "
         "as published",
     )
 
 
 @dataclass(frozen=True)
-class PretrainingFiles:
+class PretrainingSettings(
+    Data, MetricNetwork, PretrainingOptimization, InstanceDiscrimination, TrainingCompute, Stopping
+):
+    """Options of phase 1, with the defaults of `unsupervised/cifar.py`."""
+
     GROUP: ClassVar[str] = "files"
 
     model_dir: str = option(
@@ -117,65 +108,35 @@ class PretrainingFiles:
         "are computed anew",
     )
 
-
-@dataclass(frozen=True)
-class PretrainingSettings(
-    Data,
-    MetricNetwork,
-    PretrainingOptimization,
-    InstanceDiscrimination,
-    TrainingCompute,
-    Stopping,
-    PretrainingFiles,
-):
-    """Options of phase 1, with the defaults of `unsupervised/cifar.py`."""
-
     data_dir: str = redeclared(Data, "data_dir", "--dataDir")
     num_workers: int = redeclared(Data, "num_workers", "--workers")
     architecture: str = redeclared(Network, "architecture", "-a")
     lr: float = redeclared(Optimization, "lr", "--learning-rate")
 
-    def steps_per_epoch(self, num_images: int) -> int:
-        return num_batches(num_batches(num_images, self.batch_size), self.iter_size)
-
-    def schedule(self, num_images: int, *, imagenet: bool) -> Callable[[int], float]:
-        """Return the learning rate as a function of the optimizer step."""
-        steps = self.steps_per_epoch(num_images)
-        return learning_rate(
-            self.lr_scheduler,
-            base=self.lr,
-            total=self.epochs * steps,
-            steps_per_epoch=steps,
-            drops=IMAGENET_INSTANCE_DROPS if imagenet else None,
-        )
-
 
 @dataclass(frozen=True)
-class InstanceAugmentation:
+class CifarPretraining(PretrainingSettings):
+    """Options of `unsupervised/cifar.py`."""
+
     GROUP: ClassVar[str] = "augmentation"
 
-    transform_crop: str = option(
+    transform_crop: str = invariant(
         "RandomResizedCrop",
         choices=("RandomResizedCrop", "PadCrop"),
-        invariant=True,
         help="how images are cropped; PadCrop: reflect-pad by an eighth of the side, then crop",
     )
-    transform_scale: float = option(
+    transform_scale: float = invariant(
         0.2,
         limit=POSITIVE_FRACTION,
         metavar="SHARE",
-        invariant=True,
         help="smallest share of the area that RandomResizedCrop keeps",
     )
 
 
 @dataclass(frozen=True)
-class CifarPretraining(PretrainingSettings, InstanceAugmentation):
-    """Options of `unsupervised/cifar.py`."""
+class ImageNetPretraining(PretrainingSettings):
+    """Options of `unsupervised/imagenet.py`, with its defaults."""
 
-
-@dataclass(frozen=True)
-class ImageNetFiles:
     GROUP: ClassVar[str] = "ImageNet"
 
     val_batch_size: int = option(
@@ -214,11 +175,6 @@ class ImageNetFiles:
         help="weights to start from; the last layer is used where the file is of phase 1 and its shape fits",
     )
 
-
-@dataclass(frozen=True)
-class ImageNetPretraining(PretrainingSettings, ImageNetFiles):
-    """Options of `unsupervised/imagenet.py`, with its defaults."""
-
     dataset: str = "folder"
     data_dir: str = ""
     image_size: int = 224
@@ -244,11 +200,11 @@ class ImageNetPretraining(PretrainingSettings, ImageNetFiles):
 
 @dataclass(frozen=True)
 class ClassifierNetwork(Network):
-    finetune: bool = option(
-        False, invariant=True, help="train the last layer only; all others keep their weights"
+    finetune: bool = invariant(
+        False, help="train the last layer only; all others keep their weights"
     )
-    input_gray: bool = option(
-        False, invariant=True, help="turn images gray, for a network of the colorization task"
+    input_gray: bool = invariant(
+        False, help="turn images gray, for a network of the colorization task"
     )
     pretrained: str = option(
         "",
@@ -268,13 +224,12 @@ class ClassifierNetwork(Network):
 @dataclass(frozen=True)
 class FinetuningOptimization(Optimization):
     lr: float = 0.01
-    max_iters: int = option(
-        500000, limit=POSITIVE, metavar="STEPS", invariant=True, help="optimizer steps of the run"
+    max_iters: int = invariant(
+        500000, limit=POSITIVE, metavar="STEPS", help="optimizer steps of the run"
     )
-    criterion: str = option(
+    criterion: str = invariant(
         "CrossEntropyLoss",
         choices=("CrossEntropyLoss", "MultiMarginLoss"),
-        invariant=True,
         help="loss, as torch.nn names it",
     )
 
@@ -285,12 +240,11 @@ class Labels:
 
     GROUP: ClassVar[str] = "labels"
 
-    num_labeled: int | str = option(
+    num_labeled: int | str = invariant(
         500,
         parse=parse_num_labeled,
         limit=POSITIVE,
         metavar="N",
-        invariant=True,
         help="images whose true labels are used, equally many of each class; all: every image that has one",
     )
     pseudo_file: str = option(
@@ -304,32 +258,30 @@ class Labels:
         metavar="DIR",
         help="pseudo-labels of phase 2 in chunks: DIR/10_0.pth.tar ... DIR/10_9.pth.tar",
     )
-    pseudo_ratio: float = option(
+    pseudo_ratio: float = invariant(
         1,
         limit=FRACTION,
         metavar="SHARE",
-        invariant=True,
         help="share of the pseudo-labels to use, the most confident ones",
     )
-    pseudo_per_chunk: bool = option(
+    pseudo_per_chunk: bool = invariant(
         False,
-        invariant=True,
         help="take --pseudo-ratio of every chunk, as published, instead of one ranking of all chunks",
     )
-    class_balanced: bool = option(
-        False,
-        invariant=True,
-        help="take --pseudo-ratio of every class, instead of one ranking of all classes",
+    class_balanced: bool = invariant(
+        False, help="take --pseudo-ratio of every class, instead of one ranking of all classes"
     )
-    confidence_weighted: bool = option(
-        False,
-        invariant=True,
-        help="weight the loss of a pseudo-labeled image by its confidence, as in the paper",
+    confidence_weighted: bool = invariant(
+        False, help="weight the loss of a pseudo-labeled image by its confidence, as in the paper"
     )
 
 
 @dataclass(frozen=True)
-class FinetuningFiles:
+class FinetuningSettings(
+    Data, ClassifierNetwork, FinetuningOptimization, Labels, TrainingCompute, Stopping
+):
+    """Options of phase 3, with the defaults of `cifar-semi.py`."""
+
     GROUP: ClassVar[str] = "files"
 
     model_root: str = option(
@@ -352,19 +304,6 @@ class FinetuningFiles:
     print_freq: int = option(
         100, limit=POSITIVE, metavar="STEPS", help="steps between lines of the terminal and the log"
     )
-
-
-@dataclass(frozen=True)
-class FinetuningSettings(
-    Data,
-    ClassifierNetwork,
-    FinetuningOptimization,
-    Labels,
-    TrainingCompute,
-    Stopping,
-    FinetuningFiles,
-):
-    """Options of phase 3, with the defaults of `cifar-semi.py`."""
 
     data_dir: str = redeclared(Data, "data_dir", "--data_dir", "--dataDir")
 

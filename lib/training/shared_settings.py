@@ -9,7 +9,7 @@ from typing import ClassVar
 from datasets import DATASETS
 from lib.loading.batches import LOADERS
 from lib.runtime.devices import PRECISIONS
-from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, option
+from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, invariant, option
 from lib.runtime.profiling import COMPILE_MODES, WARM_UP
 from lib.training.schedule import SCHEDULES
 from models import SMALL_ARCHITECTURES
@@ -21,17 +21,16 @@ class Data:
 
     GROUP: ClassVar[str] = "data"
 
-    dataset: str = option(
+    dataset: str = invariant(
         "cifar10",
         choices=DATASETS,
-        invariant=True,
         help="cifar10 and cifar100 are downloaded at the first start; patches comes with the installation; "
         "folder is your own images: DIR/train/<class>/*, DIR/test/<class>/* and, for images without a "
         "label, DIR/unlabeled/**",
     )
     data_dir: str = option("./data", metavar="DIR", help="folder of the data set")
-    image_size: int = option(
-        32, limit=POSITIVE, metavar="PIXELS", invariant=True, help="side of the square images"
+    image_size: int = invariant(
+        32, limit=POSITIVE, metavar="PIXELS", help="side of the square images"
     )
     num_workers: int = option(
         2,
@@ -47,9 +46,7 @@ class Data:
 class Network:
     GROUP: ClassVar[str] = "network"
 
-    architecture: str = option(
-        "wrn-28-2", "--arch", metavar="NAME", invariant=True, help=SMALL_ARCHITECTURES
-    )
+    architecture: str = invariant("wrn-28-2", "--arch", metavar="NAME", help=SMALL_ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -58,41 +55,32 @@ class Optimization:
 
     GROUP: ClassVar[str] = "optimization"
 
-    lr: float = option(
+    lr: float = invariant(
         0.03,
         limit=POSITIVE,
         metavar="RATE",
-        invariant=True,
         help="learning rate at its highest, which --lr-scheduler lowers",
     )
-    lr_scheduler: str = option(
+    lr_scheduler: str = invariant(
         "cosine",
         choices=SCHEDULES,
-        invariant=True,
         help="how the learning rate falls: in steps; along a cosine; along cosines that restart, each twice "
         "as long as the one before; or up and down once (one-cycle), for short runs",
     )
-    batch_size: int = option(
+    batch_size: int = invariant(
         128,
         "-b",
         limit=POSITIVE,
         metavar="IMAGES",
-        invariant=True,
         help="images of a batch, in total over all GPUs",
     )
-    weight_decay: float = option(
-        5e-4,
-        "--wd",
-        limit=NOT_NEGATIVE,
-        metavar="FACTOR",
-        invariant=True,
-        help="L2 penalty on the weights",
+    weight_decay: float = invariant(
+        5e-4, "--wd", limit=NOT_NEGATIVE, metavar="FACTOR", help="L2 penalty on the weights"
     )
-    iter_size: int = option(
+    iter_size: int = invariant(
         1,
         limit=POSITIVE,
         metavar="BATCHES",
-        invariant=True,
         help="average the gradients of so many batches for one optimizer step (gradient accumulation), for "
         "large batches in little memory",
     )
@@ -117,9 +105,7 @@ class Compute:
         help="number format of the forward pass; auto: bf16 autocast where the hardware multiplies it fast, "
         "else fp32",
     )
-    rng_seed: int = option(
-        0, limit=SEED, metavar="SEED", invariant=True, help="seed of all random numbers"
-    )
+    rng_seed: int = invariant(0, limit=SEED, metavar="SEED", help="seed of all random numbers")
     deterministic: bool = option(
         False,
         help="let a GPU compute the same bits whenever the command is repeated, at some loss of speed; a CPU "
@@ -131,10 +117,9 @@ class Compute:
 class TrainingCompute(Compute):
     """How training computes, beside where."""
 
-    loader: str = option(
+    loader: str = invariant(
         LOADERS[0],
         choices=LOADERS,
-        invariant=True,
         help="where training images are augmented. device: in whole batches on the device; workers: one by "
         "one in --num-workers processes, by torchvision as in the published code, which is slower. Both draw "
         "from the same distribution, but not the same random numbers",

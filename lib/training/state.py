@@ -1,21 +1,72 @@
 """The state of a training run: everything that a checkpoint holds, under published names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lib.files import checkpoint, description, weights
-from lib.files.description import Description
-from lib.files.published import Names
+from datasets import DataSet
+from lib.files import checkpoint, description, provenance, weights
+from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.published import Names, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import is_main, print_main, share_buffers
 from lib.training.meters import AverageMeter
-from lib.training.step import Step, require_finite
+from lib.training.step import DIVERGED, Step
+
+
+def describe(
+    kind: str,
+    architecture: str,
+    train: DataSet,
+    out_features: int,
+    *,
+    imagenet: bool,
+    gray: bool = False,
+) -> Description:
+    """Describe the network of a run, for `models.build_model` and the readers of its checkpoints."""
+    mean, std = train.stats
+    arguments = {
+        "out_features": out_features,
+        "in_channels": 1 if gray else 3,
+        "normalize": kind == METRIC,
+        "imagenet": imagenet,
+    }
+    sizes = train.image_size, train.evaluation_resize
+    return Description(kind, architecture, arguments, mean, std, *sizes, train.classes)
+
+
+def load_network(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    source: str | Path,
+    *,
+    start_of: Description | None = None,
+) -> None:
+    """Load the weights of a checkpoint into a network, and print what was loaded.
+
+    Args:
+        start_of: description of our network, if the file holds another one to start from. Its last layer is
+            then loaded only where it means the same: an embedding of that size, or these classes.
+
+    Raises:
+        ValueError: if there are no weights, or any but those of the last layer do not fit.
+    """
+    tensors, said, keep = weights.model_weights(state, source), "", True
+    if start_of is not None:
+        name = f"{model.head_name}.weight"
+        fits = name in tensors and tensors[name].shape == model.state_dict()[name].shape
+        keep = fits and is_metric(state) == (start_of.kind == METRIC)
+    if start_of is not None and start_of.kind == CLASSIFIER:
+        keep = class_names(state) in ([], list(start_of.classes)) and keep
+        said = f"; the last layer is {'its own' if keep else 'a new one'}"
+    report = weights.load_weights(model, tensors, source=source, keep_head=keep)
+    print_main(f"{source}: {report}{said}")
 
 
 @dataclass
@@ -23,14 +74,13 @@ class TrainState:
     """The parts of a run that learn, and its progress.
 
     Attributes:
-        description: description of the network, for the readers of the checkpoint.
-        names: published names of the entries.
         meta: provenance of the run (`lib.files.provenance.record`).
+        invariants: options that a resumed run must not change, with their defaults.
         facts: further entries of the checkpoint.
-        step: optimizer steps done.
-        epoch: epochs done and measured.
-        accuracy: percentage at the last test; `best` is the highest so far.
+        step, epoch: optimizer steps done, epochs done and measured.
+        accuracy, best: percentage at the last test, and the highest so far.
         loss: mean over the epoch so far in phase 1, over the steps since the last line in phase 3.
+        checked: step after which the weights were last found finite.
     """
 
     model: nn.Module
@@ -39,12 +89,14 @@ class TrainState:
     description: Description
     names: Names
     meta: Mapping[str, Any]
+    invariants: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
     epoch: int = 0
     accuracy: float = float("nan")
     best: float = 0.0
     loss: AverageMeter = field(default_factory=AverageMeter)
+    checked: int = -1
 
     def count(self, step: Step) -> None:
         """Count an optimizer step and its loss."""
@@ -66,6 +118,21 @@ class TrainState:
         """Count an epoch with its accuracy in percent, and return whether it is the best so far."""
         self.epoch, self.loss = self.epoch + 1, AverageMeter()
         return self.measure(accuracy)
+
+    def require_finite(self) -> None:
+        """Check weights and buffers, once after each step; FloatingPointError names the first bad one."""
+        if self.checked == self.step:
+            return
+        entries = (*self.model.state_dict().items(), *self.objective.state_dict().items())
+        for name, value in entries:
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{name} is not finite after step {self.step}; {DIVERGED}")
+        self.checked = self.step
+
+    def require_own(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError if the record `saved` is of another run; print what changes this one's bits."""
+        provenance.require_same(saved, self.meta, self.invariants)
+        provenance.say_precision(saved, self.meta)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the entries of a checkpoint, the published ones and our own."""
@@ -89,25 +156,16 @@ class TrainState:
         return state | self.objective.checkpoint_entries() | dict(self.facts)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str | Path) -> None:
-        """Restore the run from the entries of the checkpoint `source`.
-
-        Raises:
-            ValueError: if an entry does not fit this run, naming the file.
-        """
-        self.load_network(state, source)
-        restore(source, [(self.optimizer, state["optimizer"])])
+        """Restore the run from the entries of the checkpoint `source`; ValueError if one does not fit."""
+        load_network(self.model, state, source)
         with naming(source):
+            self.optimizer.load_state_dict(state["optimizer"])
             self.objective.load_entries(state)
             self.step = int(state["step"])
             if self.names.first_epoch is not None:
                 self.epoch = int(state["epoch"]) + 1 - self.names.first_epoch
             self.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
             self.accuracy, self.best = float(state["acc"]), float(state["best_acc"])
-
-    def load_network(self, state: Mapping[str, Any], source: str | Path) -> None:
-        """Load the network's weights, and print what was loaded."""
-        tensors = weights.model_weights(state, source)
-        print_main(f"{source}: {weights.load_weights(self.model, tensors, source=source)}")
 
 
 @contextmanager
@@ -121,24 +179,11 @@ def naming(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def restore(source: str | Path, parts: Iterable[tuple[Any, Mapping[str, Any]]]) -> None:
-    """Restore parts of a run (optimizer, memory bank ...) from their states in the file `source`.
-
-    Raises:
-        ValueError: if a state does not fit, naming the file.
-    """
-    with naming(source):
-        for part, state in parts:
-            part.load_state_dict(state)
-
-
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoint files of a run.
+    """The checkpoint files `last` and `best` of a run in `folder`.
 
-    Attributes:
-        last, best: file names in `folder`.
-        numbered: name of a copy that stays, with `{epoch}` for the epochs done; every `save_freq` epochs.
+    After every `save_freq` epochs a copy stays, `numbered` with `{epoch}` for the epochs done.
     """
 
     folder: Path
@@ -150,17 +195,11 @@ class Checkpoints:
     def save(self, state: TrainState, *, is_best: bool = False, end_of_epoch: bool = False) -> None:
         """Write the files that are due on rank 0, whose BatchNorm statistics all processes take over.
 
-        The last one is written at the end: a run that is killed in between repeats its last steps.
-
-        Args:
-            end_of_epoch: whether the copy that stays may be due.
-
-        Raises:
-            FloatingPointError: if a weight or buffer is not finite; nothing is written then.
-            ValueError: if a file cannot be written; the old one stays.
+        The last one is written at the end: a run that is killed in between repeats its last steps. The copy
+        that stays may be due at an `end_of_epoch` alone. Nothing is written if a number is not finite.
         """
         share_buffers(state.model)
-        require_finite(state.step, state.model, state.objective)
+        state.require_finite()
         if not is_main():
             return
         entries = state.state_dict()

@@ -5,11 +5,11 @@ of everything else. It serves every phase, loss and device.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,9 @@ DIVERGED = (
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one optimizer step.
+    """The record of one optimizer step, numbered from 0 over the whole run.
 
-    Attributes:
-        number: number of the step, from 0 over the whole run.
-        losses: means over the step's images of all processes, by name, on the device.
-        batch_size: number of those images.
+    `losses` are means by name, on the device, over the `batch_size` images of all processes.
     """
 
     number: int
@@ -47,15 +44,14 @@ class Step:
 
     @property
     def loss(self) -> Tensor:
-        """Loss that was minimized."""
         return self.losses["loss"]
 
 
 class LossWatch:
-    """The check that ends a run at the first loss that is NaN or infinite.
+    """The check that ends a run at the first loss that is NaN or infinite: on the CPU before the step.
 
-    On the CPU it raises before the step changes anything. On a GPU that would wait for the device at every
-    step: there the number of the first such step stays on the device and is read every `CHECK_EVERY` steps.
+    A GPU would be waited for at every step. There the number of the first such step stays on the device and
+    is read every `CHECK_EVERY` steps.
     """
 
     def __init__(self, device: Device) -> None:
@@ -73,18 +69,6 @@ class LossWatch:
         step = int(self._first)
         if step:
             raise FloatingPointError(f"the loss of step {step} is not finite; {DIVERGED}")
-
-
-def require_finite(step: int, *modules: nn.Module) -> None:
-    """Check every weight and buffer before they are saved after `step`, counted from 1.
-
-    Raises:
-        FloatingPointError: if one holds NaN or infinity, naming the first.
-    """
-    for module in modules:
-        for name, value in module.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise FloatingPointError(f"{name} is not finite after step {step}; {DIVERGED}")
 
 
 def train_steps(
@@ -107,15 +91,10 @@ def train_steps(
 
     Args:
         model: the network, or its wrapper by `lib.runtime.distributed.wrap_ddp`.
-        schedule: function from the number of the step to the learning rate.
         first_step: number of steps that the run has done already.
-        iter_size: batches whose gradients make one step (gradient accumulation).
         full_steps: whether every step has `iter_size` batches of one size. Their losses are then divided
             before the gradients are added up; else the sum is scaled, when its images are known.
         head_only: whether to keep everything but the last layer fixed, BatchNorm's statistics included.
-
-    Yields:
-        A `Step` after each optimizer step.
 
     Raises:
         FloatingPointError: if a loss is not finite, naming the first such step.
@@ -125,82 +104,62 @@ def train_steps(
     watch = LossWatch(device)
     for number, group in enumerate(_groups(batches, iter_size), first_step):
         optimizer.zero_grad(set_to_none=True)
-        done = _Accumulated(planned=iter_size if full_steps else 0)
-        _accumulate(done, model, objective, group, number * iter_size, device)
+        place, planned = number * iter_size, iter_size if full_steps else 0
+        done = _accumulate(model, objective, group, place, device, planned)
         for parameter in objective.parameters():  # DistributedDataParallel sees the network's alone
             if parameter.grad is not None:
                 all_reduce_sum(parameter.grad).div_(world_size())
         watch.see(done.losses["loss"], number + 1)
-        if done.scale != 1:
-            _scale_gradients(optimizer, done.scale)
+        _scale_gradients(optimizer, done.scale)
         lr = schedule(number)
-        _apply(optimizer, lr)
+        for options in optimizer.param_groups:
+            options["lr"] = lr
+        with record_function("optimizer"):
+            optimizer.step()
         with record_function("after step"):
             objective.after_step(done.kept)
         yield Step(number, lr, done.losses, done.rows)
     watch.check()
 
 
-@dataclass
-class _Accumulated:
-    """The batches of one step so far.
-
-    Attributes:
-        planned: batches of one size that there will be; 0 where that is not known.
-        kept: data of each batch that the objective needs after the step.
-        full: rows of the first batch; gradients are those of a mean over as many.
-    """
-
-    planned: int = 0
-    kept: list[Any] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    full: int = 0
-    rows: int = 0
-
-    @property
-    def scale(self) -> float:
-        """Factor that turns a mean over the first batch's rows into one over all rows."""
-        return 1.0 if self.planned else self.full / self.rows
-
-    def add(self, batch: Batch, losses: Mapping[str, Tensor], kept: Any) -> Tensor:
-        """Note a batch, and return its part of the loss to minimize."""
-        self.full = self.full or batch.total
-        self.rows += batch.total
-        self.kept.append(kept)
-        parts = {name: self._part(value, batch) for name, value in losses.items()}
-        for name, part in parts.items():
-            whole = all_reduce_sum(part.detach().clone())
-            self.losses[name] = self.losses[name] + whole if name in self.losses else whole
-        return parts["loss"]
-
-    def _part(self, mean: Tensor, batch: Batch) -> Tensor:
-        return mean / self.planned if self.planned else mean * (batch.total / self.full)
+class _Accumulated(NamedTuple):
+    losses: dict[str, Tensor]  # means over all images of the step
+    kept: list[Any]  # data of each batch that the objective needs after the step
+    rows: int
+    scale: float  # factor that the gradients still need
 
 
 def _accumulate(
-    done: _Accumulated,
     model: nn.Module,
     objective: Objective,
     group: Iterable[tuple[Batch, bool]],
     first_place: int,
     device: Device,
-) -> None:
-    """Run forward and backward for the batches of one step, and average the losses over all images."""
+    planned: int,
+) -> _Accumulated:
+    """Run forward and backward for the batches of one step, of which `planned` have one size, or 0.
+
+    Where that is not known, gradients are added up as those of a mean over the rows of the first batch.
+    """
+    losses, kept, full, rows = {}, [], 0, 0
+    network = partial(_forward, model, device=device)
     for place, (batch, is_last) in enumerate(group, first_place):
-        with _exchange_of_gradients(model, is_last):
-            network = partial(_forward, model, device=device)
+        full, rows = full or batch.total, rows + batch.total
+        alone = is_last or world_size() == 1  # processes exchange gradients with the last batch
+        with nullcontext() if alone else model.no_sync():
             with record_function("objective"):
-                losses, kept = objective(network, replace(batch, step=place))
-            loss = done.add(batch, losses, kept)
+                means, more = objective(network, replace(batch, step=place))
+            kept.append(more)
+            part = batch.total / full
+            parts = {n: v / planned if planned else v * part for n, v in means.items()}
+            for name, value in parts.items():
+                whole = all_reduce_sum(value.detach().clone())
+                losses[name] = losses[name] + whole if name in losses else whole
             with record_function("backward"):
                 # world_size undoes the average over processes in the exchange of gradients
-                (loss * world_size()).backward()
-    done.losses = {name: value * done.scale for name, value in done.losses.items()}
-
-
-def _exchange_of_gradients(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Let processes exchange their gradients once, with the last batch of the step."""
-    return nullcontext() if is_last or world_size() == 1 else model.no_sync()
+                (parts["loss"] * world_size()).backward()
+    scale = 1.0 if planned else full / rows
+    return _Accumulated({name: v * scale for name, v in losses.items()}, kept, rows, scale)
 
 
 def _forward(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:
@@ -216,16 +175,10 @@ def _forward(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:
     return nothing
 
 
-def _apply(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with record_function("optimizer"):
-        optimizer.step()
-
-
 def _scale_gradients(optimizer: Optimizer, factor: float) -> None:
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    if factor != 1:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
 
 def _groups(items: Iterable[Item], size: int) -> Iterator[Iterator[tuple[Item, bool]]]:

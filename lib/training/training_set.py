@@ -37,7 +37,7 @@ class TrainingSet:
 
 
 def read_pseudo_labels(file: str, folder: str) -> list[PseudoLabels]:
-    """Read the pseudo-labels of one file or of a folder of chunks, or none; raise ValueError as those do."""
+    """Read the pseudo-labels of one file or of a folder of chunks, or none."""
     if folder:
         return pseudo_files.load_chunks(folder)
     return [pseudo_files.load(file)] if file else []
@@ -46,20 +46,18 @@ def read_pseudo_labels(file: str, folder: str) -> list[PseudoLabels]:
 def choose_training_set(
     train: DataSet, parts: Sequence[PseudoLabels], settings: Settings, *, source: str = ""
 ) -> TrainingSet:
-    """Choose the labeled images with their true labels, then the most confident pseudo-labeled ones.
+    """Choose the labeled images with their true labels, then the most confident of the pseudo-labeled ones.
 
-    Args:
-        parts: pseudo-labels, in chunks or whole; without any, only the labeled images are chosen.
-        settings: `pseudo_per_chunk` ranks each chunk by itself and takes the same fraction of it.
-        source: file or folder of the pseudo-labels, for messages.
+    Pseudo-labels are in `parts` or whole; without any, only the labeled images are chosen. With
+    `pseudo_per_chunk` each part is ranked by itself and gives the same fraction.
 
     Raises:
         ValueError: if they do not fit the data set and the requested number of labels.
     """
     classes, count = train.num_classes, settings.num_labeled
     if not parts:
-        indexes = labeled_split(train.targets, count, classes, settings.rng_seed).labeled
-        chosen, labels, weights = torch.empty(0).long(), torch.empty(0).long(), torch.empty(0)
+        labeled = labeled_split(train.targets, count, classes, settings.rng_seed).labeled
+        groups: Sequence[PseudoLabels] = []
     else:
         try:
             whole = pseudo_labels.merged(parts)
@@ -67,30 +65,16 @@ def choose_training_set(
             whole.require_fit(len(train), classes, expected, train.digest, train.classes)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-        indexes = whole.labeled
+        labeled = whole.labeled
         groups = parts if settings.pseudo_per_chunk else [whole]
-        chosen, labels, weights = _most_confident(groups, settings)
-    true = train.targets[indexes]
+    true = train.targets[labeled]
     if (true == UNKNOWN).any():
         raise ValueError(f"{source}: a labeled image has no label in this data set")
-    if not settings.confidence_weighted:
-        weights = torch.ones(len(labels))
-    return TrainingSet(
-        torch.cat([indexes, chosen]),
-        torch.cat([true, labels]),
-        torch.cat([torch.ones(len(true)), weights.float()]),
-        len(true),
-    )
-
-
-def _most_confident(
-    groups: Sequence[PseudoLabels], settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return indexes, labels and confidence of the most confident images of each ranking."""
-    ratio, balanced = settings.pseudo_ratio, settings.class_balanced
-    chosen = [(group, group.select(ratio, class_balanced=balanced)) for group in groups]
-    return (
-        torch.cat([group.indexes[positions] for group, positions in chosen]),
-        torch.cat([group.labels[positions] for group, positions in chosen]),
-        torch.cat([group.confidence[positions] for group, positions in chosen]),
-    )
+    indexes, labels, weights = [labeled], [true], [torch.ones(len(true))]
+    for group in groups:
+        best = group.select(settings.pseudo_ratio, class_balanced=settings.class_balanced)
+        confidence = group.confidence[best].float()
+        indexes.append(group.indexes[best])
+        labels.append(group.labels[best])
+        weights.append(confidence if settings.confidence_weighted else torch.ones(len(best)))
+    return TrainingSet(torch.cat(indexes), torch.cat(labels), torch.cat(weights), len(true))

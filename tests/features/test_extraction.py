@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from runs import make_folder
+from runs import load_embedding, make_folder
 from torch import nn
 
 from datasets import UNKNOWN
 from datasets.images import ImageSet
 from lib.features import extraction
-from lib.features.networks import load_embedding
 from lib.files import checkpoint
 from lib.loading import batches
 from lib.runtime.devices import Device

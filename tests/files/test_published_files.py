@@ -8,13 +8,12 @@ import published
 import pytest
 import torch
 from conftest import assert_ok, assert_refused, run_script
-from runs import make_folder
+from runs import load_embedding, make_folder
 
 from datasets import build_datasets
 from lib.cli import convert, declared
 from lib.cli.start import load_script
 from lib.features import extraction
-from lib.features.networks import load_embedding
 from lib.files import checkpoint
 from lib.files.published import CIFAR_METRIC, IMAGENET_METRIC, bank_rows
 from lib.files.weights import load_weights, model_weights

@@ -25,7 +25,7 @@ from datasets.transforms import (
     to_gray,
 )
 from lib.files import checkpoint, provenance
-from lib.loading.batches import LOADERS, Batches, with_loader
+from lib.loading.batches import LOADERS, Batches
 from lib.runtime.devices import Device
 from lib.runtime.seeding import generator
 
@@ -317,9 +317,9 @@ def test_finetuning_with_the_classic_loader_goes_on_with_it_alone(tmp_path):
 
 
 def test_a_file_from_before_there_was_a_choice_was_made_with_the_batched_loader():
-    before = {"options": {"lr": 0.1}}
+    before, declared = {"options": {"lr": 0.1}}, {"loader": finetuning.RESUME_INVARIANTS["loader"]}
     device, workers = ({"options": {"loader": name}, "data_digest": ""} for name in LOADERS)
-    provenance.require_same(with_loader(before), device, ("loader",))
+    provenance.require_same(before, device, declared)
     with pytest.raises(ValueError, match="--loader was device, is workers"):
-        provenance.require_same(with_loader(before), workers, ("loader",))
-    provenance.require_same(with_loader(workers), workers, ("loader",))
+        provenance.require_same(before, workers, declared)
+    provenance.require_same(workers, workers, declared)

@@ -11,11 +11,19 @@ import pytest
 import torch
 from conftest import ROOT, assert_ok
 from PIL import Image
-from runs import CPU, call, fake_venv, finetuning, make_folder, pretraining, run_shell
+from runs import (
+    CPU,
+    call,
+    fake_venv,
+    finetuning,
+    load_embedding,
+    make_folder,
+    pretraining,
+    run_shell,
+)
 
 from datasets import build_datasets
 from lib.features.extraction import extract, load_or_extract
-from lib.features.networks import load_embedding
 from lib.files import checkpoint
 from lib.labels import pseudo_files
 from lib.labels.split import labeled_split

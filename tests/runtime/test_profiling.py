@@ -14,8 +14,8 @@ from datasets.transforms import Augmentation, finetune_ops, instance_ops
 from lib.cli import start
 from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
-from lib.objectives.instance import instance_discrimination
-from lib.objectives.memory_bank import build_loss
+from lib.objectives.instance import InstanceDiscrimination
+from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import profiling
 from lib.runtime.devices import Device
 from lib.training.meters import AverageMeter, Throughput, speed
@@ -121,7 +121,7 @@ def loop(phase: int, data: ImageSet):
     ops = instance_ops() if phase == 1 else finetune_ops()
     batches = Batches(data, Augmentation(ops, data.stats), CPU, batch_size=16)
     if phase == 1:
-        objective = instance_discrimination(len(data), 8)
+        objective = InstanceDiscrimination(MemoryBank(len(data), 8), build_loss(0, 0.1))
         return train_steps(model, objective, optimizer, batches.epoch(0), lambda _: 0.1, CPU)
     items = batches.repeat(torch.arange(len(data)), 0, 4)
     objective = Classification(data.targets, torch.ones(len(data)))

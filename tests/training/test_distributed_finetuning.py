@@ -23,7 +23,7 @@ from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
 from lib.runtime import distributed
 from lib.runtime.devices import Device
-from lib.training.evaluation import evaluate
+from lib.training.finetuning import evaluate
 from lib.training.optimizer import sgd
 from lib.training.step import train_steps
 from models import build_model

@@ -30,11 +30,11 @@ from lib.cli import start
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.objectives import memory_bank
+from lib.objectives.objective import Objective
 from lib.runtime.devices import Device
 from lib.training import pretraining as loop
 from lib.training import state, step
 from lib.training.state import Checkpoints
-from lib.training.step import require_finite
 from models import build_model
 
 
@@ -359,10 +359,23 @@ def test_weights_that_a_last_step_blew_up_are_not_saved(pretrain, tmp_path, stop
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_never_saved(number):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    require_finite(3, model)
+    run = state.TrainState(model, Objective(), None, None, None, {}, step=3)
+    run.require_finite()
     model[1].running_var[1] = number
-    with pytest.raises(FloatingPointError, match=r"1\.running_var is not finite after step 3"):
-        require_finite(3, model)
+    run.step = 4
+    with pytest.raises(FloatingPointError, match=r"1\.running_var is not finite after step 4"):
+        run.require_finite()
+
+
+def test_weights_are_looked_at_once_an_epoch_before_they_are_measured_and_saved(
+    pretrain, monkeypatch
+):
+    seen, look, knn = [], torch.isfinite, loop.knn.accuracy
+    monkeypatch.setattr(torch, "isfinite", lambda x: seen.append(x.shape) or look(x))
+    monkeypatch.setattr(loop.knn, "accuracy", lambda *a, **k: seen.append("knn") or knn(*a, **k))
+    folder = pretrain("--epochs", 2)
+    bank = last(folder)["lemniscate"]["memory"].shape
+    assert [x for x in seen if x in (bank, "knn")] == [bank, "knn"] * 2
 
 
 def test_a_gpu_is_not_waited_for_at_every_step_and_the_very_step_is_named():

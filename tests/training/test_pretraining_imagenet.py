@@ -9,22 +9,33 @@ import time
 import pytest
 import torch
 from conftest import ROOT, assert_ok, assert_refused, run_script
-from runs import assert_same, call, deterministic, log_lines, make_folder, without_meta
+from runs import (
+    assert_same,
+    call,
+    deterministic,
+    load_embedding,
+    log_lines,
+    make_folder,
+    without_meta,
+)
 
 from datasets import FileSet, build_datasets
+from datasets.images import IMAGENET_STATS
 from lib.cli.start import load_script
 from lib.features import extraction
-from lib.features.networks import load_embedding
 from lib.files import checkpoint
+from lib.files.description import METRIC, Description
 from lib.graph import knn
 from lib.loading.sampler import permutation
 from lib.runtime import distributed
 from lib.runtime.devices import Device
 from lib.training import pretraining as loop
+from lib.training.state import load_network
 from models import IMAGENET_ARCHITECTURES, build_model
 
 imagenet = load_script("unsupervised/imagenet.py")
 CPU = Device(torch.device("cpu"), bf16=False)
+METRIC_OF_40 = Description(METRIC, "resnet18", {}, *IMAGENET_STATS, 40, 40)
 SMALL = ("--image-size", 40, "-b", 16, "-j", 0, "--nce-k", 8, "--precision", "fp32")
 
 # names and aliases -> default, copied from the published command line
@@ -83,15 +94,6 @@ def test_every_published_option_has_its_names_and_default():
             assert actions[name].default == default, name
     assert len({actions[name] for names in PUBLISHED for name in names.split()}) == len(PUBLISHED)
     assert "--data-dir" in actions
-
-
-def test_options_that_change_the_mathematics_are_all_options_but_those_of_place_and_report():
-    known = vars(imagenet.build_parser().parse_args([])).keys()
-    free = {"data_dir", "num_workers", "gpus", "precision", "deterministic", "stop_after"}
-    free |= {"compile", "profile"}
-    free |= {"resume", "auto_resume", "start_epoch", "pretrained", "model_dir", "log_dir"}
-    free |= {"test_only", "evaluate", "val_batch_size", "print_freq", "save_freq"}
-    assert set(imagenet.RESUME_INVARIANTS) == known - free
 
 
 def test_a_run_leaves_the_published_keys_and_the_last_the_best_and_the_numbered_files(finished):
@@ -185,8 +187,8 @@ def test_pretrained_takes_weights_alone_and_the_last_layer_only_where_it_fits(fi
     expected = last(finished)["state_dict"]
     same, other = (build_model("resnet18", d, imagenet=True, normalize=True) for d in (128, 32))
     head = other.fc.weight.clone()
-    loop.load_pretrained(same, source)
-    loop.load_pretrained(other, source)
+    for model in (same, other):
+        load_network(model, last(finished), source, start_of=METRIC_OF_40)
     assert_same(dict(same.state_dict()), dict(expected))
     assert torch.equal(other.layer4[1].conv2.weight, expected["layer4.1.conv2.weight"])
     assert torch.equal(other.fc.weight, head)
@@ -197,7 +199,8 @@ def test_pretrained_leaves_out_the_last_layer_of_a_classifier_even_where_it_has_
     classifier, model = (build_model("resnet18", 128, imagenet=True) for _ in range(2))
     head = model.fc.weight.clone()
     checkpoint.save({"state_dict": classifier.state_dict()}, tmp_path / "c.pth.tar")
-    loop.load_pretrained(model, str(tmp_path / "c.pth.tar"))
+    state = checkpoint.load_dict(tmp_path / "c.pth.tar")
+    load_network(model, state, "c.pth.tar", start_of=METRIC_OF_40)
     assert torch.equal(model.conv1.weight, classifier.conv1.weight)
     assert torch.equal(model.fc.weight, head)
 
