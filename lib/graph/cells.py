@@ -65,10 +65,6 @@ class Found(NamedTuple):
     start: int
 
 
-def _nearest(features: Tensor, centroids: Tensor, progress: str) -> Tensor:
-    return exact_search(features, centroids, 1, progress=progress)[1][:, 0]
-
-
 def _assign(features: Tensor, cells_per_root: float) -> tuple[Tensor, Tensor]:
     """Find unit centroids by spherical k-means on a sample; also each row's nearest one, on the CPU."""
     num_cells = min(max(1, round(cells_per_root * len(features) ** 0.5)), len(features))
@@ -76,11 +72,12 @@ def _assign(features: Tensor, cells_per_root: float) -> tuple[Tensor, Tensor]:
     sample = features[rows[: ROWS_PER_CELL * num_cells].to(features.device)]
     centroids = sample[:num_cells].clone()
     for _ in range(KMEANS_ROUNDS):
-        nearest = _nearest(sample, centroids, "k-means").long().to(features.device)
+        _, nearest = exact_search(sample, centroids, 1, progress="k-means")
+        nearest = nearest[:, 0].long().to(features.device)
         sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
         full = sums.norm(dim=1) > 0  # a cell that lost all its members keeps its centroid
         centroids[full] = normalize(sums[full])
-    return centroids, _nearest(features, centroids, "cells")
+    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0]
 
 
 def near_order(features: Tensor) -> Tensor:
@@ -89,21 +86,18 @@ def near_order(features: Tensor) -> Tensor:
 
 
 def _probed(cells: Cells, cell: int, least: int) -> list[int]:
-    """Choose the cells that all rows of one cell search in the first round, their own first.
-
-    Rows vote for their `VOTES` nearest centroids, by how much nearer these are than the next one. More than
-    `PROBES` cells are taken where these hold fewer than `least` rows.
-    """
+    """Choose the cells that all rows of one cell search in the first round, their own first."""
     own = cells.sorted[cells.members(cell)]
     voters = own[:: 1 + len(own) // VOTERS]  # a sample of a crowded cell votes
     similarities = voters @ cells.centroids.T
     threshold = similarities.topk(min(VOTES + 1, len(cells)), dim=1).values[:, -1:]
-    # the second term ranks the cells that nobody votes for
+    # Rows vote for centroids by how much nearer these are than the first one that gets no vote of theirs.
+    # The second term ranks the cells that nobody votes for.
     votes = (similarities - threshold).relu().mean(dim=0) + 1e-3 * similarities.mean(dim=0)
     votes[cell] = torch.inf
     chosen, held = [], 0
-    for rank, other in enumerate(votes.argsort(descending=True).tolist()):
-        if rank >= PROBES and held >= least:
+    for other in votes.argsort(descending=True).tolist():
+        if len(chosen) >= PROBES and held >= least:  # rows
             break
         chosen.append(other)
         held += cells.starts[other + 1] - cells.starts[other]
@@ -159,9 +153,7 @@ def _first_round(
 def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple[float, float]:
     """Measure how far below its K-th cosine a row may lie from a centroid for that cell to be searched.
 
-    Returns:
-        The margin that finds `RECALL` of the exact neighbors of a sample of all rows (+inf: no second
-        round is needed), and the share of all pairs of rows that are then compared.
+    Also return the share of all pairs of rows that are then compared.
     """
     order = torch.randperm(len(cells.order), generator=generator(0, "sample", 1))
     places = order[:SAMPLED_ROWS].sort().values
@@ -177,6 +169,7 @@ def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple
     _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
     nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
     of = cells.of(exact.long())
+    # +inf means that the first round finds a neighbor; as the margin, that no second round is needed.
     reached = nearer.gather(1, of).masked_fill(searched.gather(1, of), torch.inf)
     lowest = reached.flatten().sort(descending=True).values
     margin = float(lowest[min(len(lowest) - 1, int(RECALL * len(lowest)))])
@@ -210,11 +203,7 @@ def _merge(found: Found, rows: Tensor, values: Tensor, places: Tensor) -> None:
 def _search_targets(
     cells: Cells, queries: Tensor, worst: Tensor, wanted: Tensor, targets: range
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Find products above each query's `worst` with members of the cells that it wants (targets x Q, bool).
-
-    Returns:
-        Queries, values and rows of these products.
-    """
+    """Find products above each query's `worst` in the cells that it wants: queries, values and rows."""
     hits: list[tuple[Tensor, Tensor, Tensor]] = []
     for asked, cell in zip(wanted, targets, strict=True):
         rows, members = asked.nonzero()[:, 0], cells.members(cell)
@@ -233,7 +222,7 @@ def _search_targets(
 def _second_round(
     cells: Cells, found: Found, searched: Tensor, margin: float, block_bytes: int
 ) -> None:
-    """Let each row search the other cells that are within the margin; `found` is improved in place."""
+    """Let each row search the other cells within the margin, and improve `found` in place."""
     count, device = len(found.values), cells.sorted.device
     inside = (cells.order >= found.start) & (cells.order < found.start + count)
     positions = inside.nonzero()[:, 0]  # rows of one cell side by side: they want the same cells
@@ -269,8 +258,7 @@ def search_cells(
     """Find approximate neighbors of `rows` among all rows; None where exact search would be faster.
 
     The answer for a row depends on the features (N x D unit vectors) and k, not on what other rows are asked
-    for. `own_value` takes the place of a row's cosine with itself; `block_bytes` bounds the similarities that
-    all threads hold together.
+    for. `own_value` and `block_bytes` are those of `exact_search`.
 
     Returns:
         Cosines, falling, and rows, R x k each, on the CPU.

@@ -29,11 +29,9 @@ ROWS = 8192  # rows of a basis turned in place at a time
 
 
 def _density(operator: Operator, start: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
-    """Estimate where the eigenvalues lie, by Lanczos from each column of `start` on its own.
+    """Find Ritz values, falling, the share of the spectrum above each, and a bound below all eigenvalues.
 
-    Returns:
-        Ritz values, falling; the share of the spectrum above each of them (stochastic Lanczos
-        quadrature, Ubaru, Chen & Saad 2017); and a lower bound of all eigenvalues.
+    By stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017) from each column of `start` on its own.
     """
     x = start / start.norm(dim=0)
     previous, beta = torch.zeros_like(x), torch.zeros(x.shape[1], device=x.device)
@@ -75,35 +73,6 @@ def _chebyshev_filter(operator: Operator, low: float, cut: float, high: float) -
     return apply
 
 
-def _orthonormal(
-    block: Tensor, basis: Tensor, project_out: Operator, width: int, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Factor block = Q R; Q has at most `width` columns, orthonormal to each other and to the basis.
-
-    It divides at least twice by the eigenvectors of the block's Gram matrix (SVQB: Stathopoulos & Wu
-    2002). Directions that are rounding are replaced by random ones, which R does not count: so the solver
-    leaves an invariant space, and finds the copies of a repeated eigenvalue.
-    """
-    total = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
-    for attempt in range(4):
-        squares, rotation = torch.linalg.eigh((block.T @ block).double())
-        squares, rotation = squares.flip(0)[:width], rotation.flip(1)[:, :width]
-        norms = squares.clamp(min=0).sqrt()
-        lost = norms < ROUNDING
-        norms[lost] = torch.inf
-        block = block @ (rotation / norms).float()
-        norms[lost] = 0
-        total = norms[:, None] * (rotation.T @ total)
-        if lost.any():
-            fresh = torch.randn(len(block), int(lost.sum()), generator=rng).to(block.device)
-            fresh = project_out(fresh / len(block) ** 0.5)
-            block[:, lost] = fresh.sub_(basis @ (basis.T @ fresh))
-        block = project_out(block - basis @ (basis.T @ block))
-        if attempt and not lost.any():
-            break
-    return block, total
-
-
 class _Krylov:
     """Orthonormal basis, grown by blocks and restarted thick, and the operator within it."""
 
@@ -116,9 +85,33 @@ class _Krylov:
         self.append(self.next_block(start)[0])
 
     def next_block(self, block: Tensor, room: int | None = None) -> tuple[Tensor, Tensor]:
+        """Factor block = Q R; the columns of Q, `room` at most, are orthonormal, also to the basis.
+
+        It divides at least twice by the eigenvectors of the block's Gram matrix (SVQB: Stathopoulos & Wu
+        2002).
+        """
         width = self.width if room is None else min(self.width, room)
         used = self.basis[:, : self.size]
-        return _orthonormal(block, used, self.project_out, width, self.rng)
+        total = torch.eye(block.shape[1], dtype=torch.float64, device=block.device)
+        for attempt in range(4):
+            squares, rotation = torch.linalg.eigh((block.T @ block).double())
+            squares, rotation = squares.flip(0)[:width], rotation.flip(1)[:, :width]
+            norms = squares.clamp(min=0).sqrt()
+            lost = norms < ROUNDING
+            norms[lost] = torch.inf
+            block = block @ (rotation / norms).float()
+            norms[lost] = 0
+            total = norms[:, None] * (rotation.T @ total)
+            if lost.any():
+                # Random directions take the place of rounding, and R does not count them: so the solver
+                # leaves an invariant space, and finds the copies of a repeated eigenvalue.
+                fresh = torch.randn(len(block), int(lost.sum()), generator=self.rng)
+                fresh = self.project_out(fresh.to(block.device) / len(block) ** 0.5)
+                block[:, lost] = fresh.sub_(used @ (used.T @ fresh))
+            block = self.project_out(block - used @ (used.T @ block))
+            if attempt and not lost.any():
+                break
+        return block, total
 
     def append(self, block: Tensor) -> None:
         self.last = slice(self.size, self.size + block.shape[1])  # the columns of the newest block

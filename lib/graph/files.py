@@ -35,24 +35,22 @@ def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
         ValueError: if the file does not hold a square, symmetric CSR matrix of finite, non-negative float32
             weights.
     """
-    keys = ("crow", "col", "values", "shape", "meta")
-    state = checkpoint.load_dict(path, *keys)
-    crow, col, values, shape, meta = (state[key] for key in keys)
-    problem = _csr_problem(crow, col, values, shape)
-    if not problem and not isinstance(meta, dict):
-        problem = "its meta is no record"
+    state = checkpoint.load_dict(path, "crow", "col", "values", "shape", "meta")
+    problem = _graph_problem(state)
     if problem:
         raise ValueError(f"{path} holds no graph: {problem}; delete it to build it again")
-    graph = sp.csr_matrix((values.numpy(), col.numpy(), crow.numpy()), tuple(shape))
+    arrays = tuple(state[name].numpy() for name in ("values", "col", "crow"))
+    graph = sp.csr_matrix(arrays, tuple(state["shape"]))
     # Both products read the same arrays, where a transposed copy would double them.
-    probe = np.random.default_rng(0).random(len(crow) - 1, dtype=np.float32)
+    probe = np.random.default_rng(0).random(graph.shape[0], dtype=np.float32)
     if not np.allclose(graph @ probe, graph.T @ probe, rtol=1e-3, atol=1e-30):
         raise ValueError(f"{path} holds no graph: it is not symmetric; delete it to build it again")
-    return graph, meta
+    return graph, state["meta"]
 
 
-def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
-    """Say what keeps these from being a square CSR matrix of weights, if anything does."""
+def _graph_problem(state: Mapping[str, Any]) -> str:
+    """Say what keeps these entries from being a square CSR matrix of weights, if anything does."""
+    crow, col, values, shape = (state[name] for name in ("crow", "col", "values", "shape"))
     for v in (crow, col, values):
         if not isinstance(v, Tensor) or v.layout != torch.strided or v.ndim != 1:
             return "crow, col and values must be vectors"
@@ -68,7 +66,7 @@ def _csr_problem(crow: Any, col: Any, values: Any, shape: Any) -> str:
         return "a column out of range, or not one per value"
     if not torch.isfinite(values).all() or (values < 0).any():
         return "a weight is negative, NaN or infinite"
-    return ""
+    return "" if isinstance(state["meta"], dict) else "its meta is no record"
 
 
 def save_spectrum(spectrum: Spectrum, path: str | Path, meta: Mapping[str, Any]) -> None:

@@ -112,10 +112,7 @@ def _heat_gain(values: np.ndarray, time: float) -> np.ndarray:
 
 
 def _ppr(operator: GraphOperator, columns: Tensor, alpha: float) -> Tensor:
-    def restart(x: Tensor) -> Tensor:
-        return x - alpha * operator.product(x)
-
-    return conjugate_gradients(restart, (1 - alpha) * columns)
+    return conjugate_gradients(lambda x: x - alpha * operator.product(x), (1 - alpha) * columns)
 
 
 def _ppr_gain(values: np.ndarray, alpha: float) -> np.ndarray:
@@ -220,29 +217,21 @@ def filter_by_eigenvectors(
         beyond = np.abs(found.gain(np.linspace(last, 2, GRID), **parameters)).max()
     answers, worst = [], 0.0
     for one in vectors:
-        answer, size, outside = _by_eigenvectors(spectrum, one, gains, found.keeps_null)
+        nodes, columns = one.nodes.numpy(), one.values.double().numpy()
+        along = spectrum.vectors[nodes].T.astype(np.float64) @ columns
+        inside = np.zeros((spectrum.num_components, columns.shape[1]))  # along the null vectors
+        np.add.at(inside, spectrum.components[nodes], spectrum.null[nodes, None] * columns)
+        kept = (gains[:, None] * along).astype(np.float32)
+        answer = torch.from_numpy(spectrum.vectors @ kept)
+        known = np.square(along).sum(axis=0) + np.square(inside).sum(axis=0)
+        outside = np.sqrt(np.maximum(np.square(columns).sum(axis=0) - known, 0))
+        size = np.square(kept).sum(axis=0, dtype=np.float64)  # squared norms of the answer
+        if found.keeps_null:  # with gain g(0) = 1
+            for start in range(0, len(answer), ROWS):
+                rows = slice(start, start + ROWS)
+                whole = spectrum.null[rows, None] * inside[spectrum.components[rows]]
+                answer[rows] += torch.from_numpy(whole)
+            size += np.square(inside).sum(axis=0)
         answers.append(answer)
         worst = max(worst, float((beyond * outside / np.sqrt(size).clip(1e-30)).max()))
     return answers, worst
-
-
-def _by_eigenvectors(
-    spectrum: Spectrum, vectors: LabelVectors, gains: np.ndarray, keeps_null: bool
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Filter one set of columns, N x m; also its squared norms, and the norms outside of known vectors."""
-    nodes, columns = vectors.nodes.numpy(), vectors.values.double().numpy()
-    along = spectrum.vectors[nodes].T.astype(np.float64) @ columns
-    inside = np.zeros((spectrum.num_components, columns.shape[1]))  # along the null vectors
-    np.add.at(inside, spectrum.components[nodes], spectrum.null[nodes, None] * columns)
-    kept = (gains[:, None] * along).astype(np.float32)
-    answer = torch.from_numpy(spectrum.vectors @ kept)
-    known = np.square(along).sum(axis=0) + np.square(inside).sum(axis=0)
-    outside = np.sqrt(np.maximum(np.square(columns).sum(axis=0) - known, 0))
-    size = np.square(kept).sum(axis=0, dtype=np.float64)
-    if keeps_null:  # with gain g(0) = 1
-        for start in range(0, len(answer), ROWS):
-            rows = slice(start, start + ROWS)
-            whole = spectrum.null[rows, None] * inside[spectrum.components[rows]]
-            answer[rows] += torch.from_numpy(whole)
-        size += np.square(inside).sum(axis=0)
-    return answer, size, outside

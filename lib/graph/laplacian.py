@@ -58,15 +58,13 @@ def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
 
 
 def degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray:
-    """Sum the rows of W, with or without its diagonal: N, float64."""
+    """Sum the rows of W, with or without its diagonal: N, float64.
+
+    An isolated image has 1, the weight that its self-loop would have.
+    """
     # The diagonal leaves before the sum: weak edges beside a strong self-loop would be lost in a difference.
     kept = affinity if self_loops else _without_self_loops(affinity)
-    return np.asarray(kept.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def positive_degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray:
-    """Compute `degrees`, with 1 for an isolated image: the weight that its self-loop would have."""
-    found = degrees(affinity, self_loops=self_loops)
+    found = np.asarray(kept.sum(axis=1, dtype=np.float64)).ravel()
     found[found == 0] = 1
     return found
 
@@ -74,10 +72,8 @@ def positive_degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray
 def normalized_affinity(affinity: sp.csr_matrix, *, self_loops: bool) -> sp.csr_matrix:
     """Compute S = D^-1/2 W D^-1/2 in one copy of W; an isolated node has a row and column of zeros."""
     plain = affinity if self_loops else _without_self_loops(affinity)
-    degree = degrees(plain, self_loops=True)
+    inverse_root = (1 / np.sqrt(degrees(plain, self_loops=True))).astype(np.float32)
     s = plain.copy() if plain is affinity else plain
-    inverse_root = np.divide(1, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
-    inverse_root = inverse_root.astype(np.float32)
     for part, rows in _entries(s):
         s.data[part] *= inverse_root[rows]
         s.data[part] *= inverse_root[s.indices[part]]
@@ -88,8 +84,6 @@ def null_space(affinity: sp.csr_matrix, *, self_loops: bool) -> tuple[np.ndarray
     """Find the component of each node, and each node's entry of its component's null vector."""
     _, components = connected_components(affinity, directed=False)
     degree = degrees(affinity, self_loops=self_loops)
-    size = np.bincount(components)
-    degree[size[components] == 1] = 1  # the null vector of an isolated node is its own unit vector
     mass = np.bincount(components, weights=degree)
     return components, np.sqrt(degree / mass[components])
 
@@ -174,34 +168,15 @@ class GraphOperator:
 
     def solve(self, columns: Tensor) -> Tensor:
         """Apply the pseudo-inverse of L to columns on `device`."""
-
-        def laplacian(x: Tensor) -> Tensor:
-            return self.project_out(x - self.product(x))
-
-        return conjugate_gradients(laplacian, self.project_out(columns.clone()))
+        return conjugate_gradients(
+            lambda x: self.project_out(x - self.product(x)), self.project_out(columns.clone())
+        )
 
     def reached(self, labeled: Tensor) -> Tensor:
         """Tell for each node whether its component holds one of the nodes `labeled`: N, bool."""
         holds = torch.zeros(self.num_components, dtype=torch.bool)
         holds[self.components[labeled]] = True
         return holds[self.components]
-
-
-def graph_operator(
-    affinity: sp.csr_matrix, product: Operator, self_loops: str, device: torch.device | str
-) -> GraphOperator:
-    """Make the operator of a symmetric affinity matrix W, N x N, with products on `device`."""
-    in_laplacian, in_constraints = self_loop_choice(self_loops)
-    components, null = null_space(affinity, self_loops=in_laplacian)
-    degree = positive_degrees(affinity, self_loops=in_laplacian)
-    return GraphOperator(
-        product,
-        torch.from_numpy(components).long(),
-        null,
-        torch.from_numpy(np.sqrt(degree)).float(),
-        positive_degrees(affinity, self_loops=in_constraints),
-        device,
-    )
 
 
 def conjugate_gradients(apply: Operator, columns: Tensor) -> Tensor:

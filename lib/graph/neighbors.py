@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,15 +72,13 @@ def _sampled(rows: slice) -> Tensor:
 
 
 def _recall(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
-    """Measure the share of exact neighbors among the first k found for the rows `ids`, without themselves.
-
-    Their cosines are compared: equally near ones replace each other.
-    """
+    """Measure the share of exact neighbors among the first k found for the rows `ids`, without themselves."""
     queries = features[ids.to(features.device)]
     exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
     first = int(own_value == FIRST)
     if first == k:
         return 1.0
+    # Cosines are compared, as equally near neighbors replace each other.
     return float((values[:, first:k] >= exact[:, -1:] - TIE).float().mean())
 
 
@@ -96,45 +95,21 @@ def _precision_for(precision: str, features: Tensor, k: int, own_value: float) -
     return "bf16" if _recall(features, ids, values, own_value, k) >= LEAST_OF_HALF else "fp32"
 
 
-def _require_memory(rows: slice, wanted: int) -> None:
-    needed = 8 * (rows.stop - rows.start) * wanted
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    if needed > available:
-        raise ValueError(
-            f"{wanted} neighbors of each image take {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} "
-            "are free: take a graph without a scale of so many neighbors (cifar), or chunks"
-        )
-
-
 def _by_blocks(
-    features: Tensor,
-    wanted: int,
-    k: int,
-    column: int,
-    rows: slice,
-    own_value: float,
-    block_bytes: int,
-    precision: str,
+    features: Tensor, wanted: int, k: int, column: int, rows: slice, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find cosines and places of the first k of `wanted` neighbors, and all cosines of one `column`."""
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else rows.stop - rows.start
-    for first in range(rows.start, rows.stop, size):
-        part = torch.arange(first, min(first + size, rows.stop))
-        values, places = exact_search(
-            features[first : first + len(part)],
-            features,
-            wanted,
-            own=part,
-            own_value=own_value,
-            precision=precision,
-            block_bytes=block_bytes,
-            progress="neighbors",
+    count = rows.stop - rows.start
+    values, scales = torch.empty(count, k), torch.empty(count)
+    places = torch.empty(count, k, dtype=torch.int32)
+    size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else count
+    for first in range(0, count, size):
+        part = slice(first, first + size)
+        own = torch.arange(rows.start, rows.stop)[part]
+        found, where = exact_search(
+            features[rows][part], features, wanted, own=own, progress="neighbors", **options
         )
-        kept.append((values[:, :k].clone(), places[:, :k].clone(), values[:, column].clone()))
-    if len(kept) == 1:
-        return kept[0]
-    values, places, scales = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        values[part], places[part], scales[part] = found[:, :k], where[:, :k], found[:, column]
     return values, places, scales
 
 
@@ -201,7 +176,13 @@ def nearest_neighbors(
     own_value = FIRST if include_self else -torch.inf
     found, compared = None, wanted
     if method != "exact":
-        _require_memory(rows, wanted)
+        needed = 8 * (rows.stop - rows.start) * wanted
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        if needed > free:
+            raise ValueError(
+                f"{wanted} neighbors of each image take {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} "
+                "are free: take a graph without a scale of so many neighbors (cifar), or chunks"
+            )
     if method == "faiss":
         found = _by_faiss(features, wanted, rows, own_value)
     elif method == "ivf":
@@ -211,9 +192,8 @@ def nearest_neighbors(
     else:  # exact search was asked for, or is faster
         chosen = _precision_for(precision, features, k, own_value)
         method, compared = "exact", 0 if chosen == "fp32" else k
-        values, indexes, scales = _by_blocks(
-            features, wanted, k, column, rows, own_value, block_bytes, chosen
-        )
+        options = {"own_value": own_value, "precision": chosen, "block_bytes": block_bytes}
+        values, indexes, scales = _by_blocks(features, wanted, k, column, rows, **options)
     recall = 1.0
     if compared:
         ids = _sampled(rows)

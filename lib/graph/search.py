@@ -25,8 +25,8 @@ FIRST = 2.0  # above every cosine: puts an image before its duplicates
 def top_k(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k largest entries of each row, falling, and their columns.
 
-    They lie in the k groups of columns with the largest maxima, so that the selection proper sees N / GROUP
-    maxima, then k GROUP candidates. A group is every N / GROUP-th column: maxima of whole vectors.
+    They lie in the k groups of columns with the largest maxima, so that less is sorted. A group is every
+    N / GROUP-th column: maxima of whole vectors.
     """
     n = similarities.shape[1]
     groups = n // GROUP
@@ -71,43 +71,6 @@ def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor
     return out
 
 
-def _rerank(
-    queries: Tensor, columns: Tensor, places: Tensor, own: Tensor | None, own_value: float, k: int
-) -> tuple[Tensor, Tensor]:
-    """Rank the candidates `places` again by their float32 products, and keep the k best."""
-    values = (columns[places] @ queries[:, :, None])[:, :, 0]
-    if own is not None:
-        values = values.masked_fill(places == own[:, None], own_value)
-    values, order = values.topk(k, dim=1)
-    return values, places.gather(1, order)
-
-
-def _best_of_tiles(
-    queries: Tensor,
-    columns: Tensor,
-    k: int,
-    tile: int,
-    own: Tensor | None,
-    own_value: float,
-    buffer: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Find the k largest products of a block of queries, `tile` columns at a time."""
-    top = None
-    for first in range(0, len(columns), tile):
-        part = product(queries, columns[first : first + tile], buffer)
-        if own is not None:
-            inside = ((own >= first) & (own < first + tile)).nonzero()[:, 0]
-            part[inside, own[inside] - first] = own_value
-        found, where = top_k(part, min(k, part.shape[1]))
-        where = where + first
-        if top is not None:
-            found, where = torch.cat([top[0], found], 1), torch.cat([top[1], where], 1)
-            found, order = found.topk(k, dim=1)
-            where = where.gather(1, order)
-        top = found, where
-    return top
-
-
 def exact_search(
     queries: Tensor,
     columns: Tensor,
@@ -145,16 +108,37 @@ def exact_search(
     places = torch.empty(len(queries), k, dtype=torch.int32)
     bar = progress_bar(shown=bool(progress), total=len(queries), desc=progress, unit="img")
 
+    def best_of_tiles(
+        block: Tensor, mine: Tensor | None, buffer: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        top = None
+        for first in range(0, len(factors), tile):
+            part = product(block, factors[first : first + tile], buffer)
+            if mine is not None:
+                inside = ((mine >= first) & (mine < first + tile)).nonzero()[:, 0]
+                part[inside, mine[inside] - first] = own_value
+            found, where = top_k(part, min(wanted, part.shape[1]))
+            where = where + first
+            if top is not None:
+                found, where = torch.cat([top[0], found], 1), torch.cat([top[1], where], 1)
+                found, order = found.topk(wanted, dim=1)
+                where = where.gather(1, order)
+            top = found, where
+        return top
+
     def work(starts: Iterator[int]) -> None:
         buffer = torch.empty(at_once * tile) if device.type == "cpu" and not half else None
         for start in starts:
             rows = slice(start, start + at_once)
             block, mine = queries[rows], None if own is None else own[rows].to(device)
-            left = block.to(factors.dtype)
-            top = _best_of_tiles(left, factors, wanted, tile, mine, own_value, buffer)
-            if half:
-                top = _rerank(block, columns, top[1], mine, own_value, k)
-            values[rows], places[rows] = top[0].cpu(), top[1].cpu()
+            found, where = best_of_tiles(block.to(factors.dtype), mine, buffer)
+            if half:  # the candidates are ranked again by their float32 products
+                found = (columns[where] @ block[:, :, None])[:, :, 0]
+                if mine is not None:
+                    found = found.masked_fill(where == mine[:, None], own_value)
+                found, order = found.topk(k, dim=1)
+                where = where.gather(1, order)
+            values[rows], places[rows] = found.cpu(), where.cpu()
             bar.update(len(block))
 
     with bar:

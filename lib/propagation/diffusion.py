@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lib.graph.filters import LabelVectors, apply_filter
-from lib.graph.laplacian import GraphOperator
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling, check_every_class, check_labels
 from lib.propagation.scores import log_shares
@@ -73,18 +72,11 @@ def propagate_poisson(
         squares = sum(float(rows.square().sum()) for rows in scores.split(ROWS))
         scores.div_(max((squares / scores.numel()) ** 0.5, LEAST_SIZE))
         if operator.num_components > 1:
-            _only_own_classes(operator, scores, labeled, labels)
+            present = torch.zeros(operator.num_components, num_classes, dtype=torch.bool)
+            present[operator.components[labeled], labels] = True
+            low, high = torch.aminmax(scores)
+            below = -2 * float(max(-low, high)) or -2.0
+            for rows in torch.arange(len(scores)).split(ROWS):
+                scores[rows] = torch.where(present[operator.components[rows]], scores[rows], below)
+            scores[~operator.reached(labeled)] = 0
     return answers
-
-
-def _only_own_classes(
-    operator: GraphOperator, scores: Tensor, labeled: Tensor, labels: Tensor
-) -> None:
-    """Put classes without a label in a component below all others there, in place; 0 without any label."""
-    present = torch.zeros(operator.num_components, scores.shape[1], dtype=torch.bool)
-    present[operator.components[labeled], labels] = True
-    low, high = torch.aminmax(scores)
-    below = -2 * float(max(-low, high)) or -2.0
-    for rows in torch.arange(len(scores)).split(ROWS):
-        scores[rows] = torch.where(present[operator.components[rows]], scores[rows], below)
-    scores[~operator.reached(labeled)] = 0

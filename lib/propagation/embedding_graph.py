@@ -21,8 +21,9 @@ from lib.graph.laplacian import (
     GraphOperator,
     Operator,
     csr_operator,
-    graph_operator,
+    degrees,
     normalized_affinity,
+    null_space,
     reordered_operator,
     self_loop_choice,
 )
@@ -33,10 +34,6 @@ from lib.propagation.workers import Workers
 KINDS = ("graph", "spectrum")
 SUFFIX = ".pth.tar"
 SORTED_FROM = 200_000  # images from which products are made in an order of their own, on a CPU
-
-
-def _ignore(_: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class GraphCache:
     folder: str | Path = ""  # of files named by the digest of the features; empty keeps nothing
     graph: str | Path = ""  # another file for the graph
     reuse: bool = True  # False computes anew, whatever is there
-    log: Callable[[str], None] = _ignore  # receives one line about what was read or computed
+    log: Callable[[str], None] = lambda _: None  # receives a line about what was read or computed
 
     def file(self, kind: str, features: Tensor) -> str | Path:
         """Name the file of a kind in `KINDS` for N x D features; empty if it is not kept."""
@@ -144,20 +141,26 @@ class EmbeddingGraph:
     @cached_property
     def operator(self) -> GraphOperator:
         """Operator that the filters and the solvers of eigenvectors work on."""
-        device = self.features.device
-        return graph_operator(self.affinity, self.product, self.self_loops, device)
+        in_laplacian, in_constraints = self_loop_choice(self.self_loops)
+        components, null = null_space(self.affinity, self_loops=in_laplacian)
+        root = np.sqrt(degrees(self.affinity, self_loops=in_laplacian))
+        return GraphOperator(
+            self.product,
+            torch.from_numpy(components).long(),
+            null,
+            torch.from_numpy(root).float(),
+            degrees(self.affinity, self_loops=in_constraints),
+            self.features.device,
+        )
 
     def spectrum(self, num_vectors: int) -> Spectrum:
         """Return the first `num_vectors` eigenvectors of L: cut from those computed before, where they do."""
         # The number that was asked for counts: the solver may have found fewer, and there are no more.
-        if not self._largest or self._largest[0][0] < num_vectors:
-            self._largest[:] = [(num_vectors, self._load_or_compute_spectrum(num_vectors))]
-        whole = self._largest[0][1]
-        return replace(
-            whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
-        )
-
-    def _load_or_compute_spectrum(self, num_vectors: int) -> Spectrum:
+        if self._largest and self._largest[0][0] >= num_vectors:
+            whole = self._largest[0][1]
+            return replace(
+                whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
+            )
         path = self.cache.file("spectrum", self.features)
         # A file of more eigenvectors does not do: the first of them differ in their last bits.
         key = {"num_vectors": num_vectors, "self_loops": self.self_loops, **self.solver}
@@ -177,6 +180,7 @@ class EmbeddingGraph:
         self.cache.log(
             f"{len(found.values)} eigenvectors: {loaded.origin()}; residual {found.residual:.1e}"
         )
+        self._largest[:] = [(num_vectors, found)]
         return found
 
 

@@ -33,25 +33,17 @@ class Propagation:
         split: Split,
         meta: Mapping[str, Any] | None = None,
         *,
-        temperature: float = 1.0,
         confidence: str | None = None,
-        probabilities: bool = True,
+        **options: Any,
     ) -> PseudoLabels:
-        """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does.
+        """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does with `options`.
 
         `meta` says what made the features; the choices of the method are added to it as `propagation` and
         `confidence`.
         """
         confidence = confidence or self.confidence
-        own = {"propagation": dict(self.meta), "confidence": confidence}
-        return from_scores(
-            self.scores,
-            split,
-            {**(meta or {}), **own},
-            temperature=temperature,
-            confidence=confidence,
-            probabilities=probabilities,
-        )
+        meta = {**(meta or {}), "propagation": dict(self.meta), "confidence": confidence}
+        return from_scores(self.scores, split, meta, confidence=confidence, **options)
 
 
 def check_parameters(method: str, parameters: Mapping[str, Any]) -> None:

@@ -62,7 +62,14 @@ def constrained_solution(
     labeled, s = constraints.nodes.numpy(), constraints.values.numpy()
     u = spectrum.vectors[labeled].astype(np.float64)  # S is zero in all other rows
     if clamp:
-        coefficients = _fitted(u, spectrum.values, s, np.sqrt(spectrum.degrees[labeled]))
+        # Both are fitted as functions of images: D^-1/2 u.
+        root = np.sqrt(spectrum.degrees[labeled])[:, None]
+        design, wanted = u / root, s / root
+        typical = np.square(design).sum() / max(design.size, 1)
+        # The floor keeps the system solvable where no eigenvector reaches a labeled image.
+        strength = max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
+        penalty = np.diag(spectrum.values) * strength
+        coefficients = np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
     else:
         coefficients = (u.T @ s) / spectrum.values[:, None]
     z = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
@@ -72,17 +79,6 @@ def constrained_solution(
         z[labeled] = z.min()
         z[labeled, s.argmax(axis=1)] = 0
     return z
-
-
-def _fitted(
-    vectors: np.ndarray, values: np.ndarray, constraints: np.ndarray, root: np.ndarray
-) -> np.ndarray:
-    """Fit coordinates, k x C, to the constraints, both as functions of images: D^-1/2 u; `root` is D^1/2."""
-    design, wanted = vectors / root[:, None], constraints / root[:, None]
-    typical = np.square(design).sum() / max(design.size, 1)
-    # The floor keeps the system solvable where no eigenvector reaches a labeled image.
-    penalty = np.diag(values) * max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
-    return np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
 
 
 def between_components(
@@ -112,14 +108,12 @@ def between_components(
 def _finish(
     scores: Tensor, graph: Spectrum | GraphOperator, constraints: LabelVectors, gain: float | None
 ) -> None:
-    """Scale columns of N x C to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place.
-
-    Scores of whole components are added before, where there are several and a `gain` of theirs.
-    """
+    """Scale columns of N x C to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place."""
     components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
     holds, between = torch.zeros(graph.num_components, dtype=torch.bool), None
     holds[components[constraints.nodes]] = True
     if gain is not None and graph.num_components > 1:
+        # scores of whole components, which are added first
         between = torch.from_numpy(between_components(graph, constraints, gain))
     squares = torch.zeros(scores.shape[1], dtype=torch.float64)
     for start in range(0, len(scores), ROWS):
@@ -188,7 +182,7 @@ def propagate_filter(
     constraints = [constraint_vectors(operator.degrees, *one, num_classes) for one in labelings]
     work = len(labelings) * num_classes * found.num_products(**complete)
     much_work = work > MUCH_CHEAPER * SPECTRUM_PRODUCTS * num_eigenvectors
-    answers = None
+    answers, gain = None, None
     if filter_by == "eigenvectors" or (filter_by == "auto" and much_work):
         spectrum = graph.spectrum(num_eigenvectors - 1)
         answers, bound = filter_by_eigenvectors(spectrum, constraints, filter, **complete)
@@ -199,7 +193,6 @@ def propagate_filter(
             )
     if answers is None:
         answers = apply_filter(operator, constraints, filter, **complete)
-    gain = None
     if operator.num_components > 1 and not found.keeps_null:
         gain = 2 / operator.smallest_eigenvalue
     for one, scores in zip(constraints, answers, strict=True):

@@ -25,18 +25,6 @@ def log_shares(scores: Tensor) -> Tensor:
     return scores
 
 
-def _shares(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
-    """Return a prior as C float64 numbers that sum to 1."""
-    if prior is None:
-        return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
-    shares = torch.as_tensor(prior, dtype=torch.float64)
-    if shares.shape != (num_classes,) or not torch.isfinite(shares).all() or (shares <= 0).any():
-        raise ValueError(
-            f"a class prior of {shares.tolist()} for {num_classes} classes: give one positive share each"
-        )
-    return shares / shares.sum()
-
-
 def _smooth_offsets(scores: Tensor, shares: Tensor) -> Tensor:
     """Find offsets o that maximize sum_c share_c o_c - mean_i T logsumexp_c((z_ic + o_c) / T), T falling.
 
@@ -88,7 +76,19 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
     Raises:
         ValueError: for a prior that is not C positive finite numbers.
     """
-    shares = _shares(prior, scores.shape[1]).to(scores.dtype)
+    num_classes = scores.shape[1]
+    if prior is None:
+        shares = torch.full((num_classes,), 1 / num_classes, dtype=scores.dtype)
+    else:
+        shares = torch.as_tensor(prior, dtype=torch.float64)
+        good = (
+            shares.shape == (num_classes,) and torch.isfinite(shares).all() and (shares > 0).all()
+        )
+        if not good:
+            raise ValueError(
+                f"a class prior of {shares.tolist()} for {num_classes} classes: give one positive share each"
+            )
+        shares = (shares / shares.sum()).to(scores.dtype)
     informed = scores.amax(dim=1) > scores.amin(dim=1)
     counted = scores[rows][informed[rows]]
     if len(counted) < 2:

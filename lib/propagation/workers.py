@@ -125,8 +125,7 @@ class Workers:
         n = matrix.shape[0]
         if n < distributed.world_size():
             return csr_operator(matrix, device)
-        sizes = [int(matrix.indptr[p.stop] - matrix.indptr[p.start]) for p in _parts(n)]
-        self._together("take_rows", {"matrix": matrix}, n=n, sizes=sizes)
+        self._together("take_rows", {"matrix": matrix}, n=n)
         self.num_divided += 1
         number = self.num_divided
 
@@ -180,27 +179,25 @@ class Workers:
         dist.broadcast(labels, 0)
         return _collect(classify(self.features[_own(n)], bank, labels, **options), n)
 
-    def take_rows(self, matrix: sp.csr_matrix | None, n: int, sizes: list[int]) -> None:
-        """Receive the own rows of a matrix of n rows, of which rank r has `sizes[r]` entries."""
-        own, size = _own(n), sizes[distributed.rank()]
-        num_rows = own.stop - own.start
+    def take_rows(self, matrix: sp.csr_matrix | None, n: int) -> None:
+        """Receive the own rows of a matrix of n rows."""
+        own = _own(n)
         if matrix is None:
-            pointers = torch.empty(num_rows + 1, dtype=torch.int64)
+            pointers = torch.empty(own.stop - own.start + 1, dtype=torch.int64)
+            dist.recv(pointers, 0)
+            size = int(pointers[-1])
             columns, values = torch.empty(size, dtype=torch.int64), torch.empty(size)
-            for received in (pointers, columns, values):
-                dist.recv(received, 0)
+            dist.recv(columns, 0)
+            dist.recv(values, 0)
             # scipy takes the smallest index type that will do
             arrays = values.numpy(), columns.numpy(), pointers.numpy()
-            part = sp.csr_matrix(arrays, (num_rows, n))
+            part = sp.csr_matrix(arrays, (own.stop - own.start, n))
         else:
             part = matrix[own]
             for rank, rows in enumerate(_parts(n)[1:], 1):
                 sent = matrix[rows]
-                for array in (
-                    sent.indptr.astype(np.int64),
-                    sent.indices.astype(np.int64),
-                    sent.data,
-                ):
+                indexes = sent.indptr.astype(np.int64), sent.indices.astype(np.int64)
+                for array in (*indexes, sent.data):
                     dist.send(torch.from_numpy(array), rank)
         self.product = csr_operator(part, self.device)
 
