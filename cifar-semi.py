@@ -28,14 +28,14 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation, finetune_ops
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files import provenance
+from lib.files.checkpoint import newest_readable
 from lib.files.description import CLASSIFIER
 from lib.files.published import CLASSIFIERS
-from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
 from lib.loading.sampler import num_batches
-from lib.runtime import distributed, interruption, profiling
+from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import finetuning, training_set
@@ -51,13 +51,14 @@ RESUME_INVARIANTS = resume_invariants(Settings)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return options.parser(__doc__, Settings)
+    return declared.parser(__doc__, Settings)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data; bad pseudo-label files are refused here
     checks.check_finetuning(args, build_parser())
-    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    settings = declared.values(args, Settings)
+    device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
     resume = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)

@@ -29,14 +29,14 @@ from pathlib import Path
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation, RandomHorizontalFlip, RandomResizedCrop
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files import provenance
+from lib.files.checkpoint import newest_readable
 from lib.files.description import CLASSIFIER
 from lib.files.published import CLASSIFIERS
-from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
 from lib.loading.sampler import num_batches
-from lib.runtime import distributed, interruption, profiling
+from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import finetuning, training_set
@@ -55,8 +55,8 @@ SMALLEST_CROP = 0.08  # fraction of the area, usual for ImageNet classifiers
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__, ImageNetFinetuning)
-    options.add_dummy(parser)
+    parser = declared.parser(__doc__, ImageNetFinetuning)
+    declared.add_dummy(parser)
     return parser
 
 
@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data; bad pseudo-label files are refused here
     check_options(args)
     checks.keep_dummy_apart(args, build_parser(), "model_root", "log_root")
-    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    settings = declared.values(args, Settings)
+    device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
     resume = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)

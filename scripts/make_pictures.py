@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datasets.images import ImageSet
 from datasets.patches import TEST_PER_CLASS, TRAIN_PER_CLASS, load_patches
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.labels.split import labeled_split
 
 ALBUM = 100  # pictures in each folder without labels
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder to make; must be new"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets import FileSet
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files.atomic import write_whole
 from lib.report import page
 from lib.runtime import devices
@@ -28,7 +28,7 @@ from lib.training.shared_settings import Compute
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
         "--checkpoint", required=True, metavar="FILE", help="classifier of phase 3, last or best"

@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from datasets import DataSet, build_datasets
-from lib.cli import checks, options, start
+from lib.cli import checks, declared, start
 from lib.cli.propagation import GRAPH_OPTIONS, add_options, class_prior, method_parameters
 from lib.features import extraction
 from lib.features.backbones import is_external
@@ -70,7 +70,7 @@ MIB = 2**20
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     add_options(parser)
     return parser
 

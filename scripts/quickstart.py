@@ -41,7 +41,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.features.extraction import FeatureSet, load_or_extract
 from lib.files import provenance
 from lib.labels import pseudo_files
@@ -80,7 +80,7 @@ TAUGHT = "nc-clamped"  # entry of `SPREAD` that the classifier learns from
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument("--output", default="checkpoint/quickstart", help="folder for everything")
     parser.add_argument(
         "--epochs", type=declared.positive_int, default=70, help="epochs of phase 1"

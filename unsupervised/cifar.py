@@ -32,14 +32,14 @@ import torch
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation, instance_ops
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files import provenance
+from lib.files.checkpoint import newest_readable
 from lib.files.description import METRIC
 from lib.files.published import CIFAR_METRIC
-from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
 from lib.loading.sampler import num_batches
-from lib.runtime import distributed, interruption, profiling
+from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import pretraining
@@ -58,7 +58,7 @@ RESUME_INVARIANTS = resume_invariants(CifarPretraining)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return options.parser(__doc__, CifarPretraining)
+    return declared.parser(__doc__, CifarPretraining)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -75,7 +75,8 @@ def check_options(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data
     check_options(args)
-    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    settings = declared.values(args, Settings)
+    device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(

@@ -36,14 +36,13 @@ import torch
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation, instance_ops
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files import checkpoint, provenance
 from lib.files.description import METRIC
 from lib.files.published import IMAGENET_METRIC
-from lib.files.resume import newest_readable
 from lib.loading.batches import Batches
 from lib.loading.sampler import num_batches
-from lib.runtime import distributed, interruption, profiling
+from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import pretraining
@@ -62,8 +61,8 @@ RESUME_INVARIANTS = resume_invariants(ImageNetPretraining)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__, ImageNetPretraining)
-    options.add_dummy(parser)
+    parser = declared.parser(__doc__, ImageNetPretraining)
+    declared.add_dummy(parser)
     return parser
 
 
@@ -98,7 +97,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data
     check_options(args)
     checks.keep_dummy_apart(args, build_parser(), "model_dir", "log_dir")
-    settings, device = declared.values(args, Settings), start.select_training_device(args)
+    settings = declared.values(args, Settings)
+    device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     folder, log_folder = Path(args.model_dir), Path(args.log_dir)
     names = (LAST, BEST, *(file.name for file in folder.glob(NUMBERED.format(epoch="*"))))
     automatic = args.auto_resume or args.resume == "auto"
-    source = newest_readable(folder, names) if automatic else args.resume
+    source = checkpoint.newest_readable(folder, names) if automatic else args.resume
     torch.manual_seed(args.rng_seed)
     described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=True)
     model = device.prepare(build_model(args.architecture, **described.arguments))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.cli import options, start
+from lib.cli import declared, start
 from lib.files import checkpoint
 from lib.files.atomic import write_whole
 from lib.files.weights import NETWORKS, strip_wrappers
@@ -84,15 +84,9 @@ def show(path: str | Path) -> str:
 def convert(source: str | Path, target: str | Path, *, published: bool = False) -> list[str]:
     """Write a file again as plain tensors, or, where `target` ends in .safetensors, in that format.
 
-    Args:
-        published: prefix the names of weights by `module.` and write the stream that torch before
-            1.6 reads.
-
-    Returns:
-        Entries left out, which only a safetensors file has.
-
-    Raises:
-        ValueError: as `checkpoint.load` and `checkpoint.save`.
+    `published` prefixes the names of weights by `module.` and writes the stream that torch before 1.6 reads.
+    The entries left out are returned, which only a safetensors file has. ValueErrors are those of
+    `checkpoint.load` and `checkpoint.save`.
     """
     state, target = checkpoint.load(source), Path(target)
     if target.suffix == ".safetensors":
@@ -106,7 +100,7 @@ def convert(source: str | Path, target: str | Path, *, published: bool = False) 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.prog = "lib.cli.convert"
     commands = parser.add_subparsers(dest="command", required=True)
     shows = commands.add_parser("show", help="print what is in a file")

@@ -3,10 +3,10 @@
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import Any, TypeVar, get_args
 
-from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, Limit, Option, options_of
+from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, Limit, options_of
 
 Values = TypeVar("Values", bound=Any)
 WANTED = {int: "a whole number", float: "a number"}
@@ -15,9 +15,7 @@ WANTED = {int: "a whole number", float: "a number"}
 def checked(parse: Callable[[str], Any], limit: Limit | None = None) -> Callable[[str], Any]:
     """Return a type for `add_argument` that refuses what is not finite or beyond the limit, and says why.
 
-    Args:
-        parse: function from the text to the value, such as `int`; its ValueError refuses the text.
-        limit: what a number must satisfy.
+    `parse` makes the value of the text, as `int` does; its ValueError refuses the text.
     """
 
     def read(text: str) -> Any:
@@ -46,38 +44,63 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the script's docstring as it is, and show every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parser(manual: str | None, settings: type | None = None) -> argparse.ArgumentParser:
+    """Return a parser that shows the script's docstring `manual`; it does not guess abbreviated options.
+
+    The options are those that the dataclass `settings` declares; without one the script adds its own.
+    """
+    made = argparse.ArgumentParser(description=manual, formatter_class=_Help, allow_abbrev=False)
+    if settings is not None:
+        add_options(made, settings)
+    return made
+
+
+def add_dummy(parser: argparse.ArgumentParser) -> None:
+    """Add --dummy, for the scripts that read images from files."""
+    parser.add_argument(
+        "--dummy",
+        dest="dataset",
+        action="store_const",
+        const="dummy",
+        default=argparse.SUPPRESS,  # --dataset has the default
+        help="train on random images, to measure the speed without data; without other folders, checkpoints "
+        "and log go to folders that end in -dummy",
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, kind: type) -> dict[str, argparse._ArgumentGroup]:
     """Add every option that the dataclass `kind` declares, and return their groups by name."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    declared = {each.name: each for each in fields(kind)}
-    for name, each in options_of(kind).items():
-        if each.group not in groups:
-            groups[each.group] = parser.add_argument_group(each.group)
-        short = [text for text in each.flags if not text.startswith("--")]
-        long = [text for text in each.flags if text.startswith("--")]
-        groups[each.group].add_argument(
-            *(*short, flag(name), *long),
-            dest=name,
-            default=declared[name].default,
-            help=each.help,
-            **_keywords(declared[name], each),
+    for name, option in options_of(kind).items():
+        field = kind.__dataclass_fields__[name]
+        value_type = (get_args(field.type) or (field.type,))[0]  # int of `int | None`
+        keywords: dict[str, Any] = {"metavar": option.metavar}
+        if value_type is bool:
+            keywords = {"action": "store_true"}
+        elif option.parse is not None or value_type in WANTED:
+            keywords["type"] = checked(option.parse or value_type, option.limit)
+        if option.choices is not None:
+            keywords["choices"] = option.choices
+        if option.bare is not None:
+            keywords |= {"nargs": "?", "const": option.bare}
+        short = [text for text in option.flags if not text.startswith("--")]
+        long = [text for text in option.flags if text.startswith("--")]
+        names = (*short, flag(name), *long)
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(
+            *names, dest=name, default=field.default, help=option.help, **keywords
         )
     return groups
-
-
-def _keywords(declared: Field, option: Option) -> dict[str, Any]:
-    """Return what `add_argument` must know of an option beside its names, default and help."""
-    kind = (get_args(declared.type) or (declared.type,))[0]  # int of `int | None`
-    if kind is bool:
-        return {"action": "store_true"}
-    keywords: dict[str, Any] = {"metavar": option.metavar}
-    if option.choices is not None:
-        keywords["choices"] = option.choices
-    if option.bare is not None:
-        keywords |= {"nargs": "?", "const": option.bare}
-    if option.parse is not None or kind in WANTED:
-        keywords["type"] = checked(option.parse or kind, option.limit)
-    return keywords
 
 
 def values(args: argparse.Namespace, kind: type[Values]) -> Values:

@@ -28,7 +28,7 @@ from urllib.error import URLError
 
 import torch
 
-from lib.cli import options, start
+from lib.cli import declared, start
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.files.published_pickle import printable
@@ -158,7 +158,7 @@ def unpack(archive: Path, folder: Path, members: Collection[str]) -> Path:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument(
         "--only",
         action="append",

@@ -11,12 +11,12 @@ of another tool may have its rows in any order and further columns; path may be 
 import argparse
 
 from datasets import build_datasets
-from lib.cli import options, start
+from lib.cli import declared, start
 from lib.labels import pseudo_files, table
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument("action", choices=("to-csv", "from-csv"), help="which of the two to make")
     parser.add_argument("source", metavar="IN", help="to-csv: a .pth.tar file; from-csv: a table")
     parser.add_argument("target", metavar="OUT", help="file to write")

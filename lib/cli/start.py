@@ -15,16 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from lib.cli.checks import warn, writable_folder
-from lib.runtime import devices, distributed
-from lib.runtime.devices import Device
+from lib.runtime import distributed
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def select_training_device(args: argparse.Namespace) -> Device:
-    """Return the device that the options ask for, set up for training."""
-    return devices.select(args.gpus, args.precision, deterministic=args.deterministic)
 
 
 def resume_command(file: str | Path) -> str:
@@ -43,9 +37,8 @@ def resume_command(file: str | Path) -> str:
 def open_run_folder(option: str, folder: Path, last: str, *, is_new: bool) -> None:
     """Let rank 0 prove that a run can write to its folder, and warn of what a new run replaces there.
 
-    Args:
-        option: the option that gave the folder, for the ValueError if it cannot be written to.
-        last: name of the checkpoint that a run writes again and again.
+    The ValueError, if it cannot, names the option that gave the folder. `last` is the name of the checkpoint
+    that a run writes again and again.
     """
     if not distributed.is_main():
         return

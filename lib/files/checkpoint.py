@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lib.files import published_pickle
 from lib.files.atomic import write_whole
 from lib.files.published_pickle import PickledModule, RefusedError, printable
+from lib.runtime import distributed
 
 ZIP_START = b"PK\x03\x04"
 MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
@@ -24,11 +26,8 @@ MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
 def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
     """Write a dict, or one bare tensor, so that `path` holds either the old file or the new one.
 
-    Args:
-        legacy: write the stream that torch before 1.6 reads instead of a zip archive.
-
-    Raises:
-        ValueError: if the folder cannot be written to or the disk is full; the old file stays.
+    `legacy` writes the stream that torch before 1.6 reads instead of a zip archive. A folder that cannot be
+    written to, and a full disk, are a ValueError; the old file stays.
     """
     buffer = io.BytesIO()
     state = dict(state) if isinstance(state, Mapping) else state
@@ -69,7 +68,8 @@ def load(path: str | Path) -> Any:
         with _opened(path):
             return reader.load_file(path)
     with _opened(path) as file:
-        return _plain(_unpickled(file), path.stat().st_size, itertools.count())
+        num_bytes = path.stat().st_size
+        return _plain(_unpickled(file, num_bytes), num_bytes, itertools.count())
 
 
 def container(path: Path) -> str:
@@ -80,23 +80,9 @@ def container(path: Path) -> str:
         return "zip archive" if file.read(len(ZIP_START)) == ZIP_START else "legacy stream"
 
 
-def _unpickled(file: BinaryIO) -> Any:
+def _unpickled(file: BinaryIO, num_bytes: int) -> Any:
     if file.read(len(ZIP_START)) != ZIP_START:
         return published_pickle.read(file)
-    _check_members(file)
-    file.seek(0)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = printable(str(error).rpartition("WeightsUnpickler error: ")[2].strip())
-        why = f", which could run code when opened ({found[1]})" if found else f" ({reason})"
-        raise RefusedError(f"it holds more than tensors and plain values{why}") from error
-
-
-def _check_members(file: BinaryIO) -> None:
-    """Refuse a zip archive that would take more memory than its own size."""
-    num_bytes = file.seek(0, io.SEEK_END)
     members = zipfile.ZipFile(file).infolist()
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
@@ -105,6 +91,14 @@ def _check_members(file: BinaryIO) -> None:
             )
     if sum(member.file_size for member in members) > num_bytes:
         raise RefusedError("its members together are larger than the file")
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = printable(str(error).rpartition("WeightsUnpickler error: ")[2].strip())
+        why = f", which could run code when opened ({found[1]})" if found else f" ({reason})"
+        raise RefusedError(f"it holds more than tensors and plain values{why}") from error
 
 
 def _plain(value: Any, num_bytes: int, parts: Iterator[int]) -> Any:
@@ -159,6 +153,33 @@ def require_keys(state: Mapping[str, Any], path: str | Path, *keys: str) -> None
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; it holds: {listed(state, 20)}")
+
+
+def newest_readable(folder: str | Path, names: Iterable[str]) -> str:
+    """Return the newest readable file among folder/names (`--resume auto`), and print the choice.
+
+    It is the same on every process, and empty if the folder has none of the files. If there are some and none
+    of them can be read, this is a ValueError.
+    """
+    chosen = ""
+    if distributed.is_main():
+        files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
+        for file in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True):
+            try:
+                load_dict(file)
+            except ValueError as error:
+                print(f"--resume auto passes over a file: {error}", file=sys.stderr)
+                continue
+            chosen = str(file)
+            break
+        if files and not chosen:
+            raise ValueError(
+                f"--resume auto: none of the checkpoints in {folder} can be read; move them away to start "
+                "afresh"
+            )
+        nothing = f": no checkpoint in {folder} yet, starting afresh"
+        print("--resume auto" + (f" takes {chosen}" if chosen else nothing))
+    return distributed.broadcast_object(chosen)
 
 
 def listed(names: Iterable[Any], most: int) -> str:

@@ -5,8 +5,8 @@ hold none, lib/files/published.py guesses it from keys and weights.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 KEY = "description"
@@ -18,31 +18,18 @@ LARGEST = 2**20  # of a size in a description: a file must not make its reader r
 
 @dataclass(frozen=True)
 class Description:
-    """A network, the images that it was trained on, and the meaning of its outputs.
+    """A network, the images that it was trained on, and the meaning of its outputs."""
 
-    Attributes:
-        kind: `METRIC` (phase 1, the last layer is an embedding) or `CLASSIFIER` (phase 3).
-        architecture: name for `models.build_model` or `lib.features.backbones`; empty if a published file
-            does not record it.
-        arguments: arguments of its constructor: `out_features`, `in_channels`, `normalize`, `imagenet`.
-        mean, std: of red, green and blue in [0, 1], by which the input is normalized; a gray network takes
-            their averages.
-        image_size: side in pixels of the network's input.
-        resize: length of the shorter side in evaluation, before the central crop.
-        classes: class names, in the order of their numbers.
-        num_neighbors, temperature: K and T of a metric's kNN monitor.
-    """
-
-    kind: str
-    architecture: str
-    arguments: Mapping[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
-    resize: int
-    classes: tuple[str, ...] = ()
-    num_neighbors: int = NUM_NEIGHBORS
-    temperature: float = TEMPERATURE
+    kind: str  # `METRIC` (phase 1, the last layer is an embedding) or `CLASSIFIER` (phase 3)
+    architecture: str  # for `build_model` or `lib.features.backbones`; may be empty if published
+    arguments: Mapping[str, Any]  # `out_features`, `in_channels`, `normalize`, `imagenet`
+    mean: tuple[float, ...]  # of red, green and blue in [0, 1]; a gray network takes the average
+    std: tuple[float, ...]  # likewise; the input is normalized by both
+    image_size: int  # side in pixels of the network's input
+    resize: int  # length of the shorter side in evaluation, before the central crop
+    classes: tuple[str, ...] = ()  # names, in the order of their numbers
+    num_neighbors: int = NUM_NEIGHBORS  # K of a metric's kNN monitor
+    temperature: float = TEMPERATURE  # T of that monitor
 
     @property
     def is_gray(self) -> bool:
@@ -65,18 +52,7 @@ class Description:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
-@dataclass
-class _Problems:
-    """The problems of an entry, collected so that one message lists them all."""
-
-    found: list[str] = field(default_factory=list)
-
-    def unless(self, good: bool, problem: str) -> None:
-        if not good:
-            self.found.append(problem)
-
-
-def _all_of(values: Any, kind: type | tuple[type, ...]) -> bool:
+def _are(values: Any, kind: type) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(v, kind) for v in values)
 
 
@@ -84,43 +60,45 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
-def _check(entry: Mapping[str, Any]) -> Sequence[str]:
-    problems = _Problems()
-    problems.unless(entry["kind"] in KINDS, f"kind is none of {', '.join(KINDS)}")
-    problems.unless(isinstance(entry["architecture"], str), "architecture is not a name")
+def _problems(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the values of an entry that has them all."""
+    if entry["kind"] not in KINDS:
+        yield f"kind is none of {', '.join(KINDS)}"
+    if not isinstance(entry["architecture"], str):
+        yield "architecture is not a name"
     arguments = entry["arguments"]
-    named = isinstance(arguments, Mapping) and all(isinstance(k, str) for k in arguments)
-    problems.unless(named, "arguments are not named")
-    sizes = [v for v in arguments.values() if not isinstance(v, bool)] if named else []
-    problems.unless(
-        all(_is_count(v) for v in sizes), "arguments are not positive whole numbers or booleans"
-    )
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        yield "arguments are not named"
+    elif not all(isinstance(v, bool) or _is_count(v) for v in arguments.values()):
+        yield "arguments are not positive whole numbers or booleans"
     for name in ("mean", "std"):
-        finite = _all_of(entry[name], float) and all(map(math.isfinite, entry[name]))
-        problems.unless(finite and len(entry[name]) == 3, f"{name} is not three finite numbers")
-    problems.unless(not finite or min(entry["std"]) > 0, "std is not positive")
+        values = entry[name]
+        if not _are(values, float) or len(values) != 3 or not all(map(math.isfinite, values)):
+            yield f"{name} is not three finite numbers"
+        elif name == "std" and min(values) <= 0:
+            yield "std is not positive"
     for name in ("image_size", "resize", "num_neighbors"):
-        problems.unless(_is_count(entry[name]), f"{name} is not a positive whole number")
-    if _is_count(entry["resize"]) and _is_count(entry["image_size"]):
-        problems.unless(entry["resize"] >= entry["image_size"], "resize is below image_size")
+        if not _is_count(entry[name]):
+            yield f"{name} is not a positive whole number"
+    sizes = entry["image_size"], entry["resize"]
+    if all(map(_is_count, sizes)) and sizes[0] > sizes[1]:
+        yield "resize is below image_size"
     temperature = entry["temperature"]
-    good = isinstance(temperature, float) and 0 < temperature < float("inf")
-    problems.unless(good, "temperature is not a positive number")
-    problems.unless(_all_of(entry["classes"], str), "classes are not a list of names")
-    return problems.found
+    if not isinstance(temperature, float) or not 0 < temperature < math.inf:
+        yield "temperature is not a positive number"
+    if not _are(entry["classes"], str):
+        yield "classes are not a list of names"
 
 
 def read(entry: Any, source: str) -> Description:
     """Read the entry `description` of the checkpoint `source`.
 
-    Raises:
-        ValueError: if values are missing or of a wrong kind, listing them all.
+    A ValueError lists all values that are missing or of a wrong kind.
     """
     names = tuple(Description.__dataclass_fields__)
     if not isinstance(entry, Mapping) or any(name not in entry for name in names):
         raise ValueError(f"{source}: its description must hold {', '.join(names)}")
-    problems = _check(entry)
-    if problems:
+    if problems := list(_problems(entry)):
         raise ValueError(f"{source}: its description is wrong: {'; '.join(problems)}")
     values = {name: entry[name] for name in names}
     for name in ("mean", "std", "classes"):

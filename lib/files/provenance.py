@@ -18,16 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def git_commit() -> str:
     """Return the commit of this checkout, with `+changes` if files differ from it; `unknown` without git."""
+    words = ("--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")  # no name of a tag
+    command = ["git", "-C", str(ROOT), "describe", *words]
     try:
-        answers = [
-            subprocess.run(
-                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return answers[0] + ("+changes" if answers[1] else "")
+    return done.stdout.strip()
 
 
 def record(options: Mapping[str, Any], data_digest: str = "") -> dict[str, Any]:
@@ -55,11 +52,8 @@ def require_same(
 ) -> None:
     """Raise ValueError, listing the differences, if a run would be resumed with other options or data.
 
-    Args:
-        saved: the `meta` record of the checkpoint.
-        now: the `meta` record of this run.
-        invariants: options that must be the same, with their defaults, which a file older than an option
-            was made with.
+    `saved` and `now` are the `meta` records of the checkpoint and of this run. `invariants` are the options
+    that must be the same, with their defaults, which a file older than an option was made with.
     """
     before, after = {**invariants, **saved.get("options", {})}, now["options"]
     different = [
@@ -76,8 +70,8 @@ def require_same(
 def say_precision(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Print a line if a run resumes with other rounding: allowed, but not to the same bits."""
     before, after = saved.get("options", {}), now["options"]
-    missing = {"precision": after.get("precision", ""), "compile": ""}
-    for name, default in missing.items():  # defaults for files older than these options
+    # Defaults for files older than these options.
+    for name, default in (("precision", after.get("precision", "")), ("compile", "")):
         was, is_now = before.get(name, default), after.get(name, default)
         if was != is_now:
             print_main(

@@ -87,8 +87,7 @@ def bank_rows(state: Mapping[str, Any], path: str | Path) -> Tensor:
 def class_names(state: Mapping[str, Any]) -> list[str]:
     """Return the class names in a checkpoint or in another record; [] where it has none.
 
-    Raises:
-        ValueError: if it has something else in their place.
+    Something else in their place is a ValueError.
     """
     names = state.get("classes") or []
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):

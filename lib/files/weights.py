@@ -31,8 +31,7 @@ def strip_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def model_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """Find the weights in a checkpoint: `net` (CIFAR), `state_dict` (ImageNet), or a bare state dict.
 
-    Raises:
-        ValueError: if there are none.
+    If there are none, this is a ValueError.
     """
     weights = next((state[key] for key in NETWORKS if key in state), state)
     if isinstance(weights, Mapping) and all(isinstance(name, str) for name in weights):
@@ -40,11 +39,6 @@ def model_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tenso
         if any(isinstance(value, Tensor) for value in plain.values()):
             return plain
     raise ValueError(f"{path} holds no network weights; its entries are: {listed(state, 20)}")
-
-
-def is_colorization(weights: Mapping[str, Any]) -> bool:
-    """Tell by their names whether these are the weights of a colorization backbone."""
-    return bool(weights) and all(re.match(r"[0-3]\.", name) for name in weights)
 
 
 @dataclass(frozen=True)
@@ -88,11 +82,20 @@ def load_weights(
     own = model.state_dict()
     head = {f"{model.head_name}.weight", f"{model.head_name}.bias"}
     absent = set(head)
-    if is_colorization(weights):
+    if weights and all(re.match(r"[0-3]\.", name) for name in weights):
         weights = {COLORIZATION[name[0]] + name[1:]: value for name, value in weights.items()}
         absent |= {name for name in own if name.startswith(COLORIZATION_ENDS_BEFORE)}
     given = dict(weights) if keep_head else {k: v for k, v in weights.items() if k not in head}
-    report = compare(own, given)
+    # This counter is absent in files from before PyTorch 0.4.1.
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
+    same = [name for name in given if name in own and own[name].shape == shapes[name]]
+    report = LoadReport(
+        loaded=tuple(same),
+        missing=tuple(n for n in own if n not in given and n not in optional),
+        unexpected=tuple(n for n in given if n not in own),
+        mismatched=tuple(n for n in given if n in own and n not in same),
+    )
     allowed = set() if keep_head else absent
     if set(report.missing) - allowed or report.unexpected or report.mismatched:
         raise ValueError(
@@ -102,17 +105,3 @@ def load_weights(
         )
     model.load_state_dict({name: given[name] for name in report.loaded}, strict=False)
     return report
-
-
-def compare(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> LoadReport:
-    """Compare the names and shapes of `given` weights to those of a network's `own`."""
-    # This counter is absent in files from before PyTorch 0.4.1.
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
-    same = [name for name in given if name in own and own[name].shape == shapes[name]]
-    return LoadReport(
-        loaded=tuple(same),
-        missing=tuple(n for n in own if n not in given and n not in optional),
-        unexpected=tuple(n for n in given if n not in own),
-        mismatched=tuple(n for n in given if n in own and n not in same),
-    )

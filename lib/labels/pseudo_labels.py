@@ -59,30 +59,16 @@ def listed(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PseudoLabels:
-    """Labels for unlabeled images, most confident first.
+    """Labels for unlabeled images, most confident first; a ValueError lists every problem of wrong ones."""
 
-    Attributes:
-        indexes: indexes of the U pseudo-labeled images in the training set.
-        labels: their class numbers, U.
-        confidence: how sure each label is, U numbers in [0, 1] that fall.
-        labeled: indexes of the L images whose true labels were used.
-        unlabeled: indexes of all images that were to be labeled.
-        probabilities: class probabilities, U x C, or None (the published ImageNet files have none).
-        meta: record of what made them.
-        top_classes: the most probable classes of each image, best first: U x min(5, C), int32. None for
-            pseudo-labels from a file, which does not hold them.
-
-    Raises:
-        ValueError: listing every problem, on construction.
-    """
-
-    indexes: Tensor
-    labels: Tensor
-    confidence: Tensor
-    labeled: Tensor
-    unlabeled: Tensor
-    probabilities: Tensor | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    indexes: Tensor  # of the U pseudo-labeled images in the training set
+    labels: Tensor  # their class numbers, U
+    confidence: Tensor  # how sure each label is, U numbers in [0, 1] that fall
+    labeled: Tensor  # indexes of the L images whose true labels were used
+    unlabeled: Tensor  # indexes of all images that were to be labeled
+    probabilities: Tensor | None = None  # U x C; the published ImageNet files have none
+    meta: Mapping[str, Any] = field(default_factory=dict)  # record of what made them
+    # The most probable classes of each image, best first: U x min(5, C), int32. Files do not hold them.
     top_classes: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -167,10 +153,8 @@ class PseudoLabels:
     ) -> None:
         """Raise ValueError, listing every problem, if these pseudo-labels are not for a training set.
 
-        Args:
-            num_images, num_classes: sizes of the training set.
-            num_labeled: number of labeled images that the pseudo-labels must have been made with.
-            digest, classes: digest and class names of the training set, compared where both are known.
+        They must have been made with `num_labeled` labeled images. Digest and class names of the training
+        set are compared where both are known.
         """
         index = _largest(torch.cat([self.indexes, self.labeled, self.unlabeled]))
         label, num_used = _largest(self.labels), len(self.labeled)
@@ -198,11 +182,10 @@ class PseudoLabels:
     def select(self, ratio: float, *, class_balanced: bool = False) -> Tensor:
         """Return the positions of the most confident share, in their order here.
 
-        Args:
-            ratio: share to take, from 0 to 1, else a ValueError; the number of images is rounded down.
-            class_balanced: take this share of each pseudo-class instead of the whole ranking, rounded
-                up so that no class is left out. The most confident labels crowd into few classes, and
-                training on those alone forgets the others.
+        The share `ratio` lies between 0 and 1, else a ValueError; the number of images is rounded down.
+        `class_balanced` takes it of each pseudo-class instead of the whole ranking, rounded up so that no
+        class is left out. The most confident labels crowd into few classes, and training on those alone
+        forgets the others.
         """
         if not 0 <= ratio <= 1:
             raise ValueError(f"pseudo ratio {ratio}: must lie in [0, 1]")

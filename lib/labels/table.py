@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,6 +13,8 @@ from lib.files.atomic import write_whole
 from lib.files.published import class_names
 from lib.labels.pseudo_labels import PseudoLabels, listed
 
+# Index, label and confidence: a labeled image has no confidence, one without any label has no label.
+Row = tuple[int, int | None, float | None]
 COLUMNS = ("index", "path", "label", "confidence")
 CSV_META = "# meta "  # starts a first line that readers of CSV take for a comment
 
@@ -60,16 +62,14 @@ def from_csv(path: str | Path) -> PseudoLabels:
     try:
         meta, table = _csv_meta(text)
         rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
-        labeled = [row.index for row in rows if row.confidence is None]
-        rest = [row.index for row in rows if row.confidence is not None and row.label is None]
-        given = sorted(
-            (row for row in rows if row.label is not None), key=lambda row: -row.confidence
-        )
-        indexes = [row.index for row in given]
+        labeled = [index for index, _, confidence in rows if confidence is None]
+        rest = [index for index, label, weight in rows if label is None and weight is not None]
+        given = sorted((row for row in rows if row[1] is not None), key=lambda row: -row[2])
+        indexes = [index for index, _, _ in given]
         return PseudoLabels(
             torch.tensor(indexes, dtype=torch.int64),
-            torch.tensor([row.label for row in given], dtype=torch.int64),
-            torch.tensor([row.confidence for row in given], dtype=torch.float32),
+            torch.tensor([label for _, label, _ in given], dtype=torch.int64),
+            torch.tensor([confidence for _, _, confidence in given], dtype=torch.float32),
             torch.tensor(labeled, dtype=torch.int64),
             torch.tensor(indexes + rest, dtype=torch.int64),
             meta=meta,
@@ -82,14 +82,6 @@ def _table_names(meta: Mapping[str, Any]) -> list[str]:
     """Return the class names of a record, or [] where two classes share one and a name is no number."""
     names = class_names(meta)
     return names if len(set(names)) == len(names) else []
-
-
-class _Row(NamedTuple):
-    """A row of a table: a labeled image has no confidence, one without any label has no label."""
-
-    index: int
-    label: int | None
-    confidence: float | None
 
 
 def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
@@ -108,7 +100,7 @@ def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
     return meta, table
 
 
-def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[_Row]:
+def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[Row]:
     """Parse the rows of a table without its record; one ValueError lists all rows that are wrong."""
     reader = csv.DictReader(io.StringIO(table))
     lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ()) and name != "path"]
@@ -126,21 +118,21 @@ def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[_R
     return rows
 
 
-def _csv_row(line: Mapping[str, str | None], numbers: Mapping[str, int]) -> _Row:
+def _csv_row(line: Mapping[str, str | None], numbers: Mapping[str, int]) -> Row:
     index, label, confidence = (line[name] or "" for name in ("index", "label", "confidence"))
     place = _number(int, index, "index")
     if not confidence:
-        return _Row(place, None, None)
+        return place, None, None
     weight = _number(float, confidence, "confidence")
     if not label:
         if weight:
             raise ValueError(f"there is a confidence {confidence} but no label")
-        return _Row(place, None, weight)
+        return place, None, weight
     if not numbers:
-        return _Row(place, _number(int, label, "label"), weight)
+        return place, _number(int, label, "label"), weight
     if label not in numbers:
         raise ValueError(f"{label!r} is not among the classes in the first line")
-    return _Row(place, numbers[label], weight)
+    return place, numbers[label], weight
 
 
 def _number(kind: Callable[[str], Any], text: str, what: str) -> Any:

@@ -25,10 +25,8 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, start_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# Limit of a collective: rank 0 may be writing a large file meanwhile.
-TIMEOUT = timedelta(minutes=30)
-# Delay of an error on other ranks: rank 0 reports it first, and its end ends them.
-MAIN_FIRST_S = 10.0
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may be writing a large file meanwhile
+MAIN_FIRST_S = 10.0  # delay of an error on other ranks: rank 0 reports it first, and ends them
 
 
 def _active() -> bool:
@@ -199,8 +197,12 @@ def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
     Leaving NCCL's group would wait for the collectives of other processes, which wait for this one.
     """
     on_gpus = names[0] != "cpu"
-    if "GLOO_SOCKET_IFNAME" not in os.environ and _needs_loopback():
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    on_one_machine = os.environ.get("WORLD_SIZE") in (None, os.environ.get("LOCAL_WORLD_SIZE"))
+    if on_one_machine and "GLOO_SOCKET_IFNAME" not in os.environ:
+        try:
+            socket.getaddrinfo(socket.gethostname(), None)
+        except OSError:  # gloo takes its address from the host name, which does not resolve
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # gloo beside NCCL carries the few numbers that steer a run, which need not wait for the device
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, **options)
@@ -219,17 +221,6 @@ def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
     finally:
         if together:
             dist.destroy_process_group()
-
-
-def _needs_loopback() -> bool:
-    """Return whether the host name of a run on one machine does not resolve: gloo needs it for an address."""
-    if os.environ.get("WORLD_SIZE") not in (None, os.environ.get("LOCAL_WORLD_SIZE")):
-        return False
-    try:
-        socket.getaddrinfo(socket.gethostname(), None)
-    except OSError:
-        return True
-    return False
 
 
 def _child(rank: int, work: Callable[[], int], names: list[str], store: str, threads: int) -> None:

@@ -12,7 +12,7 @@ value, `lr: float = 0.1`, changes the default and nothing else; `redeclared` cha
 
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
 
@@ -87,5 +87,7 @@ def options_of(kind: type) -> dict[str, Option]:
 
 def resume_invariants(kind: type) -> dict[str, Any]:
     """Return the options that a resumed run must not change, with their defaults."""
-    default = {each.name: each.default for each in fields(kind)}
-    return {name: default[name] for name, each in options_of(kind).items() if each.invariant}
+    declared = kind.__dataclass_fields__
+    return {
+        name: declared[name].default for name, each in options_of(kind).items() if each.invariant
+    }

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.features import extraction
 from lib.files import provenance
 from lib.graph.laplacian import SELF_LOOPS
@@ -66,7 +66,7 @@ Draw = tuple[int, Split]  # number of labels, which ones
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument("--features", required=True, metavar="FILE", help="features with labels")
     parser.add_argument(
         "--images", type=declared.not_negative_int, default=0, help="take this many of them; 0: all"

@@ -28,7 +28,7 @@ from scipy.stats import ttest_ind
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.cli import checks, declared, options, start
+from lib.cli import checks, declared, start
 from lib.files import provenance
 from lib.report import plots
 from lib.training.shared_settings import Data, Network
@@ -59,7 +59,7 @@ CURVES = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     declared.add_options(parser, Data)
     declared.add_options(parser, Network)
     parser.set_defaults(dataset="patches", architecture="wrn-10-1")

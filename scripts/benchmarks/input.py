@@ -33,7 +33,7 @@ from tqdm import tqdm
 from datasets import FileSet, build_datasets
 from datasets.images import IMAGENET_STATS
 from datasets.transforms import Augmentation, RandomResizedCrop, instance_ops
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.files import provenance
 from lib.loading.batches import Batches, in_order
 from lib.runtime import devices
@@ -49,7 +49,7 @@ RESIZED, SHOWN = 256, 224
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument(
         "--data-dir", default="", metavar="DIR", help="photographs, DIR/train/<class>/*"
     )

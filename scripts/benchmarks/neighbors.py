@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.graph.cells import search_cells
 from lib.graph.neighbors import TIE
 from lib.graph.search import BLOCK_BYTES, FIRST, exact_search
@@ -36,7 +36,7 @@ KMEANS_ROUNDS, ROWS_PER_LIST = 5, 16  # as in lib/graph/cells.py
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument(
         "--images", type=declared.positive_int, default=200_000, metavar="N", help="points"
     )

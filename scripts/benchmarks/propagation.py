@@ -36,7 +36,7 @@ from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.features import extraction
 from lib.files import provenance
 from lib.graph.affinity import affinity_matrix, chosen_preset
@@ -59,7 +59,7 @@ Answer = tuple[dict[str, float], dict[int, Tensor], float]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument("--features", default="", metavar="FILE", help="feature file with labels")
     parser.add_argument(
         "--images",

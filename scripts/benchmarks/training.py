@@ -54,7 +54,7 @@ from datasets.transforms import (
     finetune_ops,
     instance_ops,
 )
-from lib.cli import declared, options, start
+from lib.cli import declared, start
 from lib.files import provenance
 from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
@@ -124,7 +124,7 @@ TASKS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.parser(__doc__)
+    parser = declared.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="scripts")
     parser.add_argument(
         "--variants",

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import pytest
 
-from lib.cli import declared, options
+from lib.cli import declared
 from lib.runtime.option import (
     FRACTION,
     POSITIVE,
@@ -43,7 +43,7 @@ class Thing(Size, Look):
 
 
 def parse(*words):
-    return declared.values(options.parser("manual", Thing).parse_args(words), Thing)
+    return declared.values(declared.parser("manual", Thing).parse_args(words), Thing)
 
 
 def test_the_command_line_makes_the_dataclass():
@@ -66,7 +66,7 @@ def test_a_subclass_changes_what_it_repeats_and_keeps_the_rest():
 
 
 def test_help_has_the_groups_in_order_and_every_name_and_default():
-    output = options.parser("manual", Thing).format_help()
+    output = declared.parser("manual", Thing).format_help()
     assert output.index("\nsize:") < output.index("\nlook:")
     assert "-w WIDTH, --width WIDTH, --broad WIDTH, --wide WIDTH" in output
     assert "how wide (default: 4)" in output
@@ -111,4 +111,4 @@ def test_every_setting_of_a_training_script_is_a_declared_option_that_is_explain
     found = options_of(kind)
     assert set(found) == {each.name for each in fields(kind)}
     assert all(each.help for each in found.values())
-    assert declared.values(options.parser("manual", kind).parse_args([]), kind) == kind()
+    assert declared.values(declared.parser("manual", kind).parse_args([]), kind) == kind()

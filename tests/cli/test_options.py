@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import actions, load_script, pretraining
 
-from lib.cli import checks, options, start
+from lib.cli import checks, declared, start
 
 finetuning = load_script("cifar-semi.py")
 
@@ -195,10 +195,10 @@ def test_traceback_in_the_environment_shows_where_a_message_came_from(monkeypatc
 
     monkeypatch.setattr("sys.argv", ["script"])
     with pytest.raises(SystemExit):
-        start.run(fail, options.parser("manual"))
+        start.run(fail, declared.parser("manual"))
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="mistyped"):
-        start.run(fail, options.parser("manual"))
+        start.run(fail, declared.parser("manual"))
 
 
 def test_scripts_can_be_imported_without_running_anything():

@@ -24,7 +24,7 @@ from runs import (
 
 from lib.cli import start
 from lib.files import checkpoint
-from lib.files.resume import newest_readable
+from lib.files.checkpoint import newest_readable
 from lib.runtime import interruption
 from lib.training.state import Checkpoints
 
