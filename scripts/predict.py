@@ -24,7 +24,7 @@ from lib.runtime import devices
 from lib.runtime.distributed import is_main, own_workers
 from lib.training import prediction
 from lib.training.prediction import Predictions
-from lib.training.shared_settings import Compute
+from lib.training.settings import Compute
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from lib.runtime.option import (
     options_of,
     redeclared,
 )
-from lib.training.shared_settings import Compute, Data, Network
+from lib.training.settings import Compute, Data, Network
 from models import SMALL_ARCHITECTURES
 
 

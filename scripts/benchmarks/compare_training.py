@@ -31,7 +31,7 @@ from tqdm import tqdm
 from lib.cli import checks, declared, options, start
 from lib.files import provenance
 from lib.report import plots
-from lib.training.shared_settings import Data, Network
+from lib.training.settings import Data, Network
 
 VARIANTS = {
     "fp32": ("--precision", "fp32"),
