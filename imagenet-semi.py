@@ -34,17 +34,15 @@ from lib.files import provenance
 from lib.files.checkpoint import newest_readable
 from lib.files.description import CLASSIFIER
 from lib.files.published import CLASSIFIERS
-from lib.loading.batches import Batches
-from lib.loading.sampler import num_batches
+from lib.loading.batches import Batches, num_batches
 from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
-from lib.training import finetuning, training_set
+from lib.training import finetuning
 from lib.training.finetuning import BEST, LAST, Settings, Tester
 from lib.training.log import main_log
-from lib.training.optimizer import sgd, trainable
+from lib.training.optimizer import IMAGENET_FINETUNE_DROPS, learning_rate, sgd, trainable
 from lib.training.progress import RunProgress, step_arithmetic
-from lib.training.schedule import IMAGENET_FINETUNE_DROPS, learning_rate
 from lib.training.settings import ImageNetFinetuning
 from lib.training.state import Checkpoints, TrainState, describe
 from lib.training.step import train_steps
@@ -73,7 +71,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))
     resume = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
-    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    parts = finetuning.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
     workers = distributed.own_workers(args.num_workers)
     with distributed.main_first():  # rank 0 may have to download them
         train, test = build_datasets(
@@ -94,7 +92,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     # 3. Training images, objective, optimizer; initial weights, or the run to resume
     source = args.pseudo_file or args.pseudo_dir
-    chosen = training_set.choose_training_set(train, parts, settings, source=source)
+    chosen = finetuning.choose_training_set(train, parts, settings, source=source)
     objective = finetuning.build_objective(chosen, args.criterion, device)
     parameters = trainable(model, head_only=args.finetune)
     optimizer = sgd([*parameters, *objective.parameters()], args.lr, args.weight_decay)
@@ -151,7 +149,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             stopping, is_last = stop.requested(), state.step == args.max_iters
             if is_last or state.step % args.print_freq == 0:
                 progress.report(step)
-            with progress.paused():
+            with progress.throughput.paused():
                 if is_last or state.step % args.eval_freq == 0:
                     if test is not None and not test.in_memory:
                         files.save(state)  # testing may outlast the grace period of a SIGTERM

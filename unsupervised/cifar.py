@@ -37,17 +37,15 @@ from lib.files import provenance
 from lib.files.checkpoint import newest_readable
 from lib.files.description import METRIC
 from lib.files.published import CIFAR_METRIC
-from lib.loading.batches import Batches
-from lib.loading.sampler import num_batches
+from lib.loading.batches import Batches, num_batches
 from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import pretraining
 from lib.training.log import main_log
-from lib.training.optimizer import sgd
+from lib.training.optimizer import learning_rate, sgd
 from lib.training.pretraining import Settings
 from lib.training.progress import EpochProgress, step_arithmetic
-from lib.training.schedule import learning_rate
 from lib.training.settings import CifarPretraining
 from lib.training.state import Checkpoints, TrainState, describe
 from lib.training.step import train_steps

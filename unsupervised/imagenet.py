@@ -40,17 +40,15 @@ from lib.cli import checks, declared, start
 from lib.files import checkpoint, provenance
 from lib.files.description import METRIC
 from lib.files.published import IMAGENET_METRIC
-from lib.loading.batches import Batches
-from lib.loading.sampler import num_batches
+from lib.loading.batches import Batches, num_batches
 from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import pretraining
 from lib.training.log import main_log
-from lib.training.optimizer import sgd
+from lib.training.optimizer import IMAGENET_INSTANCE_DROPS, learning_rate, sgd
 from lib.training.pretraining import Settings
 from lib.training.progress import EpochProgress, step_arithmetic
-from lib.training.schedule import IMAGENET_INSTANCE_DROPS, learning_rate
 from lib.training.settings import ImageNetPretraining
 from lib.training.state import Checkpoints, TrainState, describe, load_network
 from lib.training.step import train_steps

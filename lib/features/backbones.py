@@ -81,10 +81,6 @@ class Backbone:
     preprocessing: Preprocessing
 
     @property
-    def num_features(self) -> int:
-        return self.model.head.out_features
-
-    @property
     def digest(self) -> str:
         """16 hexadecimal digits that change with the weights or the preprocessing."""
         running = hashlib.sha256(str(self.preprocessing).encode())
@@ -123,9 +119,9 @@ def classifier(
     architecture: str, num_classes: int, path: str | Path = "", *, weighted: bool = True
 ) -> PooledFeatures:
     """Build a network as `build` does, with a new last layer of `num_classes` outputs."""
-    found = build(architecture, path, weighted=weighted)
-    found.model.head = nn.Linear(found.num_features, num_classes)
-    return found.model
+    model = build(architecture, path, weighted=weighted).model
+    model.head = nn.Linear(model.head.out_features, num_classes)
+    return model
 
 
 def _require_known(library: str, name: str, known: Collection[str]) -> None:
@@ -177,11 +173,9 @@ def _load(trunk: nn.Module, path: str | Path, heads: Collection[str]) -> None:
 
 
 def _cached(url: str) -> Path:
-    """Return the file of an address in torch's cache, the one of torchvision, downloading it if needed.
-
-    Its name ends in the first digits of its sha256.
-    """
+    """Return the file of an address in torch's cache, the one of torchvision, downloading it if needed."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    # the name ends in the first digits of the file's sha256
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     with main_first():
         if path.is_file():

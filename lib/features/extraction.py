@@ -137,10 +137,10 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     raise ValueError(f"{path} holds no features (train_features, features or val_features)")
 
 
-def _from_file(path: str | Path, dataset: str, data_dir: str, **reading: int) -> FeatureSet:
+def _from_file(path: str | Path, reading: dict[str, Any]) -> FeatureSet:
     features, targets, meta = read(path)
     if targets is None:  # the data set gives the labels, if it has as many images as there are rows
-        data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
+        data, _ = build_datasets(in_memory=False, **reading)
         check(features, len(data), source=str(path))
         digest = data.portable_digest
         return FeatureSet(features, data.targets, data.num_classes, digest, data.classes)
@@ -163,54 +163,29 @@ class _Extraction:
 
 
 def _of_checkpoint(
-    path: str | Path,
-    architecture: str,
-    dataset: str,
-    data_dir: str,
-    image_size: int | None,
-    **reading: int,
+    path: str | Path, architecture: str, image_size: int | None, reading: dict[str, Any]
 ) -> _Extraction:
     state = checkpoint.load_dict(path)
     model, found = load_network(state, path, architecture, unsaid=METRIC)
-    reading["image_size"] = image_size or found.image_size
-    data, _ = build_datasets(dataset, data_dir, in_memory=not found.is_imagenet, **reading)
+    size = image_size or found.image_size
+    data, _ = build_datasets(image_size=size, in_memory=not found.is_imagenet, **reading)
     origin = sha256_of(Path(path))[:16]
-    key = {"checkpoint": origin, "image_size": reading["image_size"], "data_digest": data.digest}
-    cache = Path(str(path).removesuffix(".pth.tar") + f".{dataset}.features.pth.tar")
+    key = {"checkpoint": origin, "image_size": size, "data_digest": data.digest}
+    cache = Path(str(path).removesuffix(".pth.tar") + f".{reading['name']}.features.pth.tar")
     return _Extraction(model, data, cache, key, data.digest, {"gray": found.is_gray})
 
 
-def _of_backbone(
-    path: str | Path, architecture: str, dataset: str, data_dir: str, **reading: int
-) -> _Extraction:
-    found = backbones.build(architecture, path)
+def _of_backbone(path: str | Path, architecture: str, reading: dict[str, Any]) -> _Extraction:
+    found, dataset = backbones.build(architecture, path), reading["name"]
     view = found.preprocessing
     if dataset == "folder":
-        reading["image_size"] = view.resizing.shorter
-    data, _ = build_datasets(dataset, data_dir, in_memory=False, **reading)
+        reading = {**reading, "image_size": view.resizing.shorter}
+    data, _ = build_datasets(in_memory=False, **reading)
     data = data.resized_by(view.resizing)
     key = {"backbone": found.digest, "images": data.digest}
     cache = KEPT / f"{re.sub('[:@/]', '_', architecture)}.{dataset}.features.pth.tar"
     options = {"preprocessing": view, "batch_size": BACKBONE_BATCH}
     return _Extraction(found.model, data, cache, key, data.portable_digest, options)
-
-
-def _once(wanted: _Extraction, device: Device | None, num_workers: int) -> FeatureSet:
-    """Return the cached features of this network and these images, or extract and cache them."""
-    data, cache = wanted.data, wanted.cache
-    found = FeatureSet(torch.empty(0), data.targets, data.num_classes, wanted.digest, data.classes)
-    rows, _, meta = read(cache) if cache.is_file() else (None, None, {})
-    missing = rows is None or any(meta.get(name) != value for name, value in wanted.key.items())
-    if not any_process(missing):  # a rank without the file must not extract alone
-        return replace(found, features=rows)
-    device = device or select()
-    model = device.prepare(wanted.model)
-    rows = extract(model, data, device, num_workers=num_workers, **wanted.options)
-    # normalized once more, as when the file is read: the first run and the second get the same bits
-    usable = check(rows, len(data), source=f"the features for {cache}")
-    if is_main():
-        checkpoint.save(replace(found, features=rows).state(**wanted.key), cache)
-    return replace(found, features=usable)
 
 
 def load_or_extract(
@@ -242,15 +217,29 @@ def load_or_extract(
         ValueError: if neither file nor architecture is given, or one does not fit.
     """
     num_workers = own_workers(num_workers)
-    places = {"dataset": dataset, "data_dir": data_dir, "num_workers": num_workers}
+    reading = {"name": dataset, "data_dir": data_dir, "num_workers": num_workers}
     if features:
-        return _from_file(features, image_size=image_size or SMALL_SIZE, **places)
+        return _from_file(features, {**reading, "image_size": image_size or SMALL_SIZE})
     if backbones.is_external(architecture):
-        wanted = _of_backbone(checkpoint_file, architecture, **places)
+        wanted = _of_backbone(checkpoint_file, architecture, reading)
     elif checkpoint_file:
-        wanted = _of_checkpoint(checkpoint_file, architecture, image_size=image_size, **places)
+        wanted = _of_checkpoint(checkpoint_file, architecture, image_size, reading)
     else:
         raise ValueError(
             "give features (a file), checkpoint (of phase 1) or architecture (torchvision:NAME, timm:NAME)"
         )
-    return _once(wanted, device, num_workers)
+
+    data, cache = wanted.data, wanted.cache
+    found = FeatureSet(torch.empty(0), data.targets, data.num_classes, wanted.digest, data.classes)
+    rows, _, meta = read(cache) if cache.is_file() else (None, None, {})
+    missing = rows is None or any(meta.get(name) != value for name, value in wanted.key.items())
+    if not any_process(missing):  # a rank without the file must not extract alone
+        return replace(found, features=rows)
+    device = device or select()
+    model = device.prepare(wanted.model)
+    rows = extract(model, data, device, num_workers=num_workers, **wanted.options)
+    # normalized once more, as when the file is read: the first run and the second get the same bits
+    usable = check(rows, len(data), source=f"the features for {cache}")
+    if is_main():
+        checkpoint.save(replace(found, features=rows).state(**wanted.key), cache)
+    return replace(found, features=usable)

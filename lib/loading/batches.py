@@ -8,6 +8,7 @@ there as bytes, or workers read them from files. `workers` augments one image at
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import tee
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from datasets import DataSet
 from datasets.pil import PilReader
 from datasets.transforms import Augmentation
-from lib.loading.sampler import Stream, num_batches, permutation
 from lib.loading.sources import FromWorkers, Job, Source, from_memory
 from lib.runtime.devices import Device
 from lib.runtime.distributed import shard
@@ -29,30 +29,52 @@ FILES_AT_ONCE = 100  # images that a worker hands over together in evaluation: 1
 Remaining = Callable[[Tensor, Sequence[Tensor]], Tensor]  # augmentation that is left to the device
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This process's rows of a batch.
+def permutation(n: int, seed: int, epoch: int, stream: int = 0) -> Tensor:
+    """Return the order in which epoch `epoch` of a stream visits n items: int64, shape (n,)."""
+    return torch.randperm(n, generator=generator(seed, "order", *address(epoch, stream)))
 
-    Attributes:
-        views: augmented views of the same images, each B x C x S x S float32 on the device; B may be 0 in
-            a short batch of many processes.
-        indexes: B indexes into the data set, on the device.
-        first: place of the first of these rows among the `total` of all processes (by default these).
-        positions: B places of the rows in the list of images that a stream repeats.
-        step: number of the batch, the address of its random numbers.
+
+def num_batches(n: int, batch_size: int) -> int:
+    """Count the batches of one epoch, a short last one included."""
+    return -(-n // batch_size)
+
+
+class Stream:
+    """An endless series of full batches from concatenated permutations of n items, maybe fewer than a batch.
+
+    Batch `step` depends on (n, batch_size, seed, stream, step) alone.
     """
 
-    views: tuple[Tensor, ...]
-    indexes: Tensor
-    first: int = 0
-    total: int = -1
-    positions: Tensor | None = None
-    step: int = 0
-    stream: int = 0
+    def __init__(self, n: int, batch_size: int, seed: int, stream: int = 0) -> None:
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"cannot draw batches of {batch_size} from {n} images")
+        self.n, self.batch_size = n, batch_size
+        # the order is only cached: neighboring steps share an epoch
+        self._order = lru_cache(maxsize=1)(partial(permutation, n, seed, stream=stream))
 
-    def __post_init__(self) -> None:
-        if self.total < 0:
-            object.__setattr__(self, "total", len(self.indexes))
+    def batch(self, step: int) -> Tensor:
+        """Return the positions of the items of batch `step`: int64, shape (batch_size,)."""
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, self.n)
+            count = min(stop - start, self.n - offset)
+            pieces.append(self._order(epoch)[offset : offset + count])
+            start += count
+        return torch.cat(pieces)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's B rows of a batch, on the device; B may be 0 in a short batch of many processes."""
+
+    views: tuple[Tensor, ...]  # augmented views of the same images, each B x C x S x S float32
+    indexes: Tensor  # into the data set
+    first: int  # place of the first of these rows among those of all processes
+    total: int  # rows of all processes
+    positions: Tensor | None = None  # places of the rows in the list that a stream repeats
+    step: int = 0  # number of the batch, the address of its random numbers
+    stream: int = 0
 
     @property
     def images(self) -> Tensor:  # of the first view
@@ -69,28 +91,6 @@ class _View(NamedTuple):  # the way to images: random numbers, source, augmentat
     draw: Callable[[int, torch.Generator], list[Tensor]]
     source: Source
     remaining: Remaining
-
-
-def _views(
-    data: DataSet,
-    augmentations: Sequence[Augmentation],
-    device: Device,
-    num_workers: int,
-    loader: str,
-) -> list[_View]:
-    """Make the views of one stream; images in memory are uploaded once for all of them."""
-    if loader == "device" and data.in_memory:
-        source = from_memory(data.images.to(device.torch_device))
-        return [_View(one.sample_params, source, one) for one in augmentations]
-    views, workers = [], -(-num_workers // len(augmentations))
-    for one in augmentations:
-        if loader == "workers":
-            source = FromWorkers(PilReader(data, one), True, device, workers)
-            views.append(_View(_seeds, source, _channels_last))
-        else:
-            source = FromWorkers(data.for_workers(), one.starts_with_crop, device, workers)
-            views.append(_View(one.sample_params, source, one.without_crop()))
-    return views
 
 
 def _seeds(n: int, generator: torch.Generator) -> list[Tensor]:
@@ -113,9 +113,6 @@ class Batches:
         batch_size: total over all processes.
         num_workers: workers of this process, divided among the views.
         stream: number of this stream of batches; each has an order and random numbers of its own.
-
-    Attributes:
-        waited_s: seconds spent waiting for images so far, augmentation not included.
     """
 
     def __init__(
@@ -137,8 +134,22 @@ class Batches:
         if isinstance(augmentations, Augmentation):
             augmentations = [augmentations]
         self.device, self.batch_size, self.seed, self.stream = device, batch_size, seed, stream
-        self.length, self.waited_s = len(data), 0.0
-        self._views = _views(data, augmentations, device, num_workers, loader)
+        self.length = len(data)
+        self.waited_s = 0.0  # seconds spent waiting for images so far, augmentation not included
+        self._views: list[_View] = []
+        if loader == "device" and data.in_memory:  # uploaded once for all views
+            in_memory = from_memory(data.images.to(device.torch_device))
+        workers = -(-num_workers // len(augmentations))
+        for one in augmentations:
+            if loader == "workers":
+                source = FromWorkers(PilReader(data, one), True, device, workers)
+                view = _View(_seeds, source, _channels_last)
+            elif data.in_memory:
+                view = _View(one.sample_params, in_memory, one)
+            else:
+                source = FromWorkers(data.for_workers(), one.starts_with_crop, device, workers)
+                view = _View(one.sample_params, source, one.without_crop())
+            self._views.append(view)
 
     @property
     def per_epoch(self) -> int:

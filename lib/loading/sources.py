@@ -8,7 +8,7 @@ from functools import cache, partial
 from itertools import tee
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,6 @@ class FromWorkers:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device.torch_device.type == "cuda",
-            collate_fn=_unchanged,
             worker_init_fn=partial(_outlast_signals, _ending()),
             generator=torch.Generator(),  # else the loader would draw from the global one
         )
@@ -88,10 +87,6 @@ class FromWorkers:
                     f"{len(problems)} images of a batch cannot be read; repair or remove them:\n  {listed}"
                 )
             yield job._replace(params=job.params[self.consumes_params :]), images
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 @cache

@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from lib.loading.batches import Batch
 from lib.objectives.objective import Network, Objective
 
-CRITERIA = ("CrossEntropyLoss", "MultiMarginLoss")  # classes of torch.nn
-
 
 class Classification(Objective):
     """The weighted mean loss of the images of a batch (equation 6 of the paper).
 
     M class numbers and M weights (ones, or the confidence of pseudo-labels) are indexed by the `positions`
-    of a batch.
+    of a batch. The criterion is a class of torch.nn.
     """
 
     labels: Tensor
     weights: Tensor
 
-    def __init__(self, labels: Tensor, weights: Tensor, criterion: str = CRITERIA[0]) -> None:
+    def __init__(
+        self, labels: Tensor, weights: Tensor, criterion: str = "CrossEntropyLoss"
+    ) -> None:
         super().__init__()
         self.register_buffer("labels", labels, persistent=False)  # checkpoints need no copy of them
         self.register_buffer("weights", weights, persistent=False)

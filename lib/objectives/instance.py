@@ -32,7 +32,6 @@ class InstanceDiscrimination(Objective):
 
     @property
     def chance(self) -> float:
-        """Loss of random embeddings."""
         return self.loss.chance(len(self.bank))
 
     @property

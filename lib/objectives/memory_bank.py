@@ -143,8 +143,7 @@ def draw_negatives(
 ) -> Tensor:
     """Draw B x K image indexes, uniform over all images except each row's own; ValueError if there is none.
 
-    They are drawn for the `total` rows of the whole batch, of which these begin at number `first`. A draw
-    from N - 1 numbers, plus one from the row's own index on, is exactly uniform over the others.
+    A draw from N - 1 numbers, plus one from the row's own index on, is exactly uniform over the others.
     """
     if num_images < 2:
         raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")

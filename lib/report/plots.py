@@ -16,11 +16,7 @@ SAMPLE_CLASSES = 20  # classes in it: among a thousand, no two of the images wou
 
 
 def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw at most SAMPLE images; return their indexes sorted by class, and where each class begins.
-
-    If there are more than SAMPLE_CLASSES classes, some are drawn. Images without a label are left out,
-    unless no image has one.
-    """
+    """Draw images with a label, if there are any; return their indexes by class, and where each begins."""
     known = targets != UNKNOWN
     present = targets[known].unique()
     if len(present) > SAMPLE_CLASSES:

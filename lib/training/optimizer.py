@@ -1,10 +1,35 @@
-"""The published optimizer, and the choice of its parameters."""
+"""The published optimizer, the choice of its parameters, and its learning rates.
 
-from collections.abc import Iterable
+Learning rates are pure functions of the step, without any state to save: each schedule maps (step, total
+steps, base rate) to a rate; `step` counts optimizer steps from 0.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+ETA_MIN = 1e-5
+SCHEDULES = ("multi-step", "cosine", "cosine-with-restart", "one-cycle")
+
+
+@dataclass(frozen=True)
+class Drops:
+    """The milestones of `multi-step`, as fractions of the whole run, and its factor at each of them."""
+
+    milestones: tuple[float, ...]
+    gamma: float
+
+
+# Published are 60/120/160 of 200 epochs, which other lengths use too; 600 epochs have their own milestones.
+CIFAR_DROPS = Drops((0.3, 0.6, 0.8), 0.2)
+CIFAR_600_DROPS = Drops((180 / 600, 360 / 600, 480 / 600, 560 / 600), 0.2)
+IMAGENET_INSTANCE_DROPS = Drops((120 / 200, 160 / 200), 0.1)
+IMAGENET_FINETUNE_DROPS = Drops((3 / 7, 6 / 7), 0.1)
 
 
 def sgd(
@@ -29,3 +54,62 @@ def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:
         model.requires_grad_(False)
         getattr(model, model.head_name).requires_grad_(True)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def cosine(step: int, total: int, base: float, eta_min: float = ETA_MIN) -> float:
+    """Return a half cosine from `base` at step 0 to `eta_min` at `total` (Loshchilov & Hutter 2017)."""
+    return eta_min + (base - eta_min) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
+
+
+def multi_step(step: int, total: int, base: float, drops: Drops) -> float:
+    """Return `base` times `gamma` for each milestone that is passed."""
+    # rounding is needed, because products such as 0.6 * 200 may be off by one bit
+    passed = sum(step >= round(m * total) for m in drops.milestones)
+    return base * drops.gamma**passed
+
+
+def cosine_with_restart(step: int, first_cycle: int, base: float) -> float:
+    """Return cosine cycles of `first_cycle` steps, then twice as many, and so on (SGDR).
+
+    The published 1270 epochs are exactly seven cycles of 10, 20, ... 640 epochs, which end at `ETA_MIN`.
+    """
+    length = first_cycle
+    while step >= length:
+        step, length = step - length, length * 2
+    return cosine(step, length, base)
+
+
+def one_cycle(step: int, total: int, base: float) -> float:
+    """Return a half cosine up from base / 25 during 30% of the steps, then down (Smith 2018)."""
+    peak = max(1, round(0.3 * total))
+    if step < peak:
+        return base / 25 + (base - base / 25) * (1 - math.cos(math.pi * step / peak)) / 2
+    return cosine(step - peak, max(1, total - peak), base)
+
+
+def learning_rate(
+    name: str, base: float, total: int, steps_per_epoch: int = 1, drops: Drops | None = None
+) -> Callable[[int], float]:
+    """Return a schedule over `total` optimizer steps, at most `base`, as a function of the step.
+
+    Args:
+        name: one of `SCHEDULES`.
+        steps_per_epoch: the first cycle of `cosine-with-restart` lasts 10 epochs, and `multi-step` has its
+            own milestones at 600 epochs.
+        drops: milestones of `multi-step`; None takes the published ones of CIFAR.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if drops is None:
+        drops = CIFAR_600_DROPS if total / steps_per_epoch == 600 else CIFAR_DROPS
+    first_cycle = 10 * steps_per_epoch
+    choices: dict[str, Callable[[int], float]] = {
+        "cosine": partial(cosine, total=total, base=base),
+        "multi-step": partial(multi_step, total=total, base=base, drops=drops),
+        "cosine-with-restart": partial(cosine_with_restart, first_cycle=first_cycle, base=base),
+        "one-cycle": partial(one_cycle, total=total, base=base),
+    }
+    if name not in choices:
+        raise ValueError(f"unknown schedule {name!r}: take one of {', '.join(SCHEDULES)}")
+    return choices[name]

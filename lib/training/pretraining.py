@@ -17,7 +17,7 @@ from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime.devices import Device
 from lib.runtime.distributed import print_main, world_size
-from lib.training.meters import speed
+from lib.training.progress import speed
 from lib.training.settings import PretrainingSettings as Settings
 from lib.training.state import TrainState, load_network, naming
 

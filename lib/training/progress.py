@@ -1,7 +1,8 @@
-"""Progress lines, progress bars and the log of a run."""
+"""Progress lines, progress bars and the speed of a run."""
 
-from contextlib import AbstractContextManager
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -11,11 +12,9 @@ from lib.runtime import profiling
 from lib.runtime.devices import Device
 from lib.runtime.distributed import print_main, progress_bar, world_size
 from lib.training.log import Writer
-from lib.training.meters import Throughput, speed
 from lib.training.state import TrainState
 from lib.training.step import Step
 
-Progress = TypeVar("Progress", bound="_Progress")
 BAR_EVERY = 50  # steps between losses on the progress bar: each one waits for the device
 
 
@@ -27,24 +26,68 @@ def step_arithmetic(
     return profiling.Arithmetic(needed, profiling.matrix_rate(device) * world_size())
 
 
-class _Progress:
+class Throughput:
+    """The speed of training; pauses do not count.
+
+    Args:
+        waited: function that returns the seconds spent waiting for images so far.
+        mfu: function from images per second to model FLOPs utilization.
+    """
+
+    def __init__(
+        self, waited: Callable[[], float], mfu: Callable[[float], float] | None = None
+    ) -> None:
+        self._waited_so_far, self._mfu = waited, mfu
+        self._restart()
+
+    def _restart(self) -> None:
+        self._images, self._since = 0, time.perf_counter()
+        self._waited = self._waited_so_far()
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def lap(self) -> dict[str, float]:
+        """Return `images_per_s`, `data_wait` (fraction of waiting) and `mfu` since the last lap."""
+        seconds = time.perf_counter() - self._since
+        waited = self._waited_so_far() - self._waited
+        speed = {"images_per_s": self._images / seconds, "data_wait": waited / seconds}
+        if self._mfu:
+            speed["mfu"] = self._mfu(speed["images_per_s"])
+        self._restart()
+        return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time of a block."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+def speed(values: dict[str, float]) -> str:
+    """Format the values of `Throughput.lap` for the end of a progress line."""
+    parts = [f"{100 * values['data_wait']:.0f}% of the time waiting for images"]
+    if "mfu" in values:
+        parts.append(f"{100 * values['mfu']:.0f}% MFU")
+    return f"{values['images_per_s']:.0f} img/s ({', '.join(parts)})"
+
+
+class _Progress(AbstractContextManager):
     """A progress bar that ends with its block, and the speed so far."""
 
     def __init__(
         self, batches: Batches, arithmetic: profiling.Arithmetic, **bar: str | int
     ) -> None:
-        self._throughput = Throughput(lambda: batches.waited_s, arithmetic.mfu)
+        self.throughput = Throughput(lambda: batches.waited_s, arithmetic.mfu)
         self.bar = progress_bar(unit="step", **bar)
-
-    def __enter__(self: Progress) -> Progress:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def count(self, step: Step) -> None:
         """Count a step, after `TrainState.count`."""
-        self._throughput.count(step.batch_size)
+        self.throughput.count(step.batch_size)
         self.bar.update()
 
 
@@ -80,7 +123,7 @@ class EpochProgress(_Progress):
     def finish(self) -> dict[str, float]:
         """Return the mean loss of the epoch, and the speed since this start."""
         loss = self.state.loss.value  # waits for the device, before the clock is read
-        return {"loss": loss} | self._throughput.lap()
+        return {"loss": loss} | self.throughput.lap()
 
 
 class RunProgress(_Progress):
@@ -100,11 +143,7 @@ class RunProgress(_Progress):
     def report(self, step: Step) -> None:
         """Print and log the mean loss and the speed since the last report."""
         loss = self.state.take_loss()  # waits for the device, before the clock is read
-        lap = self._throughput.lap()
+        lap = self.throughput.lap()
         self.write("train", self.state.step, loss=loss, lr=step.lr, **lap)
         line = f"step {self.state.step:6d}/{self.max_iters}  loss {loss:.4f}  lr {step.lr:.5f}"
         print_main(f"{line}  {speed(lap)}")
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Exclude the time of a block from the speed."""
-        return self._throughput.paused()

@@ -11,7 +11,7 @@ from lib.loading.batches import LOADERS
 from lib.runtime.devices import PRECISIONS
 from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, invariant, option
 from lib.runtime.profiling import COMPILE_MODES, WARM_UP
-from lib.training.schedule import SCHEDULES
+from lib.training.optimizer import SCHEDULES
 from models import SMALL_ARCHITECTURES
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets import DataSet
@@ -16,7 +16,6 @@ from lib.files.description import CLASSIFIER, METRIC, Description
 from lib.files.published import Names, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import is_main, print_main, share_buffers
-from lib.training.meters import AverageMeter
 from lib.training.step import DIVERGED, Step
 
 
@@ -70,33 +69,48 @@ def load_network(
 
 
 @dataclass
-class TrainState:
-    """The parts of a run that learn, and its progress.
+class AverageMeter:
+    """Weighted mean of scalars. `update` never waits for the device, `value` does."""
 
-    Attributes:
-        meta: provenance of the run (`lib.files.provenance.record`).
-        invariants: options that a resumed run must not change, with their defaults.
-        facts: further entries of the checkpoint.
-        step, epoch: optimizer steps done, epochs done and measured.
-        accuracy, best: percentage at the last test, and the highest so far.
-        loss: mean over the epoch so far in phase 1, over the steps since the last line in phase 3.
-        checked: step after which the weights were last found finite.
-    """
+    total: Tensor | float = 0.0
+    weight: Tensor | float = 0.0
+
+    def update(self, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        value = value.detach().double() if isinstance(value, Tensor) else value
+        self.total = self.total + value * weight
+        self.weight = self.weight + weight
+
+    def state(self) -> tuple[float, float]:
+        """Return the two sums, from which a resumed run continues to the last bit."""
+        return float(self.total), float(self.weight)
+
+    @property
+    def value(self) -> float:
+        """Mean so far; NaN before the first update."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else float("nan")
+
+
+@dataclass
+class TrainState:
+    """The parts of a run that learn, and its progress."""
 
     model: nn.Module
     objective: Objective
     optimizer: Optimizer
     description: Description
     names: Names
-    meta: Mapping[str, Any]
+    meta: Mapping[str, Any]  # provenance of the run (`lib.files.provenance.record`)
+    # options that a resumed run must not change, with their defaults
     invariants: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    step: int = 0
-    epoch: int = 0
-    accuracy: float = float("nan")
-    best: float = 0.0
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the checkpoint
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done and measured
+    accuracy: float = float("nan")  # percentage at the last test
+    best: float = 0.0  # and the highest so far
+    # mean over the epoch so far in phase 1, over the steps since the last line in phase 3
     loss: AverageMeter = field(default_factory=AverageMeter)
-    checked: int = -1
+    checked: int = -1  # step after which the weights were last found finite
 
     def count(self, step: Step) -> None:
         """Count an optimizer step and its loss."""
@@ -164,7 +178,7 @@ class TrainState:
             self.step = int(state["step"])
             if self.names.first_epoch is not None:
                 self.epoch = int(state["epoch"]) + 1 - self.names.first_epoch
-            self.loss.load_state(state.get("loss_sums", (0.0, 0.0)))
+            self.loss = AverageMeter(*state.get("loss_sums", ()))
             self.accuracy, self.best = float(state["acc"]), float(state["best_acc"])
 
 

@@ -110,9 +110,11 @@ def train_steps(
             if parameter.grad is not None:
                 all_reduce_sum(parameter.grad).div_(world_size())
         watch.see(done.losses["loss"], number + 1)
-        _scale_gradients(optimizer, done.scale)
         lr = schedule(number)
         for options in optimizer.param_groups:
+            if done.scale != 1:
+                gradients = [p.grad for p in options["params"] if p.grad is not None]
+                torch._foreach_mul_(gradients, done.scale)
             options["lr"] = lr
         with record_function("optimizer"):
             optimizer.step()
@@ -173,12 +175,6 @@ def _forward(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:
     nothing = model(blank)[:0]
     model.train(was_training)
     return nothing
-
-
-def _scale_gradients(optimizer: Optimizer, factor: float) -> None:
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    if factor != 1:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
 
 def _groups(items: Iterable[Item], size: int) -> Iterator[Iterator[tuple[Item, bool]]]:

@@ -62,9 +62,10 @@ from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
-from lib.training.meters import AverageMeter, Throughput
 from lib.training.optimizer import sgd
+from lib.training.progress import Throughput
 from lib.training.shared_settings import Compute
+from lib.training.state import AverageMeter
 from lib.training.step import Step, train_steps
 from models import build_model
 

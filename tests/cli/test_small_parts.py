@@ -16,7 +16,7 @@ from lib.runtime import devices
 from lib.runtime.devices import Device
 from lib.training import log
 from lib.training.log import RunLog
-from lib.training.meters import AverageMeter
+from lib.training.state import AverageMeter
 from models import build_model
 
 

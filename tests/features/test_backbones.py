@@ -67,7 +67,7 @@ def test_features_are_those_of_torchvisions_own_extraction_bit_for_bit(files, na
     expected = create_feature_extractor(theirs, [node])(images)[node]
     found = backbones.build(f"torchvision:{name}", files / f"{name}.pth")
     assert torch.equal(found.model(images), expected)
-    assert found.num_features == expected.shape[1] == width
+    assert found.model.head.out_features == expected.shape[1] == width
     assert not found.model.training
 
 
@@ -381,7 +381,7 @@ def test_a_timm_network_takes_a_local_file_and_its_own_configuration(timm, tmp_p
     found = backbones.build("timm:tiny_net.some_tag", tmp_path / "x.pth")
     images = torch.randn(2, 3, 28, 28)
     assert torch.equal(found.model(images), own(images))
-    assert found.num_features == 6
+    assert found.model.head.out_features == 6
     view = found.preprocessing
     assert (view.image_size, view.resizing) == (28, Resizing(31, InterpolationMode.BICUBIC))
     assert view.stats == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.loading.sampler import Stream, num_batches, permutation
+from lib.loading.batches import Stream, num_batches, permutation
 from lib.runtime.seeding import PURPOSES, generator
 
 sizes = st.integers(1, 40)

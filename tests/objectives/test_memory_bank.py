@@ -312,7 +312,7 @@ def test_bank_is_updated_after_the_optimizer_step_with_the_embeddings_of_the_bat
 
     model, bank = Embed(), MemoryBank(10, 8, momentum=0.5)
     start, weight = bank.memory.clone(), model.linear.weight.detach().clone()
-    batch = Batch((torch.randn(4, 3, 2, 2),), torch.tensor([3, 1, 8, 6]))
+    batch = Batch((torch.randn(4, 3, 2, 2),), torch.tensor([3, 1, 8, 6]), 0, 4)
     v = model(batch.images).detach()
     seen_by_optimizer = []
 
@@ -342,7 +342,7 @@ def test_the_rows_of_all_processes_move_in_the_bank_of_each(monkeypatch):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
     bank, optimizer = MemoryBank(10, 8), torch.optim.SGD(model.parameters(), lr=0.5)
     start = bank.memory.clone()
-    batch = Batch((torch.randn(2, 3, 2, 2),), torch.tensor([3, 1]), total=4)
+    batch = Batch((torch.randn(2, 3, 2, 2),), torch.tensor([3, 1]), 0, 4)
     objective = InstanceDiscrimination(bank, FullSoftmax(0.1))
     steps = train_steps(model, objective, optimizer, [batch], lambda _: 0.5, CPU)
     assert len(list(steps)) == 1

@@ -18,8 +18,9 @@ from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import profiling
 from lib.runtime.devices import Device
-from lib.training.meters import AverageMeter, Throughput, speed
 from lib.training.optimizer import sgd, trainable
+from lib.training.progress import Throughput, speed
+from lib.training.state import AverageMeter
 from lib.training.step import LossWatch, train_steps
 from models import build_model
 
@@ -81,7 +82,7 @@ def test_the_matrix_rate_is_operations_over_seconds(monkeypatch):
 
 def test_the_share_of_the_rate_goes_into_the_line(monkeypatch):
     times = iter([0.0, 2.0, 2.0])
-    monkeypatch.setattr("lib.training.meters.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("lib.training.progress.time.perf_counter", lambda: next(times))
     work = profiling.Arithmetic(per_image=5e6, rate=1e9)
     clock = Throughput(lambda: 0.0, work.mfu)
     clock.count(100)

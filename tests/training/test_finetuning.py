@@ -42,7 +42,6 @@ from lib.labels import pseudo_files
 from lib.loading.batches import Batch
 from lib.objectives.classification import Classification
 from lib.training import finetuning as shared
-from lib.training import training_set
 from lib.training.optimizer import sgd, trainable
 from lib.training.state import Checkpoints
 from lib.training.step import train_steps
@@ -75,8 +74,8 @@ def examples_of(world: Path, *words: object) -> Any:
     data = ("--dataset", "folder", "--data-dir", world / "pictures", "--num-labeled", LABELS)
     args = finetuning.build_parser().parse_args([str(w) for w in (*data, *words)])
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
-    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return training_set.choose_training_set(train, parts, declared.values(args, shared.Settings))
+    parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    return shared.choose_training_set(train, parts, declared.values(args, shared.Settings))
 
 
 def test_the_script_runs_from_any_folder_and_prints_and_logs_both_accuracies(tmp_path):
@@ -170,7 +169,7 @@ def test_a_weight_multiplies_its_own_example_in_the_loss():
             model,
             Classification(labels, weights),
             sgd(model.parameters(), 0.1, 0.0),
-            [Batch((images,), torch.arange(4), positions=positions)],
+            [Batch((images,), torch.arange(4), 0, 4, positions)],
             lambda _: 0.1,
             CPU,
             head_only=True,  # evaluation mode, so that the closed form above holds

@@ -29,7 +29,6 @@ from lib.labels import confidence, pseudo_files, pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
 from lib.training import finetuning as shared
-from lib.training import training_set
 from models import build_model
 
 imagenet = load_script("imagenet-semi.py")
@@ -155,13 +154,13 @@ def chunks_of(world: Path) -> Path:
     return world / f"num_labeled_{LABELS}"
 
 
-def examples_of(world: Path, *more: object) -> training_set.TrainingSet:
+def examples_of(world: Path, *more: object) -> shared.TrainingSet:
     """What a command line would train on."""
     line = ["--data-dir", world / "pictures", "--num-labeled", LABELS, *more]
     args = imagenet.build_parser().parse_args([str(w) for w in line])
     train, _ = build_datasets("folder", world / "pictures", image_size=40, in_memory=False)
-    parts = training_set.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
-    return training_set.choose_training_set(train, parts, declared.values(args, shared.Settings))
+    parts = shared.read_pseudo_labels(args.pseudo_file, args.pseudo_dir)
+    return shared.choose_training_set(train, parts, declared.values(args, shared.Settings))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])

@@ -26,7 +26,7 @@ from lib.features import extraction
 from lib.files import checkpoint
 from lib.files.description import METRIC, Description
 from lib.graph import knn
-from lib.loading.sampler import permutation
+from lib.loading.batches import permutation
 from lib.runtime import distributed
 from lib.runtime.devices import Device
 from lib.training import pretraining as loop

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.training.schedule import (
+from lib.training.optimizer import (
     ETA_MIN,
     IMAGENET_FINETUNE_DROPS,
     IMAGENET_INSTANCE_DROPS,

@@ -29,7 +29,7 @@ class Recorded(Objective):
 
 
 def batches(sizes):
-    return [Batch((torch.ones(n, 1, 2, 2) * n,), torch.arange(n)) for n in sizes]
+    return [Batch((torch.ones(n, 1, 2, 2) * n,), torch.arange(n), 0, n) for n in sizes]
 
 
 def network():
