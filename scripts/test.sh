@@ -2,7 +2,7 @@
 # Run the checks of this repository: ruff, shellcheck, then the tests. Further words go to pytest:
 #
 #   bash scripts/test.sh                  the quick suite, and what is marked `gpu` where there is a GPU
-#   bash scripts/test.sh slow             the slow one: kills, resumes, fuzzing, the whole quickstart
+#   bash scripts/test.sh slow             the slow one: kills, resumes, fuzzing, the quickstart
 #   bash scripts/test.sh all              one after the other, as continuous integration does
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
