@@ -18,17 +18,16 @@ def mean(results: dict, column: str, num_labeled: int) -> float:
     return statistics.fmean(results[column][str(num_labeled)])
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, str]:
-    """What the quickstart left, started from another folder; and what it printed."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    words = ("--splits", 3, "--num-labeled", 10, 50, "--output", "my out")
-    return folder / "my out", assert_ok(run_script("scripts/quickstart.py", *words, cwd=folder))
-
-
 @pytest.mark.slow
-def test_the_method_beats_both_baselines_as_readme_says(made):
-    results = json.loads((made[0] / "results.json").read_text())["results"]
+def test_the_method_beats_both_baselines_as_readme_says_and_every_file_is_left(tmp_path):
+    words = ("--splits", 3, "--num-labeled", 10, 50, "--output", "my out")
+    printed = assert_ok(run_script("scripts/quickstart.py", *words, cwd=tmp_path))
+    output = tmp_path / "my out"
+    record = json.loads((output / "results.json").read_text())
+    check_table(record, printed)
+    check_files(output)
+    check_that_other_splits_get_what_the_notebooks_write(output, tmp_path / "again")
+    results = record["results"]
     for n in (10, 50):
         method = mean(results, "method", n)
         assert method > mean(results, "metric", n)
@@ -38,11 +37,9 @@ def test_the_method_beats_both_baselines_as_readme_says(made):
     assert (ROOT / "notebooks" / "pictures" / "quickstart.png").is_file()
 
 
-@pytest.mark.slow
-def test_the_table_shows_the_results(made):
-    output, printed = made
-    record = json.loads((output / "results.json").read_text())
+def check_table(record: dict, printed: str) -> None:
     assert set(record["results"]) == set(quickstart.COLUMNS)
+    assert record["meta"]["data_digest"]
     for n in (10, 50):
         cells = []
         for column in quickstart.COLUMNS:
@@ -50,12 +47,9 @@ def test_the_table_shows_the_results(made):
             assert len(values) == 3
             cells.append(f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
         assert f"| {n} | " + " | ".join(cells) + " |" in printed
-    assert record["meta"]["data_digest"]
 
 
-@pytest.mark.slow
-def test_every_file_on_the_way_is_left(made):
-    output, _ = made
+def check_files(output: Path) -> None:
     for name in ("results.png", "accuracy_coverage.png", "metric/ckpt.cifar.pth.tar"):
         assert (output / name).stat().st_size > 1000
     for algorithm in ("knn", "nc"):
@@ -69,18 +63,16 @@ def test_every_file_on_the_way_is_left(made):
         assert (output / "finetune" / f"{kind}-50-split0" / "ckpt.pth.tar").is_file()
 
 
-@pytest.mark.slow
-def test_the_other_splits_get_what_the_notebooks_write_for_the_first(made, tmp_path):
-    output, _ = made
+def check_that_other_splits_get_what_the_notebooks_write(output: Path, again: Path) -> None:
     metric = quickstart.load_or_extract(
         checkpoint_file=output / "metric" / "ckpt.cifar.pth.tar", dataset="patches"
     )
-    quickstart.spread(metric, [50], range(1), tmp_path)
+    quickstart.spread(metric, [50], range(1), again)
     for algorithm in ("knn", "nc"):
         first = pseudo_files.load(quickstart.pseudo_file(output, algorithm, 50, 0))
-        again = pseudo_files.load(quickstart.pseudo_file(tmp_path, algorithm, 50, 0))
-        assert first.indexes.tolist() == again.indexes.tolist()
-        assert first.labels.tolist() == again.labels.tolist()
+        own = pseudo_files.load(quickstart.pseudo_file(again, algorithm, 50, 0))
+        assert first.indexes.tolist() == own.indexes.tolist()
+        assert first.labels.tolist() == own.labels.tolist()
 
 
 def test_impossible_numbers_are_refused_before_anything_is_deleted(tmp_path):
