@@ -55,6 +55,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest test of the slow suite come first, so that the other workers need not wait for it."""
+    items.sort(key=lambda item: "test_quickstart" not in item.nodeid)
+
+
 def pytest_sessionstart() -> None:
     if ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("TEST_GPU=1, but torch finds no GPU")
