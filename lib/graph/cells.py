@@ -7,8 +7,9 @@ margin that loses the allowed share of them. Most rows leave out most cells.
 
 On 200,000 points, FAISS's inverted file needs 2.6 to 2.8 times the processor time at the same recall of
 0.970, K = 20: 369 and 354 s against 143 and 128 s (the better of 1,789 and 3,578 lists; 2 cores of an AMD
-EPYC, 2026-11-27; scripts/benchmarks/neighbors.py --repetitions 2 --queries 4000). On 20,000 points, where
-exact search is taken, it needs 0.5 to 0.8 times as much. A million points have not been compared.
+EPYC, 2026-11-27; scripts/benchmarks/neighbors.py --images 200000 --repetitions 2 --queries 4000). On 20,000
+points, where exact search is taken, it needs 0.5 to 0.8 times as much. A million points have not been
+compared.
 """
 
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _probed(cells: Cells, cell: int, least: int) -> list[int]:
     votes[cell] = torch.inf
     chosen, held = [], 0
     for other in votes.argsort(descending=True).tolist():
-        if len(chosen) >= PROBES and held >= least:  # rows
+        if len(chosen) >= PROBES and held >= least:
             break
         chosen.append(other)
         held += cells.starts[other + 1] - cells.starts[other]

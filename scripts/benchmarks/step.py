@@ -3,9 +3,11 @@
     python scripts/benchmarks/step.py                         # phases 1 and 3 at their published settings
     python scripts/benchmarks/step.py --tasks pretrain-cifar --batch-size 512
 
-The step of `unsupervised/cifar.py` and that of `cifar-semi.py` run on fake tensors, which have shapes and a
-device but no values. So the step cannot look at a value or make a shape depend on one, which would let the
-host wait for the device: the script then ends with exit code 1 and names the operation. Counted by part are
+A batch of `unsupervised/cifar.py` and one of `cifar-semi.py`, and a step of `lib/training/step.py` on each,
+run on fake tensors, which have shapes and a device but no values. So they cannot look at a value or make a
+shape depend on one, which would let the host wait for the device: the script then ends with exit code 1 and
+names the operation. The meters, and the look at the loss that `train_steps` takes every 50 steps, are not
+counted. Counted by part are
 
     kernels    operations that compute or copy on the device; views and empty tensors are none
     copies     those among them that read the host's memory
@@ -36,6 +38,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from datasets import transforms
 from datasets.images import CIFAR10_STATS, ImageSet
 from datasets.transforms import Augmentation, finetune_ops, instance_ops
 from lib.cli import declared, start
@@ -46,17 +49,15 @@ from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.objectives.objective import Objective
 from lib.runtime.devices import Device
 from lib.training.optimizer import sgd
+from lib.training.step import LossWatch, train_steps
 from models import build_model
 
 TASKS = ("pretrain-cifar", "finetune-cifar")
 NUM_IMAGES, NUM_CLASSES, DIM = 50_000, 10, 128
-PARTS = ("images", "forward", "loss", "backward", "optimizer", "bank")
-VIEWS = (
-    "aten::_unsafe_view",
-    "prim::",
-    "aten::empty",
-    "aten::new_empty",
-)  # beside those known as views
+# "images" make the batch; the others are the blocks that `train_steps` marks for a profiler, and its rest.
+PARTS = ("images", "forward", "objective", "backward", "optimizer", "after step", "rest")
+# Operations beside those known as views that start no kernel.
+VIEWS = ("aten::_unsafe_view", "prim::", "aten::empty", "aten::new_empty")
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -65,7 +66,7 @@ class Launches(TorchDispatchMode):
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
-        self.device_type, self.part = device_type, ""
+        self.device_type, self.part = device_type, "rest"
         self.kernels: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
 
@@ -83,6 +84,10 @@ class Launches(TorchDispatchMode):
                 self.copies[self.part] += 1
         return result
 
+    def restart(self) -> None:
+        self.kernels.clear()
+        self.copies.clear()
+
     @contextmanager
     def during(self, part: str) -> Iterator[None]:
         """Count a block as one part."""
@@ -96,6 +101,7 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Make fake tensors in a block, those of a GPU as if there were one: with bf16 and pinned memory."""
+    transforms._constant.cache_clear()  # fake tensors and real ones must not meet
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda: True),
@@ -103,6 +109,7 @@ def fake_gpu() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield
+    transforms._constant.cache_clear()
 
 
 def build(task: str, device: str) -> tuple[nn.Module, Objective]:
@@ -134,40 +141,34 @@ def count_images(task: str, batch_size: int) -> Launches:
         else:
             items = batches.repeat(torch.arange(NUM_IMAGES), 0, 2)
         next(items)  # makes the constants
+        launches.restart()
         with launches.during("images"):
             next(items)
     return launches
 
 
 def count_step(task: str, batch_size: int, device: str) -> Launches:
-    """Count the step from forward to the memory bank, on a CPU with its backward pass and optimizer."""
-    with fake_gpu(), Launches(device) as launches:
+    """Count a step of `train_steps`, on a GPU without its backward pass.
+
+    On a CPU the check of the loss is left out, which comes at every step there because nothing waits for it.
+    """
+    left_out = patch.object(Tensor, "backward", lambda _: None)
+    if device == "cpu":
+        left_out = patch.object(LossWatch, "check", lambda _: None)
+    with fake_gpu(), left_out, Launches(device) as launches:
         model, objective = build(task, device)
-        optimizer = sgd(model.parameters(), 0.03, 5e-4)
         images = torch.empty(batch_size, 3, 32, 32, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        batch = Batch((images,), rows, 0, batch_size, rows)
-
-        def network(x: Tensor) -> Tensor:
-            with launches.during("forward"), _device(device).autocast():
-                return model(x)
-
-        def step() -> None:
-            with launches.during("loss"):
-                losses, kept = objective(network, batch)
-            if device == "cpu":
-                with launches.during("backward"):
-                    losses["loss"].backward()
-                with launches.during("optimizer"):
-                    optimizer.step()
-            with torch.no_grad(), launches.during("bank"):
-                objective.after_step([kept])
-
-        step()  # makes the momenta
-        optimizer.zero_grad()
-        launches.kernels.clear()
-        step()
+        batches = [Batch((images,), rows, 0, batch_size, rows)] * 2
+        optimizer = sgd(model.parameters(), 0.03, 5e-4)
+        with patch("lib.training.step.record_function", launches.during):
+            steps = train_steps(
+                model, objective, optimizer, batches, lambda _: 0.03, _device(device)
+            )
+            next(steps)  # makes the momenta
+            launches.restart()
+            next(steps)
     return launches
 
 

@@ -7,8 +7,6 @@ import re
 import pytest
 import torch
 from runs import pictures
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -29,7 +27,9 @@ from datasets.transforms import (
     instance_ops,
     to_gray,
 )
+from lib.cli.start import load_script
 
+step = load_script("scripts/benchmarks/step.py")
 STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
@@ -365,14 +365,6 @@ CHAINS = {
 }
 
 
-@pytest.fixture
-def fresh_constants():
-    """Constants of this test alone: fake tensors and real ones must not meet."""
-    datasets.transforms._constant.cache_clear()
-    yield
-    datasets.transforms._constant.cache_clear()
-
-
 @pytest.mark.parametrize("size", [8, 32, 33])
 @pytest.mark.parametrize("ops", CHAINS.values(), ids=CHAINS)
 def test_selecting_among_all_images_gives_what_changing_the_chosen_ones_does(
@@ -401,39 +393,21 @@ def test_jitter_in_any_order_passes_through_the_same_stations(monkeypatch):
     assert torch.equal(blend(images, everything, nothing, nothing), images)
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations that start kernels; views and empty tensors start none."""
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.copies = 0, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        name = function.name()
-        if not (function.is_view or name.startswith("prim::") or "empty" in name):
-            self.count += 1
-            if any(isinstance(arg, torch.Tensor) and arg.device.type == "cpu" for arg in args):
-                self.copies.append(name)
-        return result
-
-
 @pytest.mark.parametrize(
     ("chain", "most"),
     [("phase 1", 150), ("phase 1, gray first", 150), ("phase 1, padded", 150), ("phase 3", 15)],
 )
-@pytest.mark.usefixtures("fresh_constants")
 def test_a_gpu_augments_with_few_launches_and_neither_waits_nor_copies(chain, most):
     augmentation = Augmentation(CHAINS[chain], STATS)
     shapes = [rows.shape for rows in augmentation.sample_params(128, generator())]
-    with FakeTensorMode():  # an item() or a shape that depends on values raises here
+    with step.fake_gpu():  # an item() or a shape that depends on values raises here
         images = torch.empty(128, 3, 32, 32, dtype=torch.uint8, device="cuda")
         rows = [torch.empty(shape, device="cuda") for shape in shapes]
         augmentation(images, rows)  # makes the constants
-        with Launches() as launches:
+        with step.Launches("cuda") as launches:
             augmented = augmentation(images, rows)
-    assert launches.count <= most
-    assert launches.copies == []
+    assert 0 < launches.kernels.total() <= most
+    assert launches.copies.total() == 0
     assert augmented.device.type == "cuda"
     assert augmented.is_contiguous(memory_format=torch.channels_last)
 
