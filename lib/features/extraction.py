@@ -21,11 +21,11 @@ from lib.runtime.devices import Device, select
 from lib.runtime.distributed import (
     all_gather_rows,
     any_process,
+    evaluation_mode,
     is_main,
     own_workers,
     progress_bar,
     shard,
-    share_buffers,
 )
 from models.layers import l2_normalize
 
@@ -49,19 +49,16 @@ def extract(
     Each process computes its shard of the rows, in evaluation mode with rank 0's running statistics.
     `preprocessing` of None normalizes the images by the data set's mean and std.
     """
-    was_training = model.training
-    model.eval()
-    share_buffers(model)
     augmentation = preprocessing or Augmentation((), data.stats, gray=gray)
     batches = in_order(data, augmentation, device, batch_size=batch_size, num_workers=num_workers)
     mine = shard(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
-    with progress_bar(total=mine.stop - mine.start, desc="features", unit="img") as bar:
+    bar = progress_bar(total=mine.stop - mine.start, desc="features", unit="img")
+    with evaluation_mode(model), bar:
         for batch in batches:
             with device.autocast():
                 rows.append(l2_normalize(model(batch.images)).cpu())
             bar.update(len(batch.indexes))
-    model.train(was_training)
     return all_gather_rows(torch.cat(rows), len(data))
 
 

@@ -94,6 +94,16 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode for a block, with BatchNorm's running statistics of rank 0."""
+    was_training = model.training
+    model.eval()
+    share_buffers(model)
+    yield
+    model.train(was_training)
+
+
 def print_main(text: str) -> None:
     """Print a line on rank 0 alone, above any progress bar."""
     if is_main():

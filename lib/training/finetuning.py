@@ -26,7 +26,7 @@ from lib.labels.split import expected_count, labeled_split
 from lib.loading.batches import in_order
 from lib.objectives.classification import Classification, at_least_float32
 from lib.runtime.devices import Device
-from lib.runtime.distributed import all_reduce_sum, own_workers, print_main, share_buffers
+from lib.runtime.distributed import all_reduce_sum, evaluation_mode, own_workers, print_main
 from lib.training.log import Writer
 from lib.training.settings import FinetuningSettings as Settings
 from lib.training.state import Checkpoints, TrainState, load_network
@@ -146,21 +146,18 @@ def evaluate(
     Raises:
         ValueError: if no image has a label.
     """
-    was_training = model.training
-    model.eval()
-    share_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64, device=device.torch_device)
     targets = data.targets.to(device.torch_device)
     augmentation = Augmentation((), data.stats, gray=gray)
-    for batch in in_order(data, augmentation, device, num_workers=num_workers):
-        with device.autocast():
-            outputs = at_least_float32(model(batch.images))
-        own = targets[batch.indexes]
-        known = own != UNKNOWN
-        outputs, own = outputs[known], own[known]
-        loss = F.cross_entropy(outputs.double(), own, reduction="sum")
-        sums += torch.stack([*topk_correct(outputs, own), loss, known.sum()])
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in in_order(data, augmentation, device, num_workers=num_workers):
+            with device.autocast():
+                outputs = at_least_float32(model(batch.images))
+            own = targets[batch.indexes]
+            known = own != UNKNOWN
+            outputs, own = outputs[known], own[known]
+            loss = F.cross_entropy(outputs.double(), own, reduction="sum")
+            sums += torch.stack([*topk_correct(outputs, own), loss, known.sum()])
     top1, top5, loss, count = all_reduce_sum(sums).tolist()
     if not count:
         raise ValueError("there is no labeled image to measure the accuracy on")
