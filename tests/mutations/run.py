@@ -226,9 +226,6 @@ def check(patch: Patch, folder: Path) -> Outcome:
     try:
         with applied(folder, patch.path) as problem:
             code, output = (None, "") if problem else run_tests(folder, patch.tests)
-            if code is None and not problem:  # a process that hangs is no verdict: once more
-                print(f"{patch.name} hung and is tried again:\n{output[-3000:]}", file=sys.stderr)
-                code, output = run_tests(folder, patch.tests)
     except OSError as error:  # a file that it changes is gone
         problem = str(error)
     seconds = time.perf_counter() - start
