@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import assert_ok, blobs
 from PIL import Image
-from runs import call, fake_venv, make_folder, run_shell
+from runs import call, fake_venv, run_shell
 from test_notebooks import assert_picture, defaults, outputs, printed, run_notebook
 
+from datasets.patches import PHOTOGRAPHS
 from lib.cli.start import load_script
 from lib.files import checkpoint
 from lib.graph.knn import classify
@@ -184,16 +185,6 @@ def walk(data: Path, output: Path, size: int, steps: int, chunks: int, **paramet
     return output
 
 
-@pytest.mark.slow
-def test_from_pictures_to_predictions_in_chunks(tmp_path):
-    data = make_folder(tmp_path / "pictures")
-    output = walk(data, tmp_path, 64, 2, 2, num_neighbors=5, num_eigenvectors=8)
-    parts = [pseudo_files.load(output / "num_labeled_all" / f"2_{i}.pth.tar") for i in (0, 1)]
-    assert sorted(torch.cat([p.indexes for p in parts]).tolist()) == list(range(40, 52))
-    assert all(part.meta["data_digest"] for part in parts)
-    assert all(part.meta["classes"] == ["blue", "gray", "green", "red"] for part in parts)
-
-
 def test_with_many_classes_pictures_show_a_few_of_them():
     targets = torch.arange(300).repeat(30)
     chosen, borders = plots._sample_by_class(targets)
@@ -246,13 +237,15 @@ def test_shell_scripts_show_their_header_as_manual(tmp_path, script):
 
 
 @pytest.mark.slow
-def test_the_whole_path_at_224_pixels_in_ten_chunks_and_in_one_graph(tmp_path):
+def test_from_pictures_to_predictions_at_224_pixels_in_ten_chunks_and_in_one_graph(tmp_path):
     data = tmp_path / "pictures"
-    call(make_pictures, "--output", data, "--labeled", 4, "--unlabeled", 20, "--test", 5)
+    call(make_pictures, "--output", data, "--labeled", 2, "--unlabeled", 10, "--test", 3)
     few = {"num_neighbors": 5, "num_eigenvectors": 12}
-    walk(data, tmp_path, 224, 20, 10, **few)
+    walk(data, tmp_path, 224, 4, 10, **few)
     chunks = [pseudo_files.load(p) for p in (tmp_path / "num_labeled_all").iterdir()]
     assert len(chunks) == 10
+    assert all(chunk.meta["data_digest"] for chunk in chunks)
+    assert all(chunk.meta["classes"] == sorted(PHOTOGRAPHS) for chunk in chunks)
     run_notebook(
         *("nc-imagenet", tmp_path / "one.ipynb"),
         checkpoint=str(tmp_path / "metric" / "model_best.pth.tar"),

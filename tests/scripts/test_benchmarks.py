@@ -65,13 +65,13 @@ def test_the_benchmark_of_neighbors_probes_as_few_lists_as_give_the_recall(monke
 def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
     output = tmp_path / "numbers.json"
     words = ("--arch", "wrn-10-1", "--tasks", "pretrain-cifar", "finetune-cifar", "-b", 8)
-    words += ("--variants", "literal", "ours", "bare", "--rounds", 2, "--steps", 1)
+    words += ("--variants", "literal", "ours", "bare", "--rounds", 1, "--steps", 1)
     printed = assert_ok(run_script("scripts/benchmarks/training.py", *words, "--output", output))
     record = json.loads(output.read_text())
     assert record["matrix_rate"] > 0
     for name in ("pretrain-cifar", "finetune-cifar"):
         found = record["tasks"][name]
-        assert {len(found["images_per_s"][v]) for v in ("literal", "ours", "bare")} == {2}
+        assert {len(found["images_per_s"][v]) for v in ("literal", "ours", "bare")} == {1}
         assert printed.count(f"| {name} |") == 3
         for variant, speeds in found["images_per_s"].items():
             rate = statistics.median(speeds) * found["flops_per_image"] / record["matrix_rate"]
@@ -83,7 +83,7 @@ def test_the_benchmark_of_training_compares_with_the_literal_step(tmp_path):
 def test_the_large_networks_are_measured_on_pictures_read_from_files(tmp_path):
     output = tmp_path / "numbers.json"
     words = ("--tasks", "pretrain-imagenet", "finetune-imagenet", "--arch", "resnet18", "-b", 2)
-    words += ("--rounds", 1, "--steps", 1, "--output", output)
+    words += ("--variants", "literal", "ours", "--rounds", 1, "--steps", 1, "--output", output)
     assert_ok(run_script("scripts/benchmarks/training.py", *words))
     tasks = json.loads(output.read_text())["tasks"]
     assert all(

@@ -176,7 +176,9 @@ def test_the_whole_script_gives_predictions_far_above_chance(tmp_path):
     venv = fake_venv(tmp_path / "venv", tmp_path / "log")
     (venv / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     out = tmp_path / "out"
-    output = assert_ok(run_shell("own_images.sh", "--csv", "--output", out, VENV=str(venv)))
+    output = assert_ok(
+        run_shell("own_images.sh", "--csv", "--epochs", 15, "--output", out, VENV=str(venv))
+    )
     assert "path,class,confidence,class_2" in output
     with open(out / "predictions.csv", newline="") as file:
         answers = {row["path"]: row["class"] for row in csv.DictReader(file)}
@@ -184,6 +186,6 @@ def test_the_whole_script_gives_predictions_far_above_chance(tmp_path):
     expected = true_classes(pictures, folder_of_tests(pictures))
     right = sum(answers[path] == name for path, name in expected.items()) / len(expected)
     assert len(answers) == 500
-    assert right > 0.35  # chance is 0.1; 0.51 was measured
+    assert right > 0.3  # chance is 0.1; 0.46 was measured, 0.51 with the default of 40 epochs
     for page in ("pseudo/report.html", "predictions.html"):
         assert "hubble_deep_field (" in (out / page).read_text()
