@@ -39,6 +39,7 @@ from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import finetuning
+from lib.training.cuda_graph import step_graph
 from lib.training.finetuning import BEST, LAST, Settings, Tester
 from lib.training.log import main_log
 from lib.training.optimizer import IMAGENET_FINETUNE_DROPS, learning_rate, sgd, trainable
@@ -122,6 +123,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     shape = (1 if args.input_gray else 3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network = profiling.prepare_training(model, args.compile)
+    graph = step_graph(args.cuda_graph, batches, args.compile)
     first, end = state.step * args.iter_size, args.max_iters * args.iter_size
     steps = train_steps(
         network,
@@ -132,6 +134,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         device,
         first_step=state.step,
         iter_size=args.iter_size,
+        graph=graph,
         full_steps=True,
         head_only=args.finetune,
     )

@@ -11,7 +11,11 @@ import pytest
 # Tests compute on the CPU, so that they mean the same on every machine. scripts/test.sh repeats those marked
 # `gpu` with TEST_GPU=1 where there is one. CUDA reads this variable when it is first asked for its devices.
 ON_GPU = os.environ.get("TEST_GPU") == "1"
-if not ON_GPU:
+if ON_GPU:
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # bits are compared; read as CUDA starts
+else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Where these are set, pytest explains a failed comparison of any length, and difflib takes hours for two

@@ -42,10 +42,11 @@ from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import pretraining
+from lib.training.cuda_graph import step_graph
 from lib.training.log import main_log
 from lib.training.optimizer import learning_rate, sgd
 from lib.training.pretraining import Settings
-from lib.training.progress import EpochProgress, step_arithmetic
+from lib.training.progress import EpochProgress, TimeLeft, step_arithmetic
 from lib.training.settings import CifarPretraining
 from lib.training.state import Checkpoints, TrainState, describe
 from lib.training.step import train_steps
@@ -80,7 +81,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train, test = build_datasets(
             args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
-    pretraining.check_images(len(train), args.nce_k)
     monitor = pretraining.Monitor(train, test, device, workers)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     ops = instance_ops(args.transform_crop, args.transform_scale)
     batches = Batches(
         train,
-        Augmentation(ops, train.stats),
+        [Augmentation(ops, train.stats)] * objective.views,
         device,
         batch_size=args.batch_size,
         seed=args.rng_seed,
@@ -127,6 +127,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}
+    graph = step_graph(args.cuda_graph, batches, args.compile)
+    left = TimeLeft(state.step, args.epochs * per_epoch)
     with (
         main_log(log_folder) as write,
         interruption.watch(args.stop_after) as stop,
@@ -144,6 +146,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                 device,
                 first_step=state.step,
                 iter_size=args.iter_size,
+                graph=graph,
             )
             with EpochProgress(state, per_epoch, batches, arithmetic) as progress:
                 for step in steps:
@@ -164,7 +167,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             scores = monitor(model, objective.bank_rows)
             is_best = state.finish_epoch(scores.get("top1", 0.0))
             values = pretraining.epoch_values(state, measured, scores)
-            print_main(pretraining.describe(state.epoch, args.epochs, values))
+            print_main(pretraining.describe(state.epoch, args.epochs, values, left(state.step)))
             write("epoch", state.step, epoch=state.epoch - 1, **values)
             files.save(state, is_best=is_best, end_of_epoch=True)
     stop.exit()

@@ -15,7 +15,8 @@ from lib.features.backbones import is_external
 from lib.runtime import distributed
 from models import IMAGENET_ARCHITECTURES
 
-ONLY_TRAINING = ("loader", "compile", "profile")  # without effect where a checkpoint is measured
+# without effect where a checkpoint is measured
+ONLY_TRAINING = ("loader", "compile", "cuda_graph", "profile")
 WITHOUT_FILES = ("patches", "dummy")  # data sets that need no folder
 SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs more than one place
 

@@ -5,15 +5,16 @@ there as bytes, or workers read them from files. `workers` augments one image at
 (datasets/pil.py), as published.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import tee
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from datasets import DataSet
 from datasets.pil import PilReader
@@ -66,19 +67,54 @@ class Stream:
 
 @dataclass(frozen=True)
 class Batch:
-    """This process's B rows of a batch, on the device; B may be 0 in a short batch of many processes."""
+    """This process's B rows of a batch, on the device; B may be 0 in a short batch of many processes.
 
-    views: tuple[Tensor, ...]  # augmented views of the same images, each B x C x S x S float32
+    Everything that a training step reads is in these tensors, whose shapes depend on B alone: a step that
+    was captured as a CUDA graph is repeated with the next batch copied into them.
+    """
+
+    pixels: tuple[Tensor, ...]  # images of each view as they were read, B x C x S x S
     indexes: Tensor  # into the data set
     first: int  # place of the first of these rows among those of all processes
     total: int  # rows of all processes
     positions: Tensor | None = None  # places of the rows in the list that a stream repeats
-    step: int = 0  # number of the batch, the address of its random numbers
-    stream: int = 0
+    params: tuple[tuple[Tensor, ...], ...] = ()  # random numbers of each view's augmentation
+    augmentations: tuple[Remaining, ...] = ()  # of each view; none if the pixels are views already
+    drawn: tuple[Tensor, ...] = ()  # random numbers of the objective (`Objective.draw`)
 
     @property
-    def images(self) -> Tensor:  # of the first view
-        return self.views[0]
+    def views(self) -> tuple[Tensor, ...]:
+        """Augmented views of the same images, each B x C x S x S float32; computed whenever they are read."""
+        return tuple(map(self._view, range(len(self.pixels))))
+
+    @property
+    def images(self) -> Tensor:
+        """The first view; computed whenever it is read."""
+        return self._view(0)
+
+    def _view(self, number: int) -> Tensor:
+        if not self.augmentations:
+            return self.pixels[number]
+        with record_function("images"):
+            return self.augmentations[number](self.pixels[number], self.params[number])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        positions = [] if self.positions is None else [self.positions]
+        params = itertools.chain.from_iterable(self.params)
+        return [*self.pixels, self.indexes, *positions, *params, *self.drawn]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with `function` of every tensor in its place."""
+        several = lambda tensors: tuple(map(function, tensors))  # noqa: E731
+        return replace(
+            self,
+            pixels=several(self.pixels),
+            indexes=function(self.indexes),
+            positions=None if self.positions is None else function(self.positions),
+            params=tuple(map(several, self.params)),
+            drawn=several(self.drawn),
+        )
 
 
 class _Plan(NamedTuple):  # a whole batch before its images are read
@@ -137,14 +173,15 @@ class Batches:
         self.length = len(data)
         self.waited_s = 0.0  # seconds spent waiting for images so far, augmentation not included
         self._views: list[_View] = []
-        if loader == "device" and data.in_memory:  # uploaded once for all views
+        self.in_memory = loader == "device" and data.in_memory  # whether no worker reads them
+        if self.in_memory:  # uploaded once for all views
             in_memory = from_memory(data.images.to(device.torch_device))
         workers = -(-num_workers // len(augmentations))
         for one in augmentations:
             if loader == "workers":
                 source = FromWorkers(PilReader(data, one), True, device, workers)
                 view = _View(_seeds, source, _channels_last)
-            elif data.in_memory:
+            elif self.in_memory:
                 view = _View(one.sample_params, in_memory, one)
             else:
                 source = FromWorkers(data.for_workers(), one.starts_with_crop, device, workers)
@@ -173,7 +210,7 @@ class Batches:
         return self._batches(_Plan(indexes[places], step, places) for step, places in positions)
 
     def _batches(self, plans: Iterator[_Plan]) -> Iterator[Batch]:
-        plans, *copies = tee(plans, 1 + len(self._views))
+        plans, *copies = itertools.tee(plans, 1 + len(self._views))
         items = [
             view.source(self._jobs(copy, number))
             for number, (view, copy) in enumerate(zip(self._views, copies, strict=True))
@@ -182,7 +219,7 @@ class Batches:
             start = time.perf_counter()
             views = [next(item) for item in items]
             self.waited_s += time.perf_counter() - start
-            yield self._finished(plan, views)
+            yield self._on_device(len(plan.indexes), views)
         for item in items:  # a source must reach its end before its workers begin the next epoch
             if next(item, None) is not None:
                 raise RuntimeError("a source gave more images than it was asked for")
@@ -194,19 +231,21 @@ class Batches:
             place = address(plan.step, self.stream, view)
             drawn = self._views[view].draw(total, generator(self.seed, "augmentation", *place))
             mine = shard(total)
-            yield Job(plan.indexes[mine], [params[mine] for params in drawn])
+            positions = None if plan.positions is None else plan.positions[mine]
+            yield Job(plan.indexes[mine], [params[mine] for params in drawn], positions)
 
-    def _finished(self, plan: _Plan, views: Sequence[tuple[Job, Tensor]]) -> Batch:
-        mine, device = shard(len(plan.indexes)), self.device.torch_device
-        images = tuple(
-            view.remaining(pixels.to(device, non_blocking=True), job.params)
-            for view, (job, pixels) in zip(self._views, views, strict=True)
+    def _on_device(self, total: int, views: Sequence[tuple[Job, Tensor]]) -> Batch:
+        move = self.device.to_device
+        job = views[0][0]
+        return Batch(
+            tuple(move(pixels) for _, pixels in views),
+            move(job.indexes),
+            shard(total).start,
+            total,
+            None if job.positions is None else move(job.positions),
+            tuple(tuple(map(move, job.params)) for job, _ in views),
+            tuple(view.remaining for view in self._views),
         )
-        indexes, positions = plan.indexes[mine].to(device, non_blocking=True), None
-        if plan.positions is not None:
-            positions = self.device.to_device(plan.positions[mine])
-        total = len(plan.indexes)
-        return Batch(images, indexes, mine.start, total, positions, plan.step, self.stream)
 
 
 @torch.no_grad()

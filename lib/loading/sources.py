@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import tee
+from itertools import islice, tee
 from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import NamedTuple
@@ -18,16 +18,23 @@ from datasets.files import Reader, surviving
 from datasets.pil import PilReader
 from lib.runtime.devices import Device
 
+UPLOADED_AT_ONCE = 32  # batches; few enough for the first step of an epoch to come soon
+
 
 class Job(NamedTuple):
     """One view of this process's images before they are read.
 
     `params` are the random numbers of the augmentation: a tensor for each operation still to be applied, or
-    the seeds of a Pillow chain.
+    the seeds of a Pillow chain. `positions` are those of `lib.loading.batches.Batch`.
     """
 
     indexes: Tensor
     params: list[Tensor]
+    positions: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.indexes, *self.params, *([] if self.positions is None else [self.positions])]
 
 
 Source = Callable[[Iterator[Job]], Iterator[tuple[Job, Tensor]]]
@@ -37,10 +44,24 @@ def from_memory(images: Tensor) -> Source:
     """Return a source that indexes `images`; fewer images than the set has stand for all in turn."""
 
     def source(jobs: Iterator[Job]) -> Iterator[tuple[Job, Tensor]]:
-        for job in jobs:
-            yield job, images[job.indexes.to(images.device, non_blocking=True) % len(images)]
+        for job in jobs if images.device.type == "cpu" else _uploaded(jobs, images.device):
+            yield job, images[job.indexes % len(images)]
 
     return source
+
+
+def _uploaded(jobs: Iterator[Job], device: torch.device) -> Iterator[Job]:
+    """Yield jobs on a GPU, `UPLOADED_AT_ONCE` of which travel there together: a step then copies nothing.
+
+    The GPU works on the steps before them while they are drawn.
+    """
+    while block := list(islice(jobs, UPLOADED_AT_ONCE)):
+        sizes = [len(job.indexes) for job in block]
+        columns = map(torch.cat, zip(*(job.tensors for job in block), strict=True))
+        moved = (x.pin_memory().to(device, non_blocking=True).split(sizes) for x in columns)
+        for indexes, *others in zip(*moved, strict=True):
+            params, positions = others[: len(block[0].params)], others[len(block[0].params) :]
+            yield Job(indexes, params, *positions)
 
 
 class _Requests:

@@ -18,10 +18,13 @@ class InstanceDiscrimination(Objective):
         super().__init__()
         self.bank, self.loss = bank, loss
 
+    def draw(self, total: int, place: int) -> tuple[Tensor, ...]:
+        return self.loss.draw(total, len(self.bank), place)
+
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         embeddings = network(batch.images)
-        place = {"first": batch.first, "total": batch.total}
-        loss = self.loss(embeddings, batch.indexes, self.bank.memory, batch.step, **place)
+        rows = self.bank.memory, *batch.drawn
+        loss = self.loss(embeddings, batch.indexes, *rows, total=batch.total)
         # a copy: the next forward pass of a network compiled into CUDA graphs writes to the same place
         return {"loss": loss}, (batch.indexes, embeddings.detach().clone(), batch.total)
 

@@ -4,9 +4,8 @@ The bank M (N x D) holds one unit vector per training image. A loss compares the
 unit norm) of a batch with the bank; the gradient flows into v alone. After the optimizer step,
 `MemoryBank.update` moves the rows of the batch toward their new embeddings, outside of backward.
 
-Every process holds the whole bank and computes the loss of its rows of a batch. Of `total` rows in the
-whole batch, its own begin at number `first`, and a loss is their part of the batch's mean. Random numbers
-are drawn for the whole batch.
+Every process holds the whole bank and computes the loss of its rows of a batch: their part of the mean over
+the `total` rows of the whole batch. Random numbers are drawn for the whole batch, before the step.
 """
 
 import math
@@ -115,44 +114,18 @@ class FullSoftmax(nn.Module):
         """Count operations per image: the logits, and the weighted rows of the gradient."""
         return 4.0 * num_images * dim
 
-    def forward(
-        self,
-        v: Tensor,
-        indexes: Tensor,
-        memory: Tensor,
-        step: int,
-        *,
-        first: int = 0,
-        total: int = 0,
-    ) -> Tensor:
+    def draw(self, total: int, num_images: int, step: int) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, v: Tensor, indexes: Tensor, memory: Tensor, *, total: int = 0) -> Tensor:
         """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D."""
         return _BankSoftmax.apply(
             v, indexes, memory, self.temperature, self.bf16, total or len(indexes)
         )
 
 
-def draw_negatives(
-    indexes: Tensor,
-    k: int,
-    num_images: int,
-    seed: int,
-    step: int,
-    *,
-    first: int = 0,
-    total: int = 0,
-) -> Tensor:
-    """Draw B x K image indexes, uniform over all images except each row's own; ValueError if there is none.
-
-    A draw from N - 1 numbers, plus one from the row's own index on, is exactly uniform over the others.
-    """
-    if num_images < 2:
-        raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
-    drawn = torch.randint(
-        num_images - 1, (total or len(indexes), k), generator=generator(seed, "negatives", step)
-    )
-    drawn = drawn[first : first + len(indexes)]
-    if indexes.is_cuda:  # pinned memory is copied while the network computes
-        drawn = drawn.pin_memory().to(indexes.device, non_blocking=True)
+def others(drawn: Tensor, indexes: Tensor) -> Tensor:
+    """Turn B x K uniform numbers below N - 1 into images, exactly uniform over all but each row's own."""
     return drawn + (drawn >= indexes[:, None])
 
 
@@ -172,24 +145,26 @@ class _Sampled(nn.Module):
         """Count operations per image: similarities and their gradient."""
         return 4.0 * dim * (num_images if self._by_products(num_images) else 1 + self.k)
 
+    def draw(self, total: int, num_images: int, step: int) -> tuple[Tensor, ...]:
+        """Draw total x K uniform numbers below N - 1, for `others`; ValueError if an image has none."""
+        if num_images < 2:
+            raise ValueError(f"no negatives among {num_images} images: at least 2 are needed")
+        rng = generator(self.seed, "negatives", step)
+        return (torch.randint(num_images - 1, (total, self.k), generator=rng),)
+
     def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
         """Sum the losses of rows, of `total` in the whole batch, from B x (1 + K) v.m / T, positive first."""
         raise NotImplementedError
 
     def forward(
-        self,
-        v: Tensor,
-        indexes: Tensor,
-        memory: Tensor,
-        step: int,
-        *,
-        first: int = 0,
-        total: int = 0,
+        self, v: Tensor, indexes: Tensor, memory: Tensor, drawn: Tensor, *, total: int = 0
     ) -> Tensor:
-        """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D."""
+        """Compute the part of the mean loss of v (B x D unit vectors, images `indexes`), memory: N x D.
+
+        `drawn` are these rows of the numbers of `draw`, B x K.
+        """
         n, total, v = len(memory), total or len(indexes), v.to(memory.dtype)
-        negatives = draw_negatives(indexes, self.k, n, self.seed, step, first=first, total=total)
-        rows = torch.cat([indexes[:, None], negatives], dim=1)
+        rows = torch.cat([indexes[:, None], others(drawn, indexes)], dim=1)
         if self._by_products(n):
             products = (v @ memory.T).gather(1, rows)
         else:

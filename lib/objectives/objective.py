@@ -18,6 +18,15 @@ class Objective(nn.Module):
     that depend on the batch size only, and never makes the host wait.
     """
 
+    views: int = 1  # augmented views of each image that `forward` puts through the network
+
+    def draw(self, total: int, place: int) -> tuple[Tensor, ...]:
+        """Draw the random numbers of batch number `place`, on the CPU: tensors of `total` rows each.
+
+        `forward` finds this process's rows of them in `batch.drawn`, on the device.
+        """
+        return ()
+
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         """Compute the losses of one batch by name, and return with them the data that `after_step` needs.
 

@@ -24,19 +24,19 @@ from lib.training.state import TrainState, load_network, naming
 Z_MOMENTUM = 0.99  # momentum of NCE's normalizer
 
 
-def check_images(num_images: int, nce_k: int) -> None:
-    """Raise ValueError if there are fewer than two images, or not more images than negatives."""
+def build_objective(settings: Settings, num_images: int, device: Device) -> InstanceDiscrimination:
+    """Build instance discrimination over `num_images` images with the options of a run.
+
+    Raises:
+        ValueError: if there are fewer than two images, or not more images than negatives.
+    """
     if num_images < 2:
         raise ValueError(f"{num_images} training images: instance discrimination needs at least 2")
-    if nce_k >= num_images:
+    if settings.nce_k >= num_images:
         raise ValueError(
-            f"--nce-k {nce_k}: an image has only {num_images - 1} others to draw from; take fewer, "
-            "or --nce-k 0, the softmax over all images"
+            f"--nce-k {settings.nce_k}: an image has only {num_images - 1} others to draw from; take "
+            "fewer, or --nce-k 0, the softmax over all images"
         )
-
-
-def build_objective(settings: Settings, num_images: int, device: Device) -> InstanceDiscrimination:
-    """Build instance discrimination over `num_images` images with the options of a run."""
     loss = build_loss(
         settings.nce_k,
         settings.nce_t,
@@ -196,15 +196,15 @@ def _accuracies(scores: dict[str, float]) -> str:
     return f"{text}  nearest neighbor {scores['nearest']:.2f}%"
 
 
-def describe(epoch: int, epochs: int, values: dict[str, float]) -> str:
-    """Format the line of an epoch, counted from 1."""
+def describe(epoch: int, epochs: int, values: dict[str, float], left: str = "") -> str:
+    """Format the line of an epoch, counted from 1; `left` is that of `lib.training.progress.TimeLeft`."""
     line = f"epoch {epoch:4d}/{epochs}  loss {values['loss']:.4f}"
     line += f" (chance {values['chance']:.4f})" if math.isfinite(values["chance"]) else ""
     line += f"  lr {values['lr']:.5f}  {speed(values)}"
     if "knn_top1" in values:
         scores = {name[4:]: value for name, value in values.items() if name.startswith("knn_")}
         line += f"  {_accuracies(scores)} (best {values['best']:.2f}%)"
-    return line
+    return line + left
 
 
 def epoch_values(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 
 from torch import nn
 
@@ -22,7 +23,8 @@ def step_arithmetic(
     model: nn.Module, objective: Objective, image_shape: tuple[int, int, int], device: Device
 ) -> profiling.Arithmetic:
     """Count the operations of training on one image, and measure the hardware's rate."""
-    needed = profiling.training_flops(model, image_shape) + objective.flops_per_image()
+    network = objective.views * profiling.training_flops(model, image_shape)
+    needed = network + objective.flops_per_image()
     return profiling.Arithmetic(needed, profiling.matrix_rate(device) * world_size())
 
 
@@ -63,6 +65,20 @@ class Throughput:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+
+
+class TimeLeft:
+    """The time to the end of a run, as long per step as since this start: tests and pauses included."""
+
+    def __init__(self, step: int, total: int) -> None:
+        self._first, self._total, self._start = step, total, time.perf_counter()
+
+    def __call__(self, step: int) -> str:
+        """Return text for the end of a progress line after `step` steps."""
+        if not self._first < step < self._total:
+            return ""
+        per_step = (time.perf_counter() - self._start) / (step - self._first)
+        return f"  {timedelta(seconds=round(per_step * (self._total - step)))} left"
 
 
 def speed(values: dict[str, float]) -> str:
@@ -138,6 +154,7 @@ class RunProgress(_Progress):
         write: Writer,
     ) -> None:
         self.state, self.max_iters, self.write = state, max_iters, write
+        self._left = TimeLeft(state.step, max_iters)
         super().__init__(batches, arithmetic, total=max_iters, initial=state.step)
 
     def report(self, step: Step) -> None:
@@ -146,4 +163,4 @@ class RunProgress(_Progress):
         lap = self.throughput.lap()
         self.write("train", self.state.step, loss=loss, lr=step.lr, **lap)
         line = f"step {self.state.step:6d}/{self.max_iters}  loss {loss:.4f}  lr {step.lr:.5f}"
-        print_main(f"{line}  {speed(lap)}")
+        print_main(f"{line}  {speed(lap)}{self._left(self.state.step)}")

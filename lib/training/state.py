@@ -174,12 +174,23 @@ class TrainState:
         load_network(self.model, state, source)
         with naming(source):
             self.optimizer.load_state_dict(state["optimizer"])
+            self._order_momenta()
             self.objective.load_entries(state)
             self.step = int(state["step"])
             if self.names.first_epoch is not None:
                 self.epoch = int(state["epoch"]) + 1 - self.names.first_epoch
             self.loss = AverageMeter(*state.get("loss_sums", ()))
             self.accuracy, self.best = float(state["acc"]), float(state["best_acc"])
+
+    def _order_momenta(self) -> None:
+        """Give each momentum the memory order of its weight, which the fused optimizer takes for granted."""
+        for parameter, kept in self.optimizer.state.items():
+            if (momentum := kept.get("momentum_buffer")) is None:
+                continue
+            if momentum.shape != parameter.shape:
+                sizes = tuple(momentum.shape), tuple(parameter.shape)
+                raise ValueError(f"a momentum of {sizes[0]} numbers for a weight of {sizes[1]}")
+            kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 of everything else. It serves every phase, loss and device.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from lib.loading.batches import Batch
 from lib.objectives.objective import Objective
 from lib.runtime.devices import Device
 from lib.runtime.distributed import all_reduce_sum, world_size
+from lib.training.cuda_graph import Result, StepGraph
 
 Schedule = Callable[[int], float]
 Item = TypeVar("Item")
@@ -34,7 +36,8 @@ DIVERGED = (
 class Step:
     """The record of one optimizer step, numbered from 0 over the whole run.
 
-    `losses` are means by name, on the device, over the `batch_size` images of all processes.
+    `losses` are means by name, on the device, over the `batch_size` images of all processes. A captured step
+    writes its losses to the same place every time: read or add them up before the next step.
     """
 
     number: int
@@ -48,27 +51,31 @@ class Step:
 
 
 class LossWatch:
-    """The check that ends a run at the first loss that is NaN or infinite: on the CPU before the step.
+    """The check that ends a run at the first loss that is NaN or infinite, before anything is saved.
 
-    A GPU would be waited for at every step. There the number of the first such step stays on the device and
-    is read every `CHECK_EVERY` steps.
+    A GPU would be waited for at every step. There losses stay on the device, and `CHECK_EVERY` of them are
+    read at a time.
     """
 
     def __init__(self, device: Device) -> None:
-        self._first = torch.zeros((), dtype=torch.int64, device=device.torch_device)
-        self._every = 1 if device.torch_device.type == "cpu" else CHECK_EVERY
+        size = 1 if device.torch_device.type == "cpu" else CHECK_EVERY
+        self._losses = torch.zeros(size, dtype=torch.float64, device=device.torch_device)
+        self._unread, self._steps = 0, 0
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Check the loss of `step`, counted from 1."""
-        self._first.masked_fill_((self._first == 0) & ~torch.isfinite(loss), step)
-        if step % self._every == 0:
+        """Check the loss of `step`, counted from 1; steps follow each other."""
+        self._losses[self._unread].copy_(loss)
+        self._unread, self._steps = self._unread + 1, step
+        if self._unread == len(self._losses):
             self.check()
 
     def check(self) -> None:
         """Raise FloatingPointError, naming the first step whose loss is not finite, if there is one."""
-        step = int(self._first)
-        if step:
-            raise FloatingPointError(f"the loss of step {step} is not finite; {DIVERGED}")
+        losses, first = self._losses[: self._unread].tolist(), self._steps - self._unread + 1
+        self._unread = 0
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {step} is not finite; {DIVERGED}")
 
 
 def train_steps(
@@ -83,6 +90,7 @@ def train_steps(
     iter_size: int = 1,
     full_steps: bool = False,
     head_only: bool = False,
+    graph: StepGraph | None = None,
 ) -> Iterator[Step]:
     """Train with one optimizer step for every `iter_size` batches.
 
@@ -95,33 +103,63 @@ def train_steps(
         full_steps: whether every step has `iter_size` batches of one size. Their losses are then divided
             before the gradients are added up; else the sum is scaled, when its images are known.
         head_only: whether to keep everything but the last layer fixed, BatchNorm's statistics included.
+        graph: the step as a CUDA graph, which stays from one call to the next; None computes it eagerly.
 
     Raises:
         FloatingPointError: if a loss is not finite, naming the first such step.
     """
     model.train(not head_only)
     objective.train()
+    planned = iter_size if full_steps else 0
+    take = partial(_take_step, model, objective, optimizer, device, planned)
+    take = take if graph is None else partial(graph, take)
     watch = LossWatch(device)
-    for number, group in enumerate(_groups(batches, iter_size), first_step):
-        optimizer.zero_grad(set_to_none=True)
-        place, planned = number * iter_size, iter_size if full_steps else 0
-        done = _accumulate(model, objective, group, place, device, planned)
-        for parameter in objective.parameters():  # DistributedDataParallel sees the network's alone
-            if parameter.grad is not None:
-                all_reduce_sum(parameter.grad).div_(world_size())
-        watch.see(done.losses["loss"], number + 1)
+    drawn = _with_drawn(batches, objective, first_step * iter_size, device)
+    for number, group in enumerate(_groups(drawn, iter_size), first_step):
         lr = schedule(number)
+        losses, rows = take(group, device.scalar(lr))
         for options in optimizer.param_groups:
-            if done.scale != 1:
-                gradients = [p.grad for p in options["params"] if p.grad is not None]
-                torch._foreach_mul_(gradients, done.scale)
-            options["lr"] = lr
-        with record_function("optimizer"):
-            optimizer.step()
-        with record_function("after step"):
-            objective.after_step(done.kept)
-        yield Step(number, lr, done.losses, done.rows)
+            options["lr"] = lr  # a number, as checkpoints hold it
+        watch.see(losses["loss"], number + 1)
+        yield Step(number, lr, losses, rows)
     watch.check()
+
+
+def _with_drawn(
+    batches: Iterable[Batch], objective: Objective, first_place: int, device: Device
+) -> Iterator[Batch]:
+    """Give every batch this process's rows of the objective's random numbers."""
+    for place, batch in enumerate(batches, first_place):
+        mine = slice(batch.first, batch.first + len(batch.indexes))
+        drawn = objective.draw(batch.total, place)
+        yield replace(batch, drawn=tuple(device.to_device(x[mine]) for x in drawn))
+
+
+def _take_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    device: Device,
+    planned: int,
+    group: Iterable[tuple[Batch, bool]],
+    lr: float | Tensor,
+) -> Result:
+    """Take one optimizer step on the device, without reading any value of it: losses by name, and rows."""
+    optimizer.zero_grad(set_to_none=True)
+    done = _accumulate(model, objective, group, device, planned)
+    for parameter in objective.parameters():  # DistributedDataParallel sees the network's alone
+        if parameter.grad is not None:
+            all_reduce_sum(parameter.grad).div_(world_size())
+    for options in optimizer.param_groups:
+        if done.scale != 1:
+            gradients = [p.grad for p in options["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, done.scale)
+        options["lr"] = lr
+    with record_function("optimizer"):
+        optimizer.step()
+    with record_function("after step"):
+        objective.after_step(done.kept)
+    return done.losses, done.rows
 
 
 class _Accumulated(NamedTuple):
@@ -135,7 +173,6 @@ def _accumulate(
     model: nn.Module,
     objective: Objective,
     group: Iterable[tuple[Batch, bool]],
-    first_place: int,
     device: Device,
     planned: int,
 ) -> _Accumulated:
@@ -145,12 +182,12 @@ def _accumulate(
     """
     losses, kept, full, rows = {}, [], 0, 0
     network = partial(_forward, model, device=device)
-    for place, (batch, is_last) in enumerate(group, first_place):
+    for batch, is_last in group:
         full, rows = full or batch.total, rows + batch.total
         alone = is_last or world_size() == 1  # processes exchange gradients with the last batch
         with nullcontext() if alone else model.no_sync():
             with record_function("objective"):
-                means, more = objective(network, replace(batch, step=place))
+                means, more = objective(network, batch)
             kept.append(more)
             part = batch.total / full
             parts = {n: v / planned if planned else v * part for n, v in means.items()}

@@ -3,10 +3,11 @@
     python scripts/benchmarks/step.py                         # phases 1 and 3 at their published settings
     python scripts/benchmarks/step.py --tasks pretrain-cifar --batch-size 512
 
-A batch of `unsupervised/cifar.py` and one of `cifar-semi.py`, and a step of `lib/training/step.py` on each,
-run on fake tensors, which have shapes and a device but no values. So they cannot look at a value or make a
-shape depend on one, which would let the host wait for the device: the script then ends with exit code 1 and
-names the operation. The meters, and the look at the loss that `train_steps` takes every 50 steps, are not
+A step of `lib/training/step.py` on a batch of `unsupervised/cifar.py`, and one of `cifar-semi.py`, run on
+fake tensors, which have shapes and a device but no values. So they cannot look at a value or make a shape
+depend on one, which would let the host wait for the device: the script then ends with exit code 1 and names
+the operation. The second step is counted: with the first, the random numbers and indexes of 32 steps travel
+to the device together. The meters, and the look at the loss that `train_steps` takes every 50 steps, are not
 counted. Counted by part are
 
     kernels    operations that compute or copy on the device; views and empty tensors are none
@@ -58,6 +59,7 @@ NUM_IMAGES, NUM_CLASSES, DIM = 50_000, 10, 128
 PARTS = ("images", "forward", "objective", "backward", "optimizer", "after step", "rest")
 # Operations beside those known as views that start no kernel.
 VIEWS = ("aten::_unsafe_view", "prim::", "aten::empty", "aten::new_empty")
+Parts = tuple[nn.Module, Objective, Iterator[Batch]]
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -112,68 +114,49 @@ def fake_gpu() -> Iterator[None]:
     transforms._constant.cache_clear()
 
 
-def build(task: str, device: str) -> tuple[nn.Module, Objective]:
-    """Build the network and the objective of a task on a fake device."""
+def build(task: str, batch_size: int, device: Device) -> Parts:
+    """Build the network, the objective and the batches of a task on a fake device."""
     first = task == "pretrain-cifar"
-    with torch.device(device):
+    images = torch.empty(NUM_IMAGES, 3, 32, 32, dtype=torch.uint8, device=device.torch_device)
+    labels = torch.zeros(NUM_IMAGES, dtype=torch.int64)
+    data = ImageSet("random", images, labels, ("a", "b"), CIFAR10_STATS)
+    augmentation = Augmentation(instance_ops() if first else finetune_ops(), CIFAR10_STATS)
+    batches = Batches(data, augmentation, device, batch_size=batch_size)
+    with device.torch_device:
         model = build_model("wrn-28-2", DIM if first else NUM_CLASSES, normalize=first)
     if first:
-        loss = build_loss(0, 0.1, bf16=True)
-        objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, DIM), loss)
+        bank = MemoryBank(NUM_IMAGES, DIM)
+        objective: Objective = InstanceDiscrimination(bank, build_loss(0, 0.1, bf16=True))
+        items = batches.epoch(0)
     else:
-        labels = torch.zeros(NUM_IMAGES, dtype=torch.int64)
         objective = Classification(labels, torch.ones(NUM_IMAGES))
-    return model, objective.to(device)
-
-
-def count_images(task: str, batch_size: int) -> Launches:
-    """Count how a batch is read from the images on the device, and augmented."""
-    ops = instance_ops() if task == "pretrain-cifar" else finetune_ops()
-    with fake_gpu(), Launches("cuda") as launches:
-        images = torch.empty(NUM_IMAGES, 3, 32, 32, dtype=torch.uint8, device="cuda")
-        targets = torch.zeros(NUM_IMAGES, dtype=torch.int64)
-        data = ImageSet("random", images, targets, ("a", "b"), CIFAR10_STATS)
-        batches = Batches(
-            data, Augmentation(ops, CIFAR10_STATS), _device("cuda"), batch_size=batch_size
-        )
-        if task == "pretrain-cifar":
-            items = batches.epoch(0)
-        else:
-            items = batches.repeat(torch.arange(NUM_IMAGES), 0, 2)
-        next(items)  # makes the constants
-        launches.restart()
-        with launches.during("images"):
-            next(items)
-    return launches
+        items = batches.repeat(torch.arange(NUM_IMAGES), 0, 2)
+    return model, objective.to(device.torch_device), items
 
 
 def count_step(task: str, batch_size: int, device: str) -> Launches:
     """Count a step of `train_steps`, on a GPU without its backward pass.
 
-    On a CPU the check of the loss is left out, which comes at every step there because nothing waits for it.
+    On a CPU images are augmented as on a GPU. The check of the loss is left out, which comes at every step
+    there because nothing waits for it.
     """
     left_out = patch.object(Tensor, "backward", lambda _: None)
     if device == "cpu":
-        left_out = patch.object(LossWatch, "check", lambda _: None)
-    with fake_gpu(), left_out, Launches(device) as launches:
-        model, objective = build(task, device)
-        images = torch.empty(batch_size, 3, 32, 32, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        batches = [Batch((images,), rows, 0, batch_size, rows)] * 2
+        left_out = patch.object(LossWatch, "see", lambda *_: None)
+    all_selected = patch("datasets.transforms.selects", lambda _: True)
+    with fake_gpu(), left_out, all_selected, Launches(device) as launches:
+        device = Device(torch.device(device), bf16=True)
+        model, objective, batches = build(task, batch_size, device)
         optimizer = sgd(model.parameters(), 0.03, 5e-4)
-        with patch("lib.training.step.record_function", launches.during):
-            steps = train_steps(
-                model, objective, optimizer, batches, lambda _: 0.03, _device(device)
-            )
-            next(steps)  # makes the momenta
+        with (
+            patch("lib.training.step.record_function", launches.during),
+            patch("lib.loading.batches.record_function", launches.during),
+        ):
+            steps = train_steps(model, objective, optimizer, batches, lambda _: 0.03, device)
+            next(steps)  # makes the momenta and constants, and uploads the first batches
             launches.restart()
             next(steps)
     return launches
-
-
-def _device(name: str) -> Device:
-    return Device(torch.device(name), bf16=True)
 
 
 def count(task: str, batch_size: int) -> dict[str, dict[str, int]]:
@@ -183,11 +166,11 @@ def count(task: str, batch_size: int) -> dict[str, dict[str, int]]:
         DataDependentOutputException, DynamicOutputShapeException: if the step reads a value, or has a shape
             that depends on one; they name the operation.
     """
-    found = count_images(task, batch_size), count_step(task, batch_size, "cuda")
-    on_cpu = count_step(task, batch_size, "cpu")
-    kernels, copies = found[0].kernels + found[1].kernels, found[0].copies + found[1].copies
-    kernels |= {part: on_cpu.kernels[part] for part in ("backward", "optimizer")}
-    return {part: {"kernels": kernels[part], "copies": copies[part]} for part in PARTS}
+    found, on_cpu = (count_step(task, batch_size, device) for device in ("cuda", "cpu"))
+    kernels = Counter(found.kernels)
+    for part in ("backward", "optimizer"):
+        kernels[part] = on_cpu.kernels[part]
+    return {part: {"kernels": kernels[part], "copies": found.copies[part]} for part in PARTS}
 
 
 def table(task: str, parts: dict[str, dict[str, int]]) -> str:

@@ -8,7 +8,8 @@ Variants, each in a process of its own; they take turns, and while one works the
     literal    float32 in contiguous order, Pillow transforms in workers, the losses as published, six
                TensorBoard scalars and a wait for the device at every step
     ours       the script's default, with its meters and progress line
-    compiled   the same with --compile
+    eager      ours with --cuda-graph off
+    compiled   ours with --compile
     bare       our forward, loss, backward and optimizer step on one batch that is already on the device
 
 Small images are random bytes, large ones 500 x 375 JPEG files cut from photographs that ship inside
@@ -62,6 +63,7 @@ from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import devices, profiling
 from lib.runtime.devices import Device
+from lib.training.cuda_graph import WARM_UP, step_graph
 from lib.training.optimizer import sgd
 from lib.training.progress import Throughput
 from lib.training.shared_settings import Compute
@@ -392,7 +394,13 @@ def _metric(task: Task, device: Device) -> tuple[nn.Module, InstanceDiscriminati
 
 
 def ours(
-    task: Task, folder: Path, args: argparse.Namespace, device: Device, *, compiled: bool = False
+    task: Task,
+    folder: Path,
+    args: argparse.Namespace,
+    device: Device,
+    *,
+    compiled: bool = False,
+    graph: str = "auto",
 ) -> Advance:
     """Build the script's own loop, with its meters and its line every few steps."""
     data = training_data(task, folder, args)
@@ -411,7 +419,8 @@ def ours(
         objective = Classification(data.targets, torch.ones(len(data))).to(device.torch_device)
         endless = batches.repeat(torch.arange(len(data)), 0, 10**6)
     optimizer = sgd(model.parameters(), 0.01, 5e-4)
-    steps = train_steps(model, objective, optimizer, endless, _constant, device)
+    captured = step_graph(graph, batches)
+    steps = train_steps(model, objective, optimizer, endless, _constant, device, graph=captured)
     if compiled:
         model.compile(mode=profiling.COMPILE_MODES[0], dynamic=False)
     return partial(_advance, steps, AverageMeter(), Throughput(lambda: batches.waited_s))
@@ -436,7 +445,11 @@ def bare(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> 
     indexes = torch.arange(args.batch_size, device=device.torch_device)
     if task.num_images:
         model, objective = _metric(task, device)
-        loss = lambda v: objective.loss(v, indexes, objective.bank.memory, 0)  # noqa: E731
+
+        def loss(v: Tensor) -> Tensor:
+            drawn = map(device.to_device, objective.draw(len(v), 0))
+            return objective.loss(v, indexes, objective.bank.memory, *drawn)
+
     else:
         model = _classifier(task, device)
         loss = lambda z: F.cross_entropy(z.float(), indexes % z.shape[1])  # noqa: E731
@@ -457,6 +470,7 @@ def bare(task: Task, folder: Path, args: argparse.Namespace, device: Device) -> 
 VARIANTS = {
     BASELINE: literal,
     OURS: ours,
+    "eager": partial(ours, graph="off"),
     "compiled": partial(ours, compiled=True),
     BARE: bare,
 }
@@ -528,7 +542,8 @@ def measure(task: Task, folder: Path, args: argparse.Namespace, device: Device, 
     speeds: dict[str, list[float]] = {variant: [] for variant in runners}
     try:
         for runner in runners.values():
-            runner.ask(2)  # the first steps allocate memory, choose algorithms and compile kernels
+            # the first steps allocate memory, choose algorithms, compile kernels and capture a graph
+            runner.ask(2 if on_cpu else WARM_UP + 2)
         for _ in range(args.rounds):
             for variant, runner in runners.items():
                 speeds[variant].append(steps * args.batch_size / runner.ask(steps))

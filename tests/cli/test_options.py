@@ -66,6 +66,7 @@ PRETRAINING_OURS = {
     "--stop-after": 0,
     "--deterministic": False,
     "--compile": "",
+    "--cuda-graph": "auto",
     "--loader": "device",
     "--profile": 0,
     "--rng-seed": 0,
@@ -88,6 +89,7 @@ FINETUNING_OURS = {
     "--stop-after": 0,
     "--deterministic": False,
     "--compile": "",
+    "--cuda-graph": "auto",
     "--loader": "device",
     "--profile": 0,
 }
@@ -164,7 +166,7 @@ def test_options_that_change_the_mathematics_are_compared_on_resuming(script):
     # what only decides where a run computes, writes, or stops to look
     free = {"data_dir", "num_workers", "gpus", "precision", "resume", "model_dir", "log_dir"}
     free |= {"test_only", "model_root", "log_root", "exp_name", "eval", "eval_freq", "print_freq"}
-    free |= {"stop_after", "deterministic", "compile", "profile"}
+    free |= {"stop_after", "deterministic", "compile", "cuda_graph", "profile"}
     free |= {"auto_resume", "evaluate", "val_batch_size", "save_freq"}
     free |= {"start_epoch"}  # it places a new run, and a resumed one ignores it
     free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path

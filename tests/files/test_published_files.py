@@ -361,6 +361,7 @@ def assert_taken_over(script, words, file, model, memory, *, epochs, accuracy):
     args = script.build_parser().parse_args([str(w) for w in words])
     settings, imagenet = declared.values(args, pretraining.Settings), "imagenet" in script.__file__
     network = build_model(args.architecture, args.low_dim, imagenet=imagenet, normalize=True)
+    network = CPU.prepare(network)  # weights in channels-last order, as in the scripts
     objective = pretraining.build_objective(settings, len(memory), CPU)
     optimizer = sgd(network.parameters(), args.lr, args.weight_decay, nesterov=not imagenet)
     names = IMAGENET_METRIC if imagenet else CIFAR_METRIC
@@ -372,7 +373,23 @@ def assert_taken_over(script, words, file, model, memory, *, epochs, accuracy):
     got = [run.optimizer.state[p]["momentum_buffer"] for p in run.model.parameters()]
     assert_equal(got, momenta)
     assert (run.epoch, run.step, run.best) == (epochs, 4 * epochs, accuracy)
+    assert_step_of(run, momenta)
     return run
+
+
+def assert_step_of(run, momenta):
+    """The next step uses each momentum for its own weight, number by number."""
+    (group,) = run.optimizer.param_groups
+    expected = []
+    for p, momentum in zip(run.model.parameters(), momenta, strict=True):
+        p.grad = torch.randn_like(p)
+        change = p.grad + group["weight_decay"] * p.detach()
+        momentum = group["momentum"] * momentum + change
+        if group["nesterov"]:
+            momentum = change + group["momentum"] * momentum
+        expected.append(p.detach() - group["lr"] * momentum)
+    run.optimizer.step()
+    torch.testing.assert_close(list(run.model.parameters()), expected, rtol=1e-4, atol=1e-5)
 
 
 def published_momenta(state):

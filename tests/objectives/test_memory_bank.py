@@ -18,7 +18,7 @@ from lib.objectives.memory_bank import (
     InfoNCE,
     MemoryBank,
     build_loss,
-    draw_negatives,
+    others,
 )
 from lib.runtime.devices import Device
 from lib.training.step import train_steps
@@ -30,6 +30,17 @@ CPU = Device(torch.device("cpu"), bf16=False)
 def unit(*shape, seed=0):
     vectors = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def draw_negatives(own, k, images, seed, step):
+    return others(*InfoNCE(k, 0.1, seed).draw(len(own), images, step), own)
+
+
+def loss_of(criterion, v, own, memory, step, *, first=0, total=0):
+    """The loss with its random numbers of batch `step`, from row `first` of `total` on."""
+    drawn = criterion.draw(total or len(own), len(memory), step)
+    mine = [numbers[first : first + len(own)] for numbers in drawn]
+    return criterion(v, own, memory, *mine, total=total)
 
 
 def assert_unit_rows(rows):
@@ -48,7 +59,9 @@ def value_and_gradient(loss, v):
 def test_full_softmax_equals_plain_cross_entropy(monkeypatch, block, bf16, tolerance):
     monkeypatch.setattr(memory_bank._BankSoftmax, "block", block)
     v, memory, own = unit(9, 32), unit(100, 32, seed=1), torch.arange(9) * 11
-    got, gradient = value_and_gradient(lambda x: FullSoftmax(0.1, bf16)(x, own, memory, 0), v)
+    got, gradient = value_and_gradient(
+        lambda x: loss_of(FullSoftmax(0.1, bf16), x, own, memory, 0), v
+    )
     expected, naive = value_and_gradient(lambda x: F.cross_entropy(x @ memory.T / 0.1, own), v)
     assert got.item() == pytest.approx(expected.item(), rel=tolerance)
     assert (gradient - naive).norm() <= tolerance * naive.norm()
@@ -65,7 +78,7 @@ def test_full_softmax_equals_plain_cross_entropy_at_any_size(batch, images, temp
     v, memory = unit(batch, 8, seed=seed), unit(images, 8, seed=seed + 1)
     own = torch.arange(batch) % images
     criterion = FullSoftmax(temperature)
-    got, gradient = value_and_gradient(lambda x: criterion(x, own, memory, 0), v)
+    got, gradient = value_and_gradient(lambda x: loss_of(criterion, x, own, memory, 0), v)
     expected, naive = value_and_gradient(
         lambda x: F.cross_entropy((x.double() @ memory.double().T) / temperature, own), v
     )
@@ -77,18 +90,18 @@ def test_full_softmax_scales_its_gradient_and_does_not_overflow():
     v, memory, own = unit(4, 8), unit(50, 8, seed=1), torch.arange(4)
     memory[:4] = v
     criterion = FullSoftmax(0.001)  # logits of 1000: exp without a maximum is infinite
-    value, gradient = value_and_gradient(lambda x: criterion(x, own, memory, 0), v)
+    value, gradient = value_and_gradient(lambda x: loss_of(criterion, x, own, memory, 0), v)
     assert torch.isfinite(value)
     assert torch.isfinite(gradient).all()
     criterion = FullSoftmax(0.1)
-    _, once = value_and_gradient(lambda x: criterion(x, own, memory, 0), v)
-    _, thrice = value_and_gradient(lambda x: 3 * criterion(x, own, memory, 0), v)
+    _, once = value_and_gradient(lambda x: loss_of(criterion, x, own, memory, 0), v)
+    _, thrice = value_and_gradient(lambda x: 3 * loss_of(criterion, x, own, memory, 0), v)
     assert torch.allclose(thrice, 3 * once)
 
 
 def test_full_softmax_of_a_bank_that_knows_nothing_is_its_chance_level():
     memory = unit(1, 16).expand(200, 16)
-    value = FullSoftmax(0.1)(unit(5, 16, seed=2), torch.arange(5), memory, 0)
+    value = FullSoftmax(0.1)(unit(5, 16, seed=2), torch.arange(5), memory)
     assert value.item() == pytest.approx(FullSoftmax().chance(200), abs=1e-4)
     assert FullSoftmax().chance(200) == pytest.approx(math.log(200))
 
@@ -133,7 +146,7 @@ def test_nce_equals_the_published_formula_and_normalizer(images, k, z_momentum):
         elif z_momentum is not None:
             z = z_momentum * z + (1 - z_momentum) * estimate
         got, gradient = value_and_gradient(
-            lambda x, own=own, step=step: criterion(x, own, memory, step), v
+            lambda x, own=own, step=step: loss_of(criterion, x, own, memory, step), v
         )
         expected, naive = value_and_gradient(
             lambda x, own=own, negatives=negatives, z=z: naive_nce(
@@ -149,23 +162,27 @@ def test_nce_equals_the_published_formula_and_normalizer(images, k, z_momentum):
 def test_the_published_normalizer_is_estimated_once_and_survives_a_resume():
     v, own, memory = unit(6, 16), torch.arange(6), unit(50, 16, seed=1)
     first = NCE(4, 0.1, seed=0, z_momentum=None)
-    first(v, own, memory, 0)
+    loss_of(first, v, own, memory, 0)
     resumed = NCE(4, 0.1, seed=0, z_momentum=None)
     resumed.load_state_dict(first.state_dict())
     later = unit(6, 16, seed=5)
-    assert torch.equal(first(later, own, memory, 1), resumed(later, own, memory, 1))
+    assert torch.equal(
+        loss_of(first, later, own, memory, 1), loss_of(resumed, later, own, memory, 1)
+    )
     fresh = NCE(4, 0.1, seed=0, z_momentum=None)
-    assert not torch.equal(fresh(later, own, memory, 1), resumed(later, own, memory, 1))
+    assert not torch.equal(
+        loss_of(fresh, later, own, memory, 1), loss_of(resumed, later, own, memory, 1)
+    )
 
 
 def test_evaluation_does_not_move_the_moving_average():
     v, own, memory = unit(6, 16), torch.arange(6), unit(50, 16, seed=1)
     criterion = NCE(4, 0.1, seed=0, z_momentum=0.5)
-    criterion(v, own, memory, 0)
+    loss_of(criterion, v, own, memory, 0)
     before = criterion.z.clone()
-    criterion.eval()(unit(6, 16, seed=9), own, memory, 1)
+    loss_of(criterion.eval(), unit(6, 16, seed=9), own, memory, 1)
     assert torch.equal(criterion.z, before)
-    criterion.train()(unit(6, 16, seed=9), own, memory, 1)
+    loss_of(criterion.train(), unit(6, 16, seed=9), own, memory, 1)
     assert not torch.equal(criterion.z, before)
 
 
@@ -182,7 +199,7 @@ def test_infonce_equals_cross_entropy_over_the_positive_and_the_negatives(images
             total = total - sims[0] + torch.stack(sims).exp().sum().log()
         return total / len(x)
 
-    got, gradient = value_and_gradient(lambda x: criterion(x, own, memory, 7), v)
+    got, gradient = value_and_gradient(lambda x: loss_of(criterion, x, own, memory, 7), v)
     expected, wanted = value_and_gradient(naive, v)
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
@@ -192,8 +209,8 @@ def test_chance_levels_are_the_losses_of_a_bank_that_knows_nothing():
     memory, v, own = unit(1, 16).expand(300, 16), unit(1, 16).expand(5, 16), torch.arange(5)
     nce, info = NCE(20, 0.5, 0, z_momentum=None), InfoNCE(20, 0.5, 0)
     # all similarities are equal, hence P = 1/N with the estimated Z
-    assert nce(v, own, memory, 0).item() == pytest.approx(nce.chance(300), rel=1e-3)
-    assert info(v, own, memory, 0).item() == pytest.approx(info.chance(300), rel=1e-5)
+    assert loss_of(nce, v, own, memory, 0).item() == pytest.approx(nce.chance(300), rel=1e-3)
+    assert loss_of(info, v, own, memory, 0).item() == pytest.approx(info.chance(300), rel=1e-5)
 
 
 @given(images=st.integers(2, 6), k=st.integers(1, 30), step=st.integers(0, 50))
@@ -286,7 +303,7 @@ CRITERIA = {
 def test_bank_is_not_updated_inside_backward(name):
     bank, v = MemoryBank(40, 16), unit(5, 16).requires_grad_()
     before = bank.memory.clone()
-    CRITERIA[name](v, torch.arange(5), bank.memory, 0).backward()
+    loss_of(CRITERIA[name], v, torch.arange(5), bank.memory, 0).backward()
     assert torch.equal(bank.memory, before)
     assert v.grad.abs().sum() > 0
 
@@ -294,10 +311,10 @@ def test_bank_is_not_updated_inside_backward(name):
 def test_accumulated_backwards_see_one_and_the_same_bank():
     bank, v = MemoryBank(40, 16), unit(6, 16)
     criterion, own = FullSoftmax(0.1), torch.arange(6)
-    _, whole = value_and_gradient(lambda x: criterion(x, own, bank.memory, 0), v)
+    _, whole = value_and_gradient(lambda x: loss_of(criterion, x, own, bank.memory, 0), v)
     halves = v.clone().requires_grad_()
     for part in (slice(0, 3), slice(3, 6)):
-        (criterion(halves[part], own[part], bank.memory, 0) / 2).backward()
+        (loss_of(criterion, halves[part], own[part], bank.memory, 0) / 2).backward()
     assert torch.allclose(halves.grad, whole, atol=1e-6)
 
 
@@ -376,13 +393,15 @@ def test_impossible_losses_are_refused(words, message):
 @pytest.mark.parametrize("cuts", [(3,), (1, 1, 5), (0, 7)], ids=str)
 def test_the_parts_of_a_batch_add_up_to_its_mean_loss(name, cuts):
     memory, v, own = MemoryBank(40, 16).memory, unit(7, 16), torch.arange(7) * 5
-    whole, gradient = value_and_gradient(lambda x: CRITERIA[name](x, own, memory, 3), v)
+    whole, gradient = value_and_gradient(lambda x: loss_of(CRITERIA[name], x, own, memory, 3), v)
     bounds = [0, *torch.tensor(cuts).cumsum(0).tolist(), 7]
     total, parts = 0.0, []
     for first, stop in itertools.pairwise(bounds):
         rows, where = slice(first, stop), {"first": first, "total": 7}
         part, own_gradient = value_and_gradient(
-            lambda x, rows=rows, where=where: CRITERIA[name](x, own[rows], memory, 3, **where),
+            lambda x, rows=rows, where=where: loss_of(
+                CRITERIA[name], x, own[rows], memory, 3, **where
+            ),
             v[rows],
         )
         total += part
@@ -391,18 +410,11 @@ def test_the_parts_of_a_batch_add_up_to_its_mean_loss(name, cuts):
     assert torch.allclose(torch.cat(parts), gradient, atol=1e-6)
 
 
-def test_negatives_of_a_part_are_those_rows_of_the_whole_batch():
-    own = torch.arange(9)
-    whole = draw_negatives(own, 5, 30, 0, 2)
-    part = draw_negatives(own[4:7], 5, 30, 0, 2, first=4, total=9)
-    assert torch.equal(part, whole[4:7])
-
-
 @pytest.mark.parametrize("k", [0, 8])
 def test_a_process_without_rows_adds_nothing_to_the_loss(k):
     memory, v = MemoryBank(40, 16).memory, torch.zeros(0, 16, requires_grad=True)
     criterion = build_loss(k, 0.1, kind="infonce")
-    value = criterion(v, torch.arange(0), memory, 0, first=0, total=1)
+    value = loss_of(criterion, v, torch.arange(0), memory, 0, total=1)
     assert value.item() == 0
     value.backward()
     assert v.grad.shape == (0, 16)

@@ -70,7 +70,7 @@ def noise(n=103, seed=0):
 
 
 def in_format(batches, dtype):
-    return (replace(batch, views=(batch.images.to(dtype),)) for batch in batches)
+    return (replace(batch, pixels=(batch.images.to(dtype),), augmentations=()) for batch in batches)
 
 
 def several_epochs(batches, num_batches):

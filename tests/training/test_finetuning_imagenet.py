@@ -73,6 +73,7 @@ OURS = {
     "--precision": "auto",
     "--deterministic": False,
     "--compile": "",
+    "--cuda-graph": "auto",
     "--loader": "device",
     "--profile": 0,
 }
