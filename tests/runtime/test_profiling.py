@@ -19,7 +19,7 @@ from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.runtime import profiling
 from lib.runtime.devices import Device
 from lib.training.optimizer import sgd, trainable
-from lib.training.progress import Throughput, speed
+from lib.training.progress import Throughput, TimeLeft, speed
 from lib.training.state import AverageMeter
 from lib.training.step import LossWatch, train_steps
 from models import build_model
@@ -89,6 +89,14 @@ def test_the_share_of_the_rate_goes_into_the_line(monkeypatch):
     lap = clock.lap()
     assert lap == {"images_per_s": 50.0, "data_wait": 0.0, "mfu": 0.25}
     assert speed(lap) == "50 img/s (0% of the time waiting for images, 25% MFU)"
+
+
+def test_the_time_left_is_that_of_the_steps_since_this_start(monkeypatch):
+    times = iter([100.0, 120.0])
+    monkeypatch.setattr("lib.training.progress.time.perf_counter", lambda: next(times))
+    left = TimeLeft(10, 4010)
+    assert left(10) == left(4010) == ""
+    assert left(30) == "  1:06:20 left"  # 20 steps took 20 seconds, 3,980 are left
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ def test_evaluate_measures_the_stored_bank_and_test_only_a_new_one(finished, pic
     model = build_model("resnet18", 128, imagenet=True, normalize=True)
     model.load_state_dict(state["state_dict"])
     queries, new = (extraction.extract(model, data, CPU) for data in (test, train))
-    resume = ("--resume", finished / "ckpt.pth.tar", "-vb", 7)
+    # the default of 4096 negatives is more than there are images, but measuring needs none
+    resume = ("--resume", finished / "ckpt.pth.tar", "-vb", 7, "--nce-k", 4096)
     for option, bank in (("-e", state["lemniscate"]["memory"]), ("--test-only", new)):
         scores = run(pictures, tmp_path / "none", option, *resume)
         known = train.targets >= 0
