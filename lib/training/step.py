@@ -51,21 +51,21 @@ class Step:
 
 
 class LossWatch:
-    """The check that ends a run at the first loss that is NaN or infinite, before anything is saved.
+    """The check that ends a run at the first loss that is NaN or infinite: on the CPU before the step.
 
     A GPU would be waited for at every step. There losses stay on the device, and `CHECK_EVERY` of them are
     read at a time.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, first_step: int = 0) -> None:
         size = 1 if device.torch_device.type == "cpu" else CHECK_EVERY
         self._losses = torch.zeros(size, dtype=torch.float64, device=device.torch_device)
-        self._unread, self._steps = 0, 0
+        self._unread, self._steps = 0, first_step
 
-    def see(self, loss: Tensor, step: int) -> None:
-        """Check the loss of `step`, counted from 1; steps follow each other."""
-        self._losses[self._unread].copy_(loss)
-        self._unread, self._steps = self._unread + 1, step
+    def see(self, loss: Tensor) -> None:
+        """Check the loss of the next step."""
+        self._losses[self._unread].copy_(loss.detach())
+        self._unread, self._steps = self._unread + 1, self._steps + 1
         if self._unread == len(self._losses):
             self.check()
 
@@ -111,16 +111,19 @@ def train_steps(
     model.train(not head_only)
     objective.train()
     planned = iter_size if full_steps else 0
-    take = partial(_take_step, model, objective, optimizer, device, planned)
+    watch = LossWatch(device, first_step)
+    at_once = graph is None and device.torch_device.type == "cpu"  # nothing has to be waited for
+    check = watch.see if at_once else _unchecked
+    take = partial(_take_step, model, objective, optimizer, device, planned, check)
     take = take if graph is None else partial(graph, take)
-    watch = LossWatch(device)
     drawn = _with_drawn(batches, objective, first_step * iter_size, device)
     for number, group in enumerate(_groups(drawn, iter_size), first_step):
         lr = schedule(number)
         losses, rows = take(group, device.scalar(lr))
         for options in optimizer.param_groups:
             options["lr"] = lr  # a number, as checkpoints hold it
-        watch.see(losses["loss"], number + 1)
+        if not at_once:
+            watch.see(losses["loss"])
         yield Step(number, lr, losses, rows)
     watch.check()
 
@@ -135,18 +138,24 @@ def _with_drawn(
         yield replace(batch, drawn=tuple(device.to_device(x[mine]) for x in drawn))
 
 
+def _unchecked(_: Tensor) -> None:
+    """Leave a loss to be checked after the step."""
+
+
 def _take_step(
     model: nn.Module,
     objective: Objective,
     optimizer: Optimizer,
     device: Device,
     planned: int,
+    check: Callable[[Tensor], None],
     group: Iterable[tuple[Batch, bool]],
     lr: float | Tensor,
 ) -> Result:
-    """Take one optimizer step on the device, without reading any value of it: losses by name, and rows."""
+    """Take one optimizer step, once `check` accepts the loss; return losses by name, and rows."""
     optimizer.zero_grad(set_to_none=True)
     done = _accumulate(model, objective, group, device, planned)
+    check(done.losses["loss"])
     for parameter in objective.parameters():  # DistributedDataParallel sees the network's alone
         if parameter.grad is not None:
             all_reduce_sum(parameter.grad).div_(world_size())

@@ -23,7 +23,7 @@ MOST = {
         "after step": 8,
     },
     "finetune-cifar": {
-        "images": 24,
+        "images": 15,
         "forward": 160,
         "objective": 10,
         "backward": 170,

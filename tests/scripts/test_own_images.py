@@ -186,6 +186,6 @@ def test_the_whole_script_gives_predictions_far_above_chance(tmp_path):
     expected = true_classes(pictures, folder_of_tests(pictures))
     right = sum(answers[path] == name for path, name in expected.items()) / len(expected)
     assert len(answers) == 500
-    assert right > 0.3  # chance is 0.1; 0.46 was measured, 0.51 with the default of 40 epochs
+    assert right > 0.35  # chance is 0.1; 0.46 was measured, 0.51 with the default of 40 epochs
     for page in ("pseudo/report.html", "predictions.html"):
         assert "hubble_deep_field (" in (out / page).read_text()

@@ -67,6 +67,14 @@ def test_an_objective_is_asked_for_each_batch_and_told_after_the_optimizer_of_al
     assert [s.lr for s in steps] == pytest.approx([0.5, 0.6])
 
 
+def test_random_numbers_of_the_objective_are_those_of_this_process_rows():
+    objective, model = Recorded(), network()
+    batch = Batch((torch.ones(3, 1, 2, 2),), torch.arange(3), 4, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    list(train_steps(model, objective, optimizer, [batch], lambda _: 0.1, CPU, first_step=2))
+    assert objective.calls[0] == ("forward", [204, 205, 206], 1)
+
+
 def test_every_named_loss_is_the_mean_over_the_images_of_a_step():
     objective, model = Recorded(), network()
     items = batches([6, 2])
