@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from datasets import decoded
+from datasets.decoded import Decoded
 from datasets.files import FileSet, as_rgb, surviving
 from datasets.images import IMAGENET_STATS, ImageSet
 from datasets.listing import Files, list_folder
@@ -93,6 +95,19 @@ def read_images(paths: list[str], image_size: int, num_workers: int) -> tuple[to
     return images, hashlib.sha256(b"".join(contents)).hexdigest()
 
 
+def read_or_load(paths: list[str], image_size: int, num_workers: int) -> Decoded:
+    """Decode files as `read_images`, or load the copy that an earlier start left of the same files."""
+    if len(paths) < FEW_FILES or len(paths) * 3 * image_size**2 > decoded.LARGEST:
+        return Decoded(*read_images(paths, image_size, num_workers))
+    key = decoded.key_of(paths, image_size)
+    found = decoded.load(key) if key else None
+    if found is None:
+        found = Decoded(*read_images(paths, image_size, num_workers))
+        if key and decoded.key_of(paths, image_size) == key:  # nobody has changed a file meanwhile
+            decoded.save(key, found)
+    return found
+
+
 def load_folder(
     root: Path, image_size: int, num_workers: int, in_memory: bool = True
 ) -> tuple[ImageSet | FileSet, ImageSet | FileSet | None]:
@@ -111,7 +126,7 @@ def load_folder(
         paths = tuple(path.removeprefix(f"{root}{os.sep}") for path in files.paths)
         if not in_memory:
             return FileSet("folder", root, paths, targets, classes, IMAGENET_STATS, image_size)
-        images, contents = read_images(files.paths, image_size, num_workers)
+        images, contents = read_or_load(files.paths, image_size, num_workers)
         return ImageSet("folder", images, targets, classes, IMAGENET_STATS, paths, contents)
 
     return build(listing.train), None if listing.test is None else build(listing.test)
