@@ -123,7 +123,7 @@ def build_graph(
         search={
             "method": args.search,
             "precision": args.search_precision,
-            "block_bytes": args.block_mib * MIB,
+            "block_bytes": args.block_mib and args.block_mib * MIB,
         },
         solver={"solver": args.solver, "basis_bytes": args.basis_mib * MIB},
         cache=GraphCache(

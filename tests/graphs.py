@@ -9,6 +9,7 @@ from lib.graph import spectrum as graph_spectrum
 from lib.graph.affinity import GraphPreset
 from lib.graph.filters import LabelVectors, apply_filter
 from lib.graph.laplacian import GraphOperator
+from lib.graph.sparse import from_scipy, to_scipy
 from lib.graph.spectrum import Spectrum
 from lib.propagation import EmbeddingGraph, Labeling
 from lib.propagation.normalized_cut import constrained_solution, constraint_vectors
@@ -21,7 +22,7 @@ def build_graph(
     **more,
 ) -> sp.csr_matrix:
     """Affinity matrix of features."""
-    return EmbeddingGraph(features, preset, num_neighbors, **more).affinity
+    return to_scipy(EmbeddingGraph(features, preset, num_neighbors, **more).affinity)
 
 
 def laplacian_spectrum(
@@ -39,8 +40,8 @@ def graph_operator(affinity: sp.csr_matrix, self_loops: str = "published") -> Gr
 
 def graph_of(affinity: np.ndarray | sp.csr_matrix, self_loops: str = "drop") -> EmbeddingGraph:
     """Graph of an affinity matrix; its features are empty."""
-    given = sp.csr_matrix(affinity.astype(np.float32))
-    return EmbeddingGraph(torch.zeros(given.shape[0], 2), given=given, self_loops=self_loops)
+    given = from_scipy(sp.csr_matrix(affinity.astype(np.float32)))
+    return EmbeddingGraph(torch.zeros(len(given), 2), given=given, self_loops=self_loops)
 
 
 def alone(propagate, graph, labeled: Tensor, labels: Tensor, num_classes: int, **more) -> Tensor:

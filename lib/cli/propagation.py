@@ -136,11 +136,11 @@ class _Graph:
         help="precision of the exact search's products; bf16 ranks half as many candidates more in fp32; "
         "auto: bf16 for many images where the hardware multiplies it",
     )
-    block_mib: int = option(
-        256,
+    block_mib: int | None = option(
+        None,
         limit=POSITIVE,
         metavar="MIB",
-        help="memory of each process for similarities at a time; changes speed alone",
+        help="memory of each process for similarities at a time; changes speed alone (256, on a GPU 1024)",
     )
     solver: str = option(
         "auto",

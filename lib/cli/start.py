@@ -14,10 +14,16 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from lib.cli.checks import warn, writable_folder
 from lib.runtime import distributed
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+LESS_MEMORY = (
+    "Less memory is needed with a smaller --batch-size, in phase 2 with --chunks 10 or --block-mib 64; "
+    "--gpus cpu takes that of the machine"
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,6 +68,12 @@ def _guarded(
             time.sleep(distributed.MAIN_FIRST_S)
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        said = str(error).split(". ")[0]
+        print(f"{prog}: error: {said}. {LESS_MEMORY}", file=sys.stderr, flush=True)
+        return EXIT_FAILURE
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: there is nothing to save
         return 128 + signal.SIGINT
     return 0

@@ -9,11 +9,12 @@ from pathlib import Path
 READ_BYTES = 1 << 20
 
 
-def write_whole(data: bytes | memoryview, path: Path) -> None:
+def write_whole(data: bytes | memoryview, path: Path, *, flush: bool = True) -> None:
     """Write `data` so that `path` holds either the old bytes or the new ones, never a part of them.
 
     The bytes go to a temporary file beside the target, are flushed to the disk, and the file is renamed.
-    Missing folders are made.
+    Missing folders are made. Without `flush`, for what is soon made again, the new file may be damaged
+    after a power failure, and nobody waits for the disk.
 
     Raises:
         ValueError: if the file cannot be written, naming the path, the bytes needed and the bytes free. The
@@ -25,8 +26,11 @@ def write_whole(data: bytes | memoryview, path: Path) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+        if not flush:
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # so that the new name survives a power failure, too

@@ -23,16 +23,16 @@ ZIP_START = b"PK\x03\x04"
 MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
 
 
-def save(state: Any, path: str | Path, *, legacy: bool = False) -> None:
+def save(state: Any, path: str | Path, *, legacy: bool = False, flush: bool = True) -> None:
     """Write a dict, or one bare tensor, so that `path` holds either the old file or the new one.
 
-    `legacy` writes the stream that torch before 1.6 reads instead of a zip archive. A folder that cannot be
-    written to, and a full disk, are a ValueError; the old file stays.
+    `legacy` writes the stream that torch before 1.6 reads instead of a zip archive; `flush` is that of
+    `write_whole`. A folder that cannot be written to, and a full disk, are a ValueError; the old file stays.
     """
     buffer = io.BytesIO()
     state = dict(state) if isinstance(state, Mapping) else state
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)
-    write_whole(buffer.getbuffer(), Path(path))
+    write_whole(buffer.getbuffer(), Path(path), flush=flush)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lib.graph.search import exact_search, in_parallel, product, top_k
+from lib.graph.search import BLOCK_BYTES, exact_search, in_parallel, product, top_k
 from lib.runtime.distributed import progress_bar
 from lib.runtime.seeding import generator
 
@@ -74,11 +74,11 @@ def _assign(features: Tensor, cells_per_root: float) -> tuple[Tensor, Tensor]:
     centroids = sample[:num_cells].clone()
     for _ in range(KMEANS_ROUNDS):
         _, nearest = exact_search(sample, centroids, 1, progress="k-means")
-        nearest = nearest[:, 0].long().to(features.device)
+        nearest = nearest[:, 0].long()
         sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
         full = sums.norm(dim=1) > 0  # a cell that lost all its members keeps its centroid
         centroids[full] = normalize(sums[full])
-    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0]
+    return centroids, exact_search(features, centroids, 1, progress="cells")[1][:, 0].cpu()
 
 
 def near_order(features: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _choose_margin(cells: Cells, k: int, own_value: float, budget: int) -> tuple
     rows = cells.sorted[places.to(cells.sorted.device)]
     _, exact = exact_search(rows, cells.sorted, k, own=places, own_value=own_value)
     nearer = (rows @ cells.centroids.T).cpu() - worst[:, None]  # S x C
-    of = cells.of(exact.long())
+    of = cells.of(exact.long().cpu())
     # +inf means that the first round finds a neighbor; as the margin, that no second round is needed.
     reached = nearer.gather(1, of).masked_fill(searched.gather(1, of), torch.inf)
     lowest = reached.flatten().sort(descending=True).values
@@ -254,7 +254,7 @@ def _second_round(
 
 
 def search_cells(
-    features: Tensor, k: int, rows: slice, own_value: float, block_bytes: int
+    features: Tensor, k: int, rows: slice, own_value: float, block_bytes: int | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Find approximate neighbors of `rows` among all rows; None where exact search would be faster.
 
@@ -264,6 +264,7 @@ def search_cells(
     Returns:
         Cosines, falling, and rows, R x k each, on the CPU.
     """
+    block_bytes = block_bytes or BLOCK_BYTES[features.device.type]
     centroids, nearest = _assign(features, CELLS_PER_ROOT)
     order = torch.argsort(nearest, stable=True)
     sizes = torch.bincount(nearest, minlength=len(centroids))

@@ -5,31 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from lib.files import checkpoint, provenance
+from lib.graph.sparse import arrays, csr, to_scipy
 from lib.graph.spectrum import Spectrum
 
 # entries of a spectrum file and their numbers of dimensions
 SPECTRUM = {"values": 1, "vectors": 2, "components": 1, "null": 1, "degrees": 1}
 
 
-def save_graph(affinity: sp.csr_matrix, path: str | Path, meta: Mapping[str, Any]) -> None:
+def save_graph(affinity: Tensor, path: str | Path, meta: Mapping[str, Any]) -> None:
     """Write a graph as plain tensors: `crow`, `col`, `values`, `shape`, and the record `meta`."""
+    crow, col, values = (x.cpu() for x in arrays(affinity))
     state = {
-        "crow": torch.from_numpy(affinity.indptr),
-        "col": torch.from_numpy(affinity.indices),
-        "values": torch.from_numpy(affinity.data),
+        "crow": crow,
+        "col": col,
+        "values": values,
         "shape": list(affinity.shape),
         "meta": provenance.made_by() | dict(meta),
     }
     checkpoint.save(state, path)
 
 
-def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
-    """Read a graph of `save_graph` and its `meta`.
+def load_graph(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """Read a graph of `save_graph`, as torch's CSR on the CPU, and its `meta`.
 
     Raises:
         ValueError: if the file does not hold a square, symmetric CSR matrix of finite, non-negative float32
@@ -39,11 +40,11 @@ def load_graph(path: str | Path) -> tuple[sp.csr_matrix, dict[str, Any]]:
     problem = _graph_problem(state)
     if problem:
         raise ValueError(f"{path} holds no graph: {problem}; delete it to build it again")
-    arrays = tuple(state[name].numpy() for name in ("values", "col", "crow"))
-    graph = sp.csr_matrix(arrays, tuple(state["shape"]))
+    graph = csr(state["crow"], state["col"], state["values"], len(state["crow"]) - 1)
     # Both products read the same arrays, where a transposed copy would double them.
-    probe = np.random.default_rng(0).random(graph.shape[0], dtype=np.float32)
-    if not np.allclose(graph @ probe, graph.T @ probe, rtol=1e-3, atol=1e-30):
+    probe = np.random.default_rng(0).random(len(state["crow"]) - 1, dtype=np.float32)
+    matrix = to_scipy(graph)
+    if not np.allclose(matrix @ probe, matrix.T @ probe, rtol=1e-3, atol=1e-30):
         raise ValueError(f"{path} holds no graph: it is not symmetric; delete it to build it again")
     return graph, state["meta"]
 
@@ -71,19 +72,24 @@ def _graph_problem(state: Mapping[str, Any]) -> str:
 
 def save_spectrum(spectrum: Spectrum, path: str | Path, meta: Mapping[str, Any]) -> None:
     """Write a spectrum as plain tensors, `residual`, and the record `meta`."""
-    tensors = {name: torch.from_numpy(getattr(spectrum, name)) for name in SPECTRUM}
+    tensors = {name: torch.as_tensor(getattr(spectrum, name)).cpu() for name in SPECTRUM}
     meta = provenance.made_by() | dict(meta)
     checkpoint.save({**tensors, "residual": spectrum.residual, "meta": meta}, path)
 
 
 def load_spectrum(path: str | Path) -> tuple[Spectrum, dict[str, Any]]:
-    """Read a spectrum of `save_spectrum` and its `meta`; ValueError if the file does not hold one."""
+    """Read a spectrum of `save_spectrum`, on the CPU, and its `meta`.
+
+    Raises:
+        ValueError: if the file does not hold one.
+    """
     state = checkpoint.load_dict(path, *SPECTRUM, "residual", "meta")
     problem = _spectrum_problem(state)
     if problem:
         raise ValueError(f"{path} holds no spectrum: {problem}; delete it to compute it again")
-    arrays = {name: state[name].numpy() for name in SPECTRUM}
-    return Spectrum(**arrays, residual=float(state["residual"])), state["meta"]
+    entries = {name: state[name] for name in SPECTRUM}
+    entries |= {"values": state["values"].numpy(), "components": state["components"].long()}
+    return Spectrum(**entries, residual=float(state["residual"])), state["meta"]
 
 
 def _spectrum_problem(state: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ GRID = 2000  # points at which the gain beyond the known eigenvalues is looked u
 class LabelVectors(NamedTuple):
     """Columns that are zero outside of a few nodes."""
 
-    nodes: Tensor  # L node numbers
+    nodes: Tensor  # L node numbers, on the device of the graph, like the values
     values: Tensor  # L x m
 
 
@@ -175,15 +175,16 @@ def apply_filter(
         name, parameters: a key of `FILTERS`, and what that filter takes.
 
     Returns:
-        N x m float32 for each set, on the CPU. Beside them a few blocks of N x `TILE` numbers are held.
+        N x m float32 for each set. Beside them a few blocks of N x `TILE` numbers are held.
     """
     found, parameters = find_filter(name, **parameters)
     n = len(operator)
-    answers = [torch.empty(n, one.values.shape[1]) for one in vectors]
+    device = operator.device
+    answers = [torch.empty(n, one.values.shape[1], device=device) for one in vectors]
     # of each set among all columns
     starts = [0, *itertools.accumulate(answer.shape[1] for answer in answers)]
     for first in range(0, starts[-1], TILE):
-        columns = torch.zeros(n, min(TILE, starts[-1] - first))
+        columns = torch.zeros(n, min(TILE, starts[-1] - first), device=device)
         shared = []  # (set, its columns, their place in the tile)
         for one, (start, stop) in enumerate(itertools.pairwise(starts)):
             low, high = max(start, first), min(stop, first + TILE)
@@ -191,7 +192,7 @@ def apply_filter(
                 own, place = slice(low - start, high - start), slice(low - first, high - first)
                 columns[vectors[one].nodes, place] = vectors[one].values[:, own].float()
                 shared.append((one, own, place))
-        filtered = found.apply(operator, columns.to(operator.device), **parameters).cpu()
+        filtered = found.apply(operator, columns, **parameters)
         for one, own, place in shared:
             answers[one][:, own] = filtered[:, place]
     return answers
@@ -217,21 +218,22 @@ def filter_by_eigenvectors(
         beyond = np.abs(found.gain(np.linspace(last, 2, GRID), **parameters)).max()
     answers, worst = [], 0.0
     for one in vectors:
-        nodes, columns = one.nodes.numpy(), one.values.double().numpy()
-        along = spectrum.vectors[nodes].T.astype(np.float64) @ columns
-        inside = np.zeros((spectrum.num_components, columns.shape[1]))  # along the null vectors
-        np.add.at(inside, spectrum.components[nodes], spectrum.null[nodes, None] * columns)
-        kept = (gains[:, None] * along).astype(np.float32)
-        answer = torch.from_numpy(spectrum.vectors @ kept)
-        known = np.square(along).sum(axis=0) + np.square(inside).sum(axis=0)
-        outside = np.sqrt(np.maximum(np.square(columns).sum(axis=0) - known, 0))
-        size = np.square(kept).sum(axis=0, dtype=np.float64)  # squared norms of the answer
+        nodes, columns = one.nodes, one.values.double()
+        along = spectrum.vectors[nodes].double().T @ columns
+        inside = columns.new_zeros(
+            spectrum.num_components, columns.shape[1]
+        )  # along the null vectors
+        inside.index_add_(0, spectrum.components[nodes], spectrum.null[nodes, None] * columns)
+        kept = (torch.from_numpy(gains).to(along.device)[:, None] * along).float()
+        answer = spectrum.vectors @ kept
+        known = along.square().sum(dim=0) + inside.square().sum(dim=0)
+        outside = (columns.square().sum(dim=0) - known).clamp(min=0).sqrt()
+        size = kept.double().square().sum(dim=0)  # squared norms of the answer
         if found.keeps_null:  # with gain g(0) = 1
             for start in range(0, len(answer), ROWS):
                 rows = slice(start, start + ROWS)
-                whole = spectrum.null[rows, None] * inside[spectrum.components[rows]]
-                answer[rows] += torch.from_numpy(whole)
-            size += np.square(inside).sum(axis=0)
+                answer[rows] += spectrum.null[rows, None] * inside[spectrum.components[rows]]
+            size += inside.square().sum(dim=0)
         answers.append(answer)
-        worst = max(worst, float((beyond * outside / np.sqrt(size).clip(1e-30)).max()))
+        worst = max(worst, float((beyond * outside / size.sqrt().clamp(min=1e-30)).max()))
     return answers, worst

@@ -7,16 +7,15 @@ may be spread over several processes.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import scipy.sparse as sp
 import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from lib.graph.sparse import arrays, csr, entries, from_scipy, row_sums, to_scipy
 from lib.runtime.seeding import generator
 
 Operator = Callable[[Tensor], Tensor]  # N x m, contiguous -> N x m
@@ -25,10 +24,9 @@ SELF_LOOPS = {  # name: (self-loops in the Laplacian, self-loops in the degrees 
     "keep": (True, True),
     "drop": (False, False),
 }
-ROWS = 8192  # rows of the graph changed at a time
 TOLERANCE = 1e-4  # residual of conjugate gradients over the norm of the right-hand side
 MAX_ITERATIONS = 2000  # of conjugate gradients
-EPS = float(np.finfo(np.float32).eps)
+EPS = torch.finfo(torch.float32).eps
 
 
 def self_loop_choice(name: str) -> tuple[bool, bool]:
@@ -38,81 +36,69 @@ def self_loop_choice(name: str) -> tuple[bool, bool]:
     return SELF_LOOPS[name]
 
 
-def _entries(matrix: sp.csr_matrix) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield some entries at a time, and the row of each: the rows of all of them would double the matrix."""
-    for start in range(0, matrix.shape[0], ROWS):
-        pointers = matrix.indptr[start : start + ROWS + 1]
-        rows = np.arange(start, start + len(pointers) - 1)
-        yield slice(pointers[0], pointers[-1]), np.repeat(rows, np.diff(pointers))
-
-
-def _without_self_loops(affinity: sp.csr_matrix) -> sp.csr_matrix:
+def _without_self_loops(affinity: Tensor) -> Tensor:
     """Copy W without its diagonal; return W itself where it has none."""
-    if not affinity.diagonal().any():
+    crow, col, values = arrays(affinity)
+    kept = torch.empty(len(values), dtype=torch.bool, device=values.device)
+    removed = torch.zeros_like(crow)  # up to the end of each row
+    for part, rows in entries(affinity):
+        kept[part] = col[part] != rows
+        removed[1 + rows[~kept[part]]] = 1
+    if kept.all():
         return affinity
-    plain = affinity.copy()
-    for part, rows in _entries(plain):
-        plain.data[part][plain.indices[part] == rows] = 0
-    plain.eliminate_zeros()
-    return plain
+    return csr(crow - removed.cumsum(0, dtype=crow.dtype), col[kept], values[kept], len(crow) - 1)
 
 
-def degrees(affinity: sp.csr_matrix, *, self_loops: bool) -> np.ndarray:
+def degrees(affinity: Tensor, *, self_loops: bool) -> Tensor:
     """Sum the rows of W, with or without its diagonal: N, float64.
 
     An isolated image has 1, the weight that its self-loop would have.
     """
     # The diagonal leaves before the sum: weak edges beside a strong self-loop would be lost in a difference.
-    kept = affinity if self_loops else _without_self_loops(affinity)
-    found = np.asarray(kept.sum(axis=1, dtype=np.float64)).ravel()
-    found[found == 0] = 1
-    return found
+    found = row_sums(affinity if self_loops else _without_self_loops(affinity))
+    return found.masked_fill_(found == 0, 1)
 
 
-def normalized_affinity(affinity: sp.csr_matrix, *, self_loops: bool) -> sp.csr_matrix:
+def normalized_affinity(affinity: Tensor, *, self_loops: bool) -> Tensor:
     """Compute S = D^-1/2 W D^-1/2 in one copy of W; an isolated node has a row and column of zeros."""
     plain = affinity if self_loops else _without_self_loops(affinity)
-    inverse_root = (1 / np.sqrt(degrees(plain, self_loops=True))).astype(np.float32)
-    s = plain.copy() if plain is affinity else plain
-    for part, rows in _entries(s):
-        s.data[part] *= inverse_root[rows]
-        s.data[part] *= inverse_root[s.indices[part]]
-    return s
+    inverse_root = (1 / degrees(plain, self_loops=True).sqrt()).float()
+    crow, col, values = arrays(plain)
+    values = values.clone() if plain is affinity else values
+    for part, rows in entries(plain):
+        values[part] *= inverse_root[rows]
+        values[part] *= inverse_root[col[part]]
+    return csr(crow, col, values, len(crow) - 1)
 
 
-def null_space(affinity: sp.csr_matrix, *, self_loops: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Find the component of each node, and each node's entry of its component's null vector."""
-    _, components = connected_components(affinity, directed=False)
+def null_space(affinity: Tensor, *, self_loops: bool) -> tuple[Tensor, Tensor]:
+    """Find the component of each node, and each node's entry of its component's null vector.
+
+    The components are found on the CPU, whatever the device of W.
+    """
+    # Strongly connected is the same in a symmetric graph, and needs no transposed copy.
+    count, components = connected_components(to_scipy(affinity), connection="strong")
+    components = torch.from_numpy(components).long().to(affinity.device)
     degree = degrees(affinity, self_loops=self_loops)
-    mass = np.bincount(components, weights=degree)
-    return components, np.sqrt(degree / mass[components])
+    mass = degree.new_zeros(count).index_add_(0, components, degree)
+    return components, (degree / mass[components]).sqrt()
 
 
-def csr_operator(matrix: sp.csr_matrix, device: torch.device | str = "cpu") -> Operator:
-    """Return products with a sparse matrix in torch; on the CPU its arrays are shared, not copied."""
-    with warnings.catch_warnings():
-        # Some versions warn once in a process, whatever check_invariants is.
-        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-        held = torch.sparse_csr_tensor(
-            torch.from_numpy(matrix.indptr),
-            torch.from_numpy(matrix.indices),
-            torch.from_numpy(matrix.data),
-            matrix.shape,
-            check_invariants=False,
-        ).to(device)
-    return lambda x: held @ x
+def csr_operator(matrix: Tensor) -> Operator:
+    """Return products with a sparse matrix, on its device."""
+    return lambda x: matrix @ x
 
 
 def reordered_operator(
-    matrix: sp.csr_matrix, order: Tensor, make: Callable[[sp.csr_matrix], Operator]
+    matrix: Tensor, order: Tensor, make: Callable[[Tensor], Operator]
 ) -> Operator:
-    """Return products with a square matrix, by those that `make` makes of it in another order of rows."""
+    """Return products with a square matrix on the CPU, by those that `make` makes of it in another order."""
     place = torch.argsort(order)
-    turned = matrix[order.numpy()]
-    turned.indices = place.numpy().astype(matrix.indices.dtype)[turned.indices]
+    turned = to_scipy(matrix)[order.numpy()]
+    turned.indices = place.numpy().astype(turned.indices.dtype)[turned.indices]
     turned.has_sorted_indices = False
     turned.sort_indices()
-    product = make(turned)
+    product = make(from_scipy(turned))
     return lambda x: product(x[order])[place]
 
 
@@ -120,22 +106,25 @@ def reordered_operator(
 class GraphOperator:
     """What solvers and filters need of a graph of N nodes."""
 
-    product: Operator  # x -> S x, float32, on `device`
-    components: Tensor  # the connected component of each node
+    product: Operator  # x -> S x, float32, on the device of all that follows
+    components: Tensor  # the connected component of each node, int64
     # The unit null vector of L of the component of each node there, float64; proportional to `root_degrees`.
-    exact_null: np.ndarray
+    exact_null: Tensor
     root_degrees: Tensor  # float32, of the degrees in the Laplacian; 1 at an isolated node
-    degrees: np.ndarray  # float64, all positive, the degrees that weigh the constraints
-    device: torch.device | str = "cpu"
+    degrees: Tensor  # float64, all positive, the degrees that weigh the constraints
 
     def __len__(self) -> int:
         return len(self.components)
 
+    @property
+    def device(self) -> torch.device:
+        return self.components.device
+
     @cached_property
     def null(self) -> Tensor:
-        return torch.from_numpy(self.exact_null).float()
+        return self.exact_null.float()
 
-    @property
+    @cached_property
     def num_components(self) -> int:
         return int(self.components.max()) + 1
 
@@ -154,27 +143,26 @@ class GraphOperator:
 
     @cached_property
     def project_out(self) -> Operator:
-        """Projection that takes the null space of L out of columns on `device`, in place."""
-        count, of = self.num_components, self.components.to(self.device)
-        entries = self.null.to(self.device)[:, None]
+        """Projection that takes the null space of L out of columns, in place."""
+        count, of, null = self.num_components, self.components, self.null[:, None]
 
         def project_out(x: Tensor) -> Tensor:
             if count == 1:
-                return x.addmm_(entries, entries.T @ x, alpha=-1)
-            sums = torch.zeros(count, x.shape[1], device=x.device).index_add_(0, of, entries * x)
-            return x.sub_(entries * sums[of])
+                return x.addmm_(null, null.T @ x, alpha=-1)
+            sums = torch.zeros(count, x.shape[1], device=x.device).index_add_(0, of, null * x)
+            return x.sub_(null * sums[of])
 
         return project_out
 
     def solve(self, columns: Tensor) -> Tensor:
-        """Apply the pseudo-inverse of L to columns on `device`."""
+        """Apply the pseudo-inverse of L to columns."""
         return conjugate_gradients(
             lambda x: self.project_out(x - self.product(x)), self.project_out(columns.clone())
         )
 
     def reached(self, labeled: Tensor) -> Tensor:
         """Tell for each node whether its component holds one of the nodes `labeled`: N, bool."""
-        holds = torch.zeros(self.num_components, dtype=torch.bool)
+        holds = torch.zeros(self.num_components, dtype=torch.bool, device=self.device)
         holds[self.components[labeled]] = True
         return holds[self.components]
 

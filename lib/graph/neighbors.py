@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.graph.cells import CELLS_PER_ROOT, search_cells
-from lib.graph.search import BLOCK_BYTES, FIRST, exact_search
+from lib.graph.search import FIRST, exact_search
 from lib.runtime.devices import has_fast_bf16
 from lib.runtime.seeding import generator
 
@@ -100,8 +100,8 @@ def _by_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find cosines and places of the first k of `wanted` neighbors, and all cosines of one `column`."""
     count = rows.stop - rows.start
-    values, scales = torch.empty(count, k), torch.empty(count)
-    places = torch.empty(count, k, dtype=torch.int32)
+    values, scales = features.new_empty(count, k), features.new_empty(count)
+    places = features.new_empty((count, k), dtype=torch.int32)
     size = max(1, KEPT_BYTES // (12 * wanted)) if wanted > k else count
     for first in range(0, count, size):
         part = slice(first, first + size)
@@ -141,12 +141,12 @@ def nearest_neighbors(
     *,
     include_self: bool,
     scale_rank: int = 0,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     method: str = "auto",
     precision: str = "auto",
     rows: slice | None = None,
 ) -> Neighbors:
-    """Find the k nearest neighbors of every row among all rows, on the CPU.
+    """Find the k nearest neighbors of every row among all rows, on the device of the features.
 
     Args:
         features: N x D unit vectors (float32), on any device.
@@ -154,7 +154,7 @@ def nearest_neighbors(
         include_self: put each row first among its own neighbors, whatever duplicates there are;
             otherwise it is left out.
         scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
-        block_bytes: bound of the similarities that all threads hold together.
+        block_bytes: bound of the similarities that all threads hold together; None: `BLOCK_BYTES`.
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.graph.cells`), or
             exact where that is faster; "faiss"; "auto", exact below `EXACT_BELOW` rows.
         precision: of the products of the exact search: "fp32"; "bf16", with half as many candidates more,
@@ -188,7 +188,8 @@ def nearest_neighbors(
     elif method == "ivf":
         found = search_cells(features, wanted, rows, own_value, block_bytes)
     if found is not None:
-        values, indexes, scales = *found, found[0][:, column].clone()
+        values, indexes = (x.to(features.device) for x in found)
+        scales = values[:, column].clone()
     else:  # exact search was asked for, or is faster
         chosen = _precision_for(precision, features, k, own_value)
         method, compared = "exact", 0 if chosen == "fp32" else k
@@ -202,7 +203,7 @@ def nearest_neighbors(
             warnings.warn(
                 f"{method} search found {recall:.1%} of the nearest neighbors", stacklevel=2
             )
-    scales = scales.clamp_(-1, 1) if rank else torch.empty(0)
+    scales = scales.clamp_(-1, 1) if rank else scales[:0]
     values, indexes = values[:, :k].contiguous(), indexes[:, :k].contiguous()
     if include_self:
         values[:, 0] = 1.0

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lib.runtime.distributed import progress_bar
 
-BLOCK_BYTES = 256 * 2**20  # bound of the similarities that all threads hold together
+# Bound of the similarities that all threads hold together. A GPU's selection of the largest is busy with some
+# thousand rows only.
+BLOCK_BYTES = {"cpu": 2**28, "cuda": 2**30}
 TILE = 65_536  # columns multiplied at a time, at most
 ROWS = 128  # rows multiplied at a time on a CPU, at most: similarities that stay in the cache
 GROUP = 32  # columns whose maximum stands for them in the first round of the top-K
@@ -60,9 +62,9 @@ def in_parallel(work: Callable[[Iterator], None], items: Iterable, device: torch
 
 
 def product(left: Tensor, right: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """Multiply left @ right.T, float32, into `buffer` where there is one."""
+    """Multiply left @ right.T, into `buffer` where there is one; float32, or that of the factors on a GPU."""
     if left.device.type != "cpu" or left.dtype != torch.float32:
-        return (left @ right.T).float()
+        return left @ right.T if left.device.type == "cuda" else (left @ right.T).float()
     if buffer is None:
         out = torch.empty(len(left), len(right))
     else:
@@ -79,7 +81,7 @@ def exact_search(
     own: Tensor | None = None,
     own_value: float = FIRST,
     precision: str = "fp32",
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     progress: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Find the k largest products of each query with the rows of `columns`.
@@ -88,13 +90,14 @@ def exact_search(
         queries, columns: Q x D and N x D.
         own: column of each query whose product is replaced by `own_value`.
         precision: "bf16" multiplies in bfloat16 and ranks half as many candidates more in float32.
-        block_bytes: bound of the similarities that all threads hold together.
+        block_bytes: bound of the similarities that all threads hold together; None: `BLOCK_BYTES`.
         progress: title of the progress bar; no bar if empty.
 
     Returns:
-        Products, falling, and rows of `columns`, int32: Q x k each, on the CPU.
+        Products, falling, and rows of `columns`, int32: Q x k each, on the device of `columns`.
     """
     half, device = precision == "bf16", columns.device
+    block_bytes = block_bytes or BLOCK_BYTES[device.type]
     wanted = min(len(columns), k + max(MORE_CANDIDATES, k // 2)) if half else k
     factors = columns.bfloat16() if half else columns
     # The tile is wide enough for the group maxima to pay, unless nearly everything is wanted.
@@ -104,8 +107,8 @@ def exact_search(
     width = max(tile, wanted * columns.shape[1]) if half else tile
     at_once = max(1, min(block_bytes // (4 * width * threads), len(queries)))
     at_once = min(at_once, ROWS) if device.type == "cpu" else at_once
-    values = torch.empty(len(queries), k)
-    places = torch.empty(len(queries), k, dtype=torch.int32)
+    values = torch.empty(len(queries), k, device=device)
+    places = torch.empty(len(queries), k, dtype=torch.int32, device=device)
     bar = progress_bar(shown=bool(progress), total=len(queries), desc=progress, unit="img")
 
     def best_of_tiles(
@@ -138,7 +141,7 @@ def exact_search(
                     found = found.masked_fill(where == mine[:, None], own_value)
                 found, order = found.topk(k, dim=1)
                 where = where.gather(1, order)
-            values[rows], places[rows] = found.cpu(), where.cpu()
+            values[rows], places[rows] = found, where
             bar.update(len(block))
 
     with bar:

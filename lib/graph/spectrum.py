@@ -6,12 +6,14 @@ small graphs, the block solver of lib/graph/eigensolver.py large ones.
 
 import inspect
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from torch import Tensor
 
 from lib.graph import eigensolver
 from lib.graph.laplacian import EPS, GraphOperator
@@ -29,17 +31,35 @@ SEEDED_RESTARTS = "rng" in inspect.signature(eigsh).parameters  # scipy 1.17 dra
 class Spectrum:
     """Lower end of the spectrum of L, without its null space, for a graph of N nodes."""
 
-    values: np.ndarray  # k eigenvalues of L, rising, all positive
-    vectors: np.ndarray  # N x k, float32, orthonormal columns
-    components: np.ndarray  # the connected component of each node
-    # The unit null vector of the component of each node there; it is proportional to sqrt(degree).
-    null: np.ndarray
-    degrees: np.ndarray  # float64, all positive, the degrees that weigh the constraints
+    values: (
+        np.ndarray
+    )  # k eigenvalues of L, rising, all positive; the rest lies on the graph's device
+    vectors: Tensor  # N x k, float32, orthonormal columns
+    components: Tensor  # the connected component of each node, int64
+    # The unit null vector of the component of each node there, float64; proportional to sqrt(degree).
+    null: Tensor
+    degrees: Tensor  # float64, all positive, the degrees that weigh the constraints
     residual: float = 0.0  # largest norm |L v - value v| of a vector
 
+    def __len__(self) -> int:
+        return len(self.components)
+
     @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
+    @cached_property
     def num_components(self) -> int:
         return int(self.components.max()) + 1
+
+    def first(self, num_vectors: int) -> "Spectrum":
+        """Return the first of these eigenvectors."""
+        values, vectors = self.values[:num_vectors], self.vectors[:, :num_vectors]
+        return replace(self, values=values, vectors=vectors)
+
+    def to(self, device: torch.device | str) -> "Spectrum":
+        names = ("vectors", "components", "null", "degrees")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def laplacian_spectrum(
@@ -71,18 +91,18 @@ def laplacian_spectrum(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}: take one of {', '.join(SOLVERS)}")
     n, count = len(graph), graph.num_components
-    components = graph.components.numpy().astype(np.int32)
     if count > 1:
+        largest = int(torch.bincount(graph.components).max())
         warnings.warn(
-            f"the graph has {count} components (the largest holds {np.bincount(components).max()} of "
+            f"the graph has {count} components (the largest holds {largest} of "
             f"{n} images); an image whose component holds no label gets confidence 0. More neighbors per "
             "image join them",
             stacklevel=2,
         )
-    of_graph = components, graph.exact_null, graph.degrees
+    of_graph = graph.components, graph.exact_null, graph.degrees
     k = min(num_vectors, n - count)
     if k < 1:
-        return Spectrum(np.empty(0), np.empty((n, 0), np.float32), *of_graph)
+        return Spectrum(np.empty(0), torch.empty(n, 0, device=graph.device), *of_graph)
     dense = n < DENSE_BELOW or (k > n // 2 and (solver == "arpack" or n < BLOCK_FROM))
     if not dense and (solver == "block" or (solver == "auto" and n >= BLOCK_FROM)):
         values, vectors, residual = _by_blocks(graph, k, basis_bytes)
@@ -99,9 +119,7 @@ def laplacian_spectrum(
     return Spectrum(values, vectors, *of_graph, residual)
 
 
-def _by_blocks(
-    graph: GraphOperator, k: int, basis_bytes: int
-) -> tuple[np.ndarray, np.ndarray, float]:
+def _by_blocks(graph: GraphOperator, k: int, basis_bytes: int) -> tuple[np.ndarray, Tensor, float]:
     """Find the largest eigenvalues of S, falling, their vectors and largest residual by the block solver."""
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(len(graph), eigensolver.BLOCK, generator=rng).to(graph.device)
@@ -109,14 +127,14 @@ def _by_blocks(
     values, vectors, residual = eigensolver.largest_eigenvectors(
         graph.product, graph.project_out, start, k, rank=rank, basis_bytes=basis_bytes
     )
-    return values.numpy(), vectors.cpu().numpy(), residual
+    return values.numpy(), vectors, residual
 
 
-def _by_scipy(graph: GraphOperator, k: int, dense: bool) -> tuple[np.ndarray, np.ndarray, float]:
+def _by_scipy(graph: GraphOperator, k: int, dense: bool) -> tuple[np.ndarray, Tensor, float]:
     """Find the same by LAPACK if `dense`, else by ARPACK."""
     n, count = len(graph), graph.num_components
-    places = np.arange(n), graph.components.numpy()
-    basis = sp.csr_matrix((graph.null.numpy(), places), (n, count))
+    places = np.arange(n), graph.components.cpu().numpy()
+    basis = sp.csr_matrix((graph.null.cpu().numpy(), places), (n, count))
 
     def multiply(x: np.ndarray) -> np.ndarray:
         columns = torch.from_numpy(np.ascontiguousarray(x.reshape(n, -1), dtype=np.float32))
@@ -148,4 +166,4 @@ def _by_scipy(graph: GraphOperator, k: int, dense: bool) -> tuple[np.ndarray, np
         tile = slice(first, first + eigensolver.BLOCK)
         rest = multiply(vectors[:, tile]) - vectors[:, tile] * values[tile]
         errors.append(float(np.linalg.norm(rest, axis=0).max()))
-    return values, vectors, max(errors)
+    return values, torch.from_numpy(vectors).to(graph.device), max(errors)

@@ -66,10 +66,10 @@ def from_scores(
     confidence: str = "margin",
     probabilities: bool = True,
 ) -> PseudoLabels:
-    """Make pseudo-labels of the unlabeled images from scores z, most confident first.
+    """Make pseudo-labels of the unlabeled images from scores z, most confident first, on the CPU.
 
     Args:
-        scores: N x C, one row for each image of the training set.
+        scores: N x C, one row for each image of the training set, on any device, where all is computed.
         meta: record of what made the scores.
         temperature: T of the probabilities and the confidence.
         confidence: a key of `CONFIDENCES`.
@@ -85,27 +85,27 @@ def from_scores(
     count, num_classes = len(split.unlabeled), scores.shape[1]
     height = max(1, TILE // num_classes)
     tiles = [slice(start, start + height) for start in range(0, count, height)]
-    weights = scores.new_empty(count)
-    top_classes = torch.empty(count, min(TOP, num_classes), dtype=torch.int32)
-    labels = torch.empty_like(split.unlabeled)
+    unlabeled = split.unlabeled.to(scores.device)
+    weights, labels = scores.new_empty(count), torch.empty_like(unlabeled)
+    top_classes = unlabeled.new_empty((count, min(TOP, num_classes)), dtype=torch.int32)
     for tile in tiles:
-        rows = scores[split.unlabeled[tile]]
+        rows = scores[unlabeled[tile]]
         weights[tile], labels[tile] = CONFIDENCES[confidence](rows, temperature), rows.argmax(dim=1)
         top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
     order = weights.argsort(descending=True, stable=True)
-    indexes, probs = split.unlabeled[order], None
+    indexes, probs = unlabeled[order], None
     if probabilities:
-        probs = scores.new_empty(count, num_classes)
+        probs = torch.empty(count, num_classes, dtype=scores.dtype)
         # Computed in sorted order, as sorting them afterwards would take a second copy.
         for tile in tiles:
             probs[tile] = _softmax(scores[indexes[tile]], temperature)
     return PseudoLabels(
-        indexes,
-        labels[order],
-        weights[order],
+        indexes.cpu(),
+        labels[order].cpu(),
+        weights[order].cpu(),
         split.labeled,
         split.unlabeled,
         probs,
         meta or {},
-        top_classes[order],
+        top_classes[order].cpu(),
     )

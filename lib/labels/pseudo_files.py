@@ -20,8 +20,8 @@ CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of ch
 
 
 def save(pseudo: PseudoLabels, path: str | Path) -> None:
-    """Write a pseudo-label file."""
-    checkpoint.save(pseudo.state(), path)
+    """Write a pseudo-label file, without waiting for the disk: the graph that is kept makes it again soon."""
+    checkpoint.save(pseudo.state(), path, flush=False)
 
 
 def load(path: str | Path) -> PseudoLabels:

@@ -51,6 +51,8 @@ def run_algorithm(
 ) -> list[Tensor]:
     """Run one algorithm, a key of `ALGORITHMS`, for many sets of labels at once: N x C logits for each.
 
+    They lie on the device of the graph; the labels may lie anywhere.
+
     Args:
         class_prior: C shares that the predicted classes of the images without a label take up; None
             for no constraint (equal ones for `poisson-prior`).
@@ -59,7 +61,8 @@ def run_algorithm(
     Raises:
         ValueError: for a parameter out of range, labels that do not fit, or a class without any.
     """
-    algorithm = ALGORITHMS[method]
+    algorithm, device = ALGORITHMS[method], graph.features.device
+    labelings = [Labeling(*(x.to(device) for x in labeling)) for labeling in labelings]
     answers = algorithm.propagate(graph, labelings, num_classes, **parameters)
     if class_prior is None and not algorithm.class_prior:
         return answers

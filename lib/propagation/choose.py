@@ -108,7 +108,7 @@ def _held_out_logits(
     held: list[Tensor],
     **common: Any,
 ) -> Tensor:
-    """Compute the logits of the held-out images of every fold, in that order."""
+    """Compute the logits of the held-out images of every fold, in that order, on the CPU."""
     labeled, labels = labeling
     if not ALGORITHMS[candidate.method].needs_graph:  # the other images have no say
         graph, labeled = EmbeddingGraph(graph.features[labeled]), torch.arange(len(labeled))
@@ -121,7 +121,7 @@ def _held_out_logits(
         answers = run_algorithm(
             graph, candidate.method, labelings, **common, **candidate.parameters
         )
-        logits += [answer[labeled[out]] for answer, out in zip(answers, batch, strict=True)]
+        logits += [answer[labeled[out]].cpu() for answer, out in zip(answers, batch, strict=True)]
     return torch.cat(logits)
 
 

@@ -63,7 +63,8 @@ def propagate_poisson(
         check_labels(len(root), labeled, labels, num_classes)
         check_every_class(labels, num_classes, "poisson learning")
         onehot, component = one_hot(labels, num_classes).float(), operator.components[labeled]
-        sums = torch.zeros(operator.num_components, num_classes).index_add_(0, component, onehot)
+        sums = onehot.new_zeros(operator.num_components, num_classes)
+        sums.index_add_(0, component, onehot)
         mean = sums / sums.sum(dim=1, keepdim=True).clamp_min(1)
         vectors.append(LabelVectors(labeled, (onehot - mean[component]) / root[labeled]))
     answers = apply_filter(operator, vectors, "pseudo-inverse")
@@ -72,7 +73,7 @@ def propagate_poisson(
         squares = sum(float(rows.square().sum()) for rows in scores.split(ROWS))
         scores.div_(max((squares / scores.numel()) ** 0.5, LEAST_SIZE))
         if operator.num_components > 1:
-            present = torch.zeros(operator.num_components, num_classes, dtype=torch.bool)
+            present = labels.new_zeros(operator.num_components, num_classes, dtype=torch.bool)
             present[operator.components[labeled], labels] = True
             low, high = torch.aminmax(scores)
             below = -2 * float(max(-low, high)) or -2.0

@@ -8,12 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.sparse as sp
-import torch
 from torch import Tensor
 
 from lib.files.cache import load_or_compute
+from lib.graph import sparse
 from lib.graph.affinity import GraphPreset, affinity_matrix, chosen_preset
 from lib.graph.cells import near_order
 from lib.graph.files import load_graph, load_spectrum, save_graph, save_spectrum
@@ -77,7 +75,7 @@ class EmbeddingGraph:
     graph: str | GraphPreset = "cifar"  # a name in `lib.graph.affinity.PRESETS`, or choices
     num_neighbors: int | None = None  # replaces the preset's number
     self_loops: str = "published"  # a key of `lib.graph.laplacian.SELF_LOOPS`
-    given: sp.csr_matrix | None = None  # an affinity matrix made before, in place of a new one
+    given: Tensor | None = None  # an affinity matrix made before, CSR, in place of a new one
     # Options of `nearest_neighbors` (`method`, `precision`, `block_bytes`) and of `laplacian_spectrum`
     # (`solver`, `basis_bytes`).
     search: Mapping[str, Any] = field(default_factory=dict)
@@ -97,8 +95,8 @@ class EmbeddingGraph:
         return replace(self, features=self.features[members], given=None)
 
     @cached_property
-    def affinity(self) -> sp.csr_matrix:
-        """Affinity matrix W, N x N: symmetric, sparse, float32."""
+    def affinity(self) -> Tensor:
+        """Affinity matrix W, N x N: symmetric, CSR, float32."""
         if self.given is not None:
             return self.given
         preset = chosen_preset(self.graph, self.num_neighbors)
@@ -107,7 +105,7 @@ class EmbeddingGraph:
         key |= {"preset": asdict(preset)}
         key |= {name: self.search.get(name, "auto") for name in ("method", "precision")}
 
-        def compute() -> tuple[sp.csr_matrix, dict[str, Any]]:
+        def compute() -> tuple[Tensor, dict[str, Any]]:
             search = self.workers.nearest_neighbors if self.workers else nearest_neighbors
             found = search(
                 self.features,
@@ -120,10 +118,10 @@ class EmbeddingGraph:
 
         reuse = self.cache.reuse
         loaded = load_or_compute(path, key, compute, load_graph, save_graph, reuse=reuse)
-        graph, recall = loaded.value, loaded.meta.get("recall", 1.0)
+        graph, recall = loaded.value.to(self.features.device), loaded.meta.get("recall", 1.0)
         self.cache.log(
-            f"graph of {graph.shape[0]} images: {loaded.origin('built')}; {graph.nnz} entries, recall "
-            f"{recall:.4f}"
+            f"graph of {len(self)} images: {loaded.origin('built')}; {len(graph.values())} entries, "
+            f"recall {recall:.4f}"
         )
         return graph
 
@@ -134,39 +132,31 @@ class EmbeddingGraph:
         s = normalized_affinity(self.affinity, self_loops=in_laplacian)
         divide = self.workers.divide if self.workers else csr_operator
         if len(self) < SORTED_FROM or self.features.device.type != "cpu":
-            return divide(s, self.features.device)
+            return divide(s)
         order = near_order(self.features)  # the rows of x that neighbors need are then in the cache
-        return reordered_operator(s, order, lambda turned: divide(turned, "cpu"))
+        return reordered_operator(s, order, divide)
 
     @cached_property
     def operator(self) -> GraphOperator:
         """Operator that the filters and the solvers of eigenvectors work on."""
         in_laplacian, in_constraints = self_loop_choice(self.self_loops)
-        components, null = null_space(self.affinity, self_loops=in_laplacian)
-        root = np.sqrt(degrees(self.affinity, self_loops=in_laplacian))
         return GraphOperator(
             self.product,
-            torch.from_numpy(components).long(),
-            null,
-            torch.from_numpy(root).float(),
+            *null_space(self.affinity, self_loops=in_laplacian),
+            degrees(self.affinity, self_loops=in_laplacian).sqrt().float(),
             degrees(self.affinity, self_loops=in_constraints),
-            self.features.device,
         )
 
     def spectrum(self, num_vectors: int) -> Spectrum:
         """Return the first `num_vectors` eigenvectors of L: cut from those computed before, where they do."""
         # The number that was asked for counts: the solver may have found fewer, and there are no more.
         if self._largest and self._largest[0][0] >= num_vectors:
-            whole = self._largest[0][1]
-            return replace(
-                whole, values=whole.values[:num_vectors], vectors=whole.vectors[:, :num_vectors]
-            )
+            return self._largest[0][1].first(num_vectors)
         path = self.cache.file("spectrum", self.features)
         # A file of more eigenvectors does not do: the first of them differ in their last bits.
         key = {"num_vectors": num_vectors, "self_loops": self.self_loops, **self.solver}
         if path:
-            w = self.affinity
-            key["graph_digest"] = digest(w.indptr, w.indices, w.data)
+            key["graph_digest"] = digest(*sparse.arrays(self.affinity))
 
         loaded = load_or_compute(
             path,
@@ -176,7 +166,7 @@ class EmbeddingGraph:
             save_spectrum,
             reuse=self.cache.reuse,
         )
-        found = loaded.value
+        found = loaded.value.to(self.features.device)
         self.cache.log(
             f"{len(found.values)} eigenvectors: {loaded.origin()}; residual {found.residual:.1e}"
         )
@@ -184,9 +174,9 @@ class EmbeddingGraph:
         return found
 
 
-def digest(*arrays: Tensor | np.ndarray) -> str:
+def digest(*arrays: Tensor) -> str:
     """Digest arrays: 16 hexadecimal digits of the SHA-256 of their bytes."""
     found = hashlib.sha256()
     for array in arrays:
-        found.update(torch.as_tensor(array).detach().cpu().contiguous().numpy())
+        found.update(array.detach().cpu().contiguous().numpy())
     return found.hexdigest()[:16]

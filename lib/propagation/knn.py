@@ -58,8 +58,8 @@ def propagate_knn(
     k: int = MAX_NEIGHBORS,
     temperature: float = 0.1,
 ) -> list[Tensor]:
-    """Compute log P of `knn_probabilities` for each set of labels: N x C, on the CPU."""
+    """Compute log P of `knn_probabilities` for each set of labels: N x C."""
     vote = graph.workers.classify if graph.workers else classify
     options = {"k": k, "temperature": temperature, "vote": vote}
     found = (knn_probabilities(graph.features, *one, num_classes, **options) for one in labelings)
-    return [log_shares(probabilities.cpu()) for probabilities in found]
+    return [log_shares(probabilities) for probabilities in found]

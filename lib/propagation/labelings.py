@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
 class Labeling(NamedTuple):
-    """Labeled images and their classes: L indexes, L class numbers, int64."""
+    """Labeled images and their classes: L indexes, L class numbers, int64, on the graph's device."""
 
     labeled: Tensor
     labels: Tensor
@@ -28,7 +27,7 @@ def check_labels(num_images: int, labeled: Tensor, labels: Tensor, num_classes: 
 
 def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
     """Raise ValueError unless there are two classes at least and a label of each."""
-    empty = np.setdiff1d(np.arange(num_classes), labels.numpy())
+    empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero()[:, 0]
     if len(empty) or num_classes < 2:
         raise ValueError(
             f"{algorithm} needs two classes, and a labeled image of each; none of class "
@@ -38,6 +37,6 @@ def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
 
 def others(num_images: int, labeled: Tensor) -> Tensor:
     """Return the indexes of the images that are not among `labeled`."""
-    unlabeled = torch.ones(num_images, dtype=torch.bool)
+    unlabeled = torch.ones(num_images, dtype=torch.bool, device=labeled.device)
     unlabeled[labeled] = False
     return unlabeled.nonzero()[:, 0]

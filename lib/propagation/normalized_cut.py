@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lib.graph.filters import LabelVectors, apply_filter, filter_by_eigenvectors, find_filter
 from lib.graph.laplacian import GraphOperator
@@ -23,7 +23,7 @@ ROWS = 8192  # rows finished at a time: a float64 copy of all scores would not f
 
 
 def constraint_vectors(
-    degrees: np.ndarray, labeled: Tensor, labels: Tensor, num_classes: int
+    degrees: Tensor, labeled: Tensor, labels: Tensor, num_classes: int
 ) -> LabelVectors:
     """Compute the constraint vector s of each class: unit columns, zero outside of the labeled images.
 
@@ -32,18 +32,18 @@ def constraint_vectors(
     to sqrt(degree), the solution that separates nothing.
 
     Returns:
-        S at the labeled images, L x C, float64.
+        S at the labeled images, L x C, float64, on the device of the degrees.
 
     Raises:
         ValueError: for labels that do not fit, a class without any, or a single class.
     """
+    labeled, labels = labeled.to(degrees.device), labels.to(degrees.device)
     check_labels(len(degrees), labeled, labels, num_classes)
     check_every_class(labels, num_classes, "normalized cut")
-    d = degrees[labeled.numpy()]
-    own = labels.numpy()[:, None] == np.arange(num_classes)
-    r = (d @ own) / (d @ ~own)
-    s = np.where(own, np.sqrt(d[:, None] / r), -np.sqrt(d[:, None] * r))
-    return LabelVectors(labeled, torch.from_numpy(s / np.linalg.norm(s, axis=0)))
+    d, own = degrees[labeled], one_hot(labels, num_classes).double()
+    r = (d @ own) / (d @ (1 - own))
+    s = torch.where(own > 0, (d[:, None] / r).sqrt(), -(d[:, None] * r).sqrt())
+    return LabelVectors(labeled, s / s.norm(dim=0))
 
 
 def constrained_solution(
@@ -59,31 +59,32 @@ def constrained_solution(
         Z, N x C float32, each column scaled to norm sqrt(N), then minus the maximum of its row: the winner
         has 0. An image in a component without any label has 0 for every class.
     """
-    labeled, s = constraints.nodes.numpy(), constraints.values.numpy()
-    u = spectrum.vectors[labeled].astype(np.float64)  # S is zero in all other rows
+    labeled, s = constraints
+    u = spectrum.vectors[labeled].double()  # S is zero in all other rows
+    values = torch.from_numpy(spectrum.values).to(u.device)
     if clamp:
         # Both are fitted as functions of images: D^-1/2 u.
-        root = np.sqrt(spectrum.degrees[labeled])[:, None]
+        root = spectrum.degrees[labeled].sqrt()[:, None]
         design, wanted = u / root, s / root
-        typical = np.square(design).sum() / max(design.size, 1)
+        typical = design.square().sum() / max(design.numel(), 1)
         # The floor keeps the system solvable where no eigenvector reaches a labeled image.
-        strength = max(CLAMP_STRENGTH * typical, np.finfo(np.float64).tiny)
-        penalty = np.diag(spectrum.values) * strength
-        coefficients = np.linalg.solve(design.T @ design + penalty, design.T @ wanted)
+        strength = (CLAMP_STRENGTH * typical).clamp(min=torch.finfo(u.dtype).tiny)
+        penalty = (values * strength).diag()
+        coefficients = torch.linalg.solve(design.T @ design + penalty, design.T @ wanted)
     else:
-        coefficients = (u.T @ s) / spectrum.values[:, None]
-    z = torch.from_numpy(spectrum.vectors @ coefficients.astype(np.float32))
+        coefficients = (u.T @ s) / values[:, None]
+    z = spectrum.vectors @ coefficients.float()
     gain = 2 / spectrum.values[0] if len(spectrum.values) else 1.0
     _finish(z, spectrum, constraints, gain)
     if clamp:
         z[labeled] = z.min()
-        z[labeled, s.argmax(axis=1)] = 0
+        z[labeled, s.argmax(dim=1)] = 0
     return z
 
 
 def between_components(
     graph: Spectrum | GraphOperator, constraints: LabelVectors, gain: float
-) -> np.ndarray:
+) -> Tensor:
     """Compute scores of whole components of a disconnected graph: components x C, to multiply `null` with.
 
     The null vectors tell the components apart, and their eigenvalue 0 cannot be divided by. They get
@@ -92,14 +93,15 @@ def between_components(
     no class, is projected out, as the first eigenvector is in a connected graph. Components without a
     label stay at 0.
     """
-    components, null = np.asarray(graph.components), np.asarray(graph.null)
-    indexes, s = constraints.nodes.numpy(), constraints.values.numpy()
-    coefficients = np.zeros((graph.num_components, s.shape[1]))
-    np.add.at(coefficients, components[indexes], null[indexes, None] * s)
-    labeled = np.zeros(graph.num_components)
-    labeled[components[indexes]] = 1
-    everywhere = np.sqrt(np.bincount(components, weights=graph.degrees)) * labeled
-    everywhere /= np.linalg.norm(everywhere)
+    nodes, s = constraints
+    components, count = graph.components, graph.num_components
+    entries = graph.null[nodes, None].double() * s
+    coefficients = s.new_zeros(count, s.shape[1]).index_add_(0, components[nodes], entries)
+    labeled = s.new_zeros(count)
+    labeled[components[nodes]] = 1
+    mass = s.new_zeros(count).index_add_(0, components, graph.degrees)
+    everywhere = mass.sqrt() * labeled
+    everywhere /= everywhere.norm()
     coefficients *= labeled[:, None]
     coefficients -= everywhere[:, None] * (everywhere @ coefficients)
     return gain * coefficients
@@ -109,13 +111,13 @@ def _finish(
     scores: Tensor, graph: Spectrum | GraphOperator, constraints: LabelVectors, gain: float | None
 ) -> None:
     """Scale columns of N x C to norm sqrt(N), subtract row maxima, put 0 where no label reaches; in place."""
-    components, null = torch.as_tensor(graph.components), torch.as_tensor(graph.null)
-    holds, between = torch.zeros(graph.num_components, dtype=torch.bool), None
+    components, null = graph.components, graph.null
+    holds, between = torch.zeros_like(components[: graph.num_components], dtype=torch.bool), None
     holds[components[constraints.nodes]] = True
     if gain is not None and graph.num_components > 1:
         # scores of whole components, which are added first
-        between = torch.from_numpy(between_components(graph, constraints, gain))
-    squares = torch.zeros(scores.shape[1], dtype=torch.float64)
+        between = between_components(graph, constraints, gain)
+    squares = scores.new_zeros(scores.shape[1], dtype=torch.float64)
     for start in range(0, len(scores), ROWS):
         part, own = scores[start : start + ROWS], components[start : start + ROWS]
         if between is not None:

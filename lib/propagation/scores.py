@@ -78,7 +78,7 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
     """
     num_classes = scores.shape[1]
     if prior is None:
-        shares = torch.full((num_classes,), 1 / num_classes, dtype=scores.dtype)
+        shares = scores.new_full((num_classes,), 1 / num_classes)
     else:
         shares = torch.as_tensor(prior, dtype=torch.float64)
         good = (
@@ -88,7 +88,7 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
             raise ValueError(
                 f"a class prior of {shares.tolist()} for {num_classes} classes: give one positive share each"
             )
-        shares = (shares / shares.sum()).to(scores.dtype)
+        shares = (shares / shares.sum()).to(scores)
     informed = scores.amax(dim=1) > scores.amin(dim=1)
     counted = scores[rows][informed[rows]]
     if len(counted) < 2:

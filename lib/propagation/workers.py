@@ -25,12 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import scipy.sparse as sp
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lib.graph import sparse
 from lib.graph.knn import classify
 from lib.graph.laplacian import Operator, csr_operator
 from lib.graph.neighbors import Neighbors, nearest_neighbors
@@ -117,14 +116,14 @@ class Workers:
         tensors = {"bank": bank, "labels": bank_labels}
         return self._together("vote", tensors, num_labeled=len(bank), options=options)
 
-    def divide(self, matrix: sp.csr_matrix, device: torch.device | str) -> Operator:
-        """Return products with a square matrix on `device`, of which every process keeps its own rows.
+    def divide(self, matrix: Tensor) -> Operator:
+        """Return products with a square CSR matrix, of which every process keeps its own rows.
 
         Only the newest matrix has products: those of older ones must not be used any more.
         """
         n = matrix.shape[0]
         if n < distributed.world_size():
-            return csr_operator(matrix, device)
+            return csr_operator(matrix)
         self._together("take_rows", {"matrix": matrix}, n=n)
         self.num_divided += 1
         number = self.num_divided
@@ -174,32 +173,31 @@ class Workers:
         """Compute the class probabilities of all rows, on rank 0."""
         n, dim = self.features.shape
         bank = self._received(bank, (num_labeled, dim))
-        labels = torch.empty(num_labeled, dtype=torch.int64) if labels is None else labels
-        labels = labels.contiguous()
+        if labels is None:
+            labels = torch.empty(num_labeled, dtype=torch.int64)
+        labels = labels.to(self.device).contiguous()
         dist.broadcast(labels, 0)
         return _collect(classify(self.features[_own(n)], bank, labels, **options), n)
 
-    def take_rows(self, matrix: sp.csr_matrix | None, n: int) -> None:
+    def take_rows(self, matrix: Tensor | None, n: int) -> None:
         """Receive the own rows of a matrix of n rows."""
         own = _own(n)
         if matrix is None:
-            pointers = torch.empty(own.stop - own.start + 1, dtype=torch.int64)
-            dist.recv(pointers, 0)
-            size = int(pointers[-1])
-            columns, values = torch.empty(size, dtype=torch.int64), torch.empty(size)
-            dist.recv(columns, 0)
+            crow = torch.empty(own.stop - own.start + 1, dtype=torch.int64, device=self.device)
+            dist.recv(crow, 0)
+            col = torch.empty(int(crow[-1]), dtype=torch.int64, device=self.device)
+            values = torch.empty(len(col), device=self.device)
+            dist.recv(col, 0)
             dist.recv(values, 0)
-            # scipy takes the smallest index type that will do
-            arrays = values.numpy(), columns.numpy(), pointers.numpy()
-            part = sp.csr_matrix(arrays, (own.stop - own.start, n))
+            smallest = torch.int32 if max(n, len(col)) < 2**31 else torch.int64
+            part = sparse.csr(crow.to(smallest), col.to(smallest), values, n)
         else:
-            part = matrix[own]
+            part = sparse.rows_of(matrix, own)
             for rank, rows in enumerate(_parts(n)[1:], 1):
-                sent = matrix[rows]
-                indexes = sent.indptr.astype(np.int64), sent.indices.astype(np.int64)
-                for array in (*indexes, sent.data):
-                    dist.send(torch.from_numpy(array), rank)
-        self.product = csr_operator(part, self.device)
+                crow, col, values = sparse.arrays(sparse.rows_of(matrix, rows))
+                for array in (crow.long(), col.long(), values):
+                    dist.send(array.contiguous(), rank)
+        self.product = csr_operator(part)
 
     def multiply(self, columns: Tensor | None, shape: tuple[int, int]) -> Tensor:
         """Multiply the matrix by columns, on rank 0."""

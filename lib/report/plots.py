@@ -48,7 +48,7 @@ def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.
 def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) -> Figure:
     """Plot the first eigenvectors at sampled images sorted by class, and the eigenvalues."""
     chosen, borders = _sample_by_class(targets)
-    shown = torch.from_numpy(spectrum.vectors[:, :num_vectors])[chosen]
+    shown = spectrum.vectors[chosen.to(spectrum.device), :num_vectors].cpu()
     shown = shown / shown.std(dim=0, correction=0, keepdim=True).clamp(min=1e-12)
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))

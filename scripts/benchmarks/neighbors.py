@@ -26,7 +26,7 @@ from torch import Tensor
 from lib.cli import declared, start
 from lib.graph.cells import search_cells
 from lib.graph.neighbors import TIE
-from lib.graph.search import BLOCK_BYTES, FIRST, exact_search
+from lib.graph.search import FIRST, exact_search
 
 mixture = start.load_script("scripts/benchmarks/propagation.py").mixture
 K = 20
@@ -66,7 +66,7 @@ def by_cells(points: Tensor) -> tuple[np.ndarray, Tensor]:
     """Search all points by cells: seconds and cosines."""
     start = clock()
     rows, n = slice(0, len(points)), len(points)
-    found = search_cells(points, K, rows, FIRST, BLOCK_BYTES)
+    found = search_cells(points, K, rows, FIRST)
     if found is None:
         raise ValueError(f"--images {n}: exact search is faster for so few points")
     return clock() - start, found[0]

@@ -80,6 +80,17 @@ def test_a_failing_disk_leaves_the_old_file_and_names_path_and_bytes(tmp_path, m
     assert names(tmp_path) == ["ckpt.pth.tar"]
 
 
+def test_only_what_is_soon_made_again_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    flushed, flush = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(number) or flush(number))
+    checkpoint.save(state(1), tmp_path / "ckpt.pth.tar")
+    assert len(flushed) == 2  # the file and its folder
+    checkpoint.save(state(2), tmp_path / "ckpt.pth.tar", flush=False)
+    assert len(flushed) == 2
+    assert names(tmp_path) == ["ckpt.pth.tar"]
+    assert checkpoint.load(tmp_path / "ckpt.pth.tar")["step"] == 2
+
+
 def test_a_disk_that_fills_up_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "ckpt.pth.tar"
     checkpoint.save(state(1), path)

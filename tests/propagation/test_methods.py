@@ -155,7 +155,7 @@ def test_component_with_labels_of_two_classes_is_divided_inside(name):
 @pytest.mark.parametrize("confidence", ["margin", "entropy"])
 def test_image_that_no_label_reaches_gets_confidence_zero(method, confidence):
     W = scipy.linalg.block_diag(np.ones((5, 5)), np.ones((6, 6)), np.ones((4, 4)), 0)
-    metric = EmbeddingGraph(torch.zeros(16, 2), given=sp.csr_matrix(W.astype(np.float32)))
+    metric = graph_of(W, "published")
     split = Split(torch.tensor([0, 5]), torch.tensor([i for i in range(16) if i not in (0, 5)]))
     found = propagate(metric, method, split, torch.tensor([1, 0]), 2)
     pseudo = from_scores(found.scores, split, confidence=confidence)
@@ -404,7 +404,7 @@ def test_a_filter_through_eigenvectors_is_chosen_only_where_it_is_cheap_and_exac
 def test_the_default_is_the_published_normalized_cut():
     metric, split, targets = task()
     found = propagate(metric, "nc", split, targets[split.labeled], 3)
-    spectrum = laplacian_spectrum(metric.affinity, 199)
+    spectrum = metric.spectrum(199)
     expected = normalized_cut(spectrum, split.labeled, targets[split.labeled], 3)
     assert torch.equal(found.scores, expected)
     assert found.confidence == "margin"

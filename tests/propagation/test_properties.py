@@ -9,13 +9,13 @@ import scipy.linalg
 import scipy.sparse as sp
 import torch
 from conftest import blobs
-from graphs import laplacian_spectrum, normalized_cut
+from graphs import graph_of, laplacian_spectrum, normalized_cut
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lib.graph.eigensolver
 import lib.graph.filters
-import lib.graph.laplacian
+import lib.graph.sparse
 import lib.graph.spectrum
 from lib.graph.filters import FILTERS
 from lib.labels.confidence import from_scores
@@ -88,7 +88,7 @@ def test_signs_and_rotations_inside_equal_eigenvalues_change_nothing(seed, clamp
     n = 24
     ring = sp.csr_matrix(np.roll(np.eye(n), 1, 0) + np.roll(np.eye(n), -1, 0), dtype=np.float32)
     spectrum = laplacian_spectrum(ring, 14)
-    turned = spectrum.vectors.copy()
+    turned = spectrum.vectors.numpy().copy()
     groups = np.split(np.arange(14), np.flatnonzero(np.diff(spectrum.values) > 1e-4) + 1)
     assert max(map(len, groups)) == 2
     for group in groups:
@@ -97,7 +97,7 @@ def test_signs_and_rotations_inside_equal_eigenvalues_change_nothing(seed, clamp
     labeled, labels = torch.tensor([0, 7, 13, 18]), torch.tensor([0, 1, 2, 1])
     one, two = (
         normalized_cut(s, labeled, labels, 3, clamp=clamp)
-        for s in (spectrum, replace(spectrum, vectors=turned))
+        for s in (spectrum, replace(spectrum, vectors=torch.from_numpy(turned)))
     )
     torch.testing.assert_close(one, two, atol=2e-3, rtol=0)
 
@@ -112,7 +112,7 @@ def test_the_size_of_blocks_changes_nothing(method, seed, tile, block, monkeypat
         patch.setattr(lib.graph.filters, "TILE", tile)
         patch.setattr(lib.propagation.normalized_cut, "ROWS", tile)
         patch.setattr(lib.propagation.diffusion, "ROWS", tile)
-        patch.setattr(lib.graph.laplacian, "ROWS", tile)
+        patch.setattr(lib.graph.sparse, "ROWS", tile)
         patch.setattr(lib.graph.eigensolver, "ROWS", tile)
         small = replace(metric, search={"block_bytes": block})
         assert_same_labels(one, answer(small, method, split, labels, 3))
@@ -196,7 +196,7 @@ def test_isolated_images_get_confidence_zero_and_the_rest_an_answer(method, size
     blocks = [rng.uniform(0.2, 1, (m, m)) for m in (6, 7, *sizes)]
     W = scipy.linalg.block_diag(*[b + b.T for b in blocks], np.zeros((zeros, zeros)))
     n = len(W)
-    metric = EmbeddingGraph(torch.zeros(n, 2), given=sp.csr_matrix(W.astype(np.float32)))
+    metric = graph_of(W, "published")
     split = Split(torch.tensor([0, 6]), torch.tensor([i for i in range(n) if i not in (0, 6)]))
     found = answer(metric, method, split, torch.tensor([1, 0]), 2)
     assert torch.isfinite(found).all()
@@ -226,7 +226,7 @@ def test_a_class_without_a_label_is_refused_by_name_or_predicted_for_nobody(meth
 def test_every_filter_is_finite_on_any_graph(name, seed):
     rng = np.random.default_rng(seed)
     W = rng.uniform(0, 1, (20, 20)) * (rng.random((20, 20)) < 0.08) * 10.0 ** rng.integers(-8, 8)
-    metric = EmbeddingGraph(torch.zeros(20, 2), given=sp.csr_matrix((W + W.T).astype(np.float32)))
+    metric = graph_of(W + W.T, "published")
     split = Split(torch.tensor([0, 1, 2]), torch.arange(3, 20))
     found = answer(metric, "filter", split, torch.tensor([0, 1, 0]), 2, filter=name)
     assert torch.isfinite(found).all()

@@ -3,8 +3,11 @@
 import json
 import sys
 import time
+from itertools import product
 
 import pytest
+import torch
+from torchvision.transforms.functional import to_pil_image
 
 from lib.cli.start import load_script
 
@@ -89,6 +92,25 @@ def test_the_three_phases_fit_the_time_that_is_left(check, tmp_path):
     epochs = int(words[words.index("--epochs") + 1])
     assert 0.7 * 0.55 * 540 < epochs * 50_000 / 30_000 < 0.8 * 0.55 * 540
     assert steps[0].seconds == pytest.approx(0.55 * 540, abs=1)
+
+
+@pytest.mark.slow
+def test_the_three_phases_give_their_figures(check, tmp_path):
+    check.minutes, root = 9.0, tmp_path / "images"
+    pixels = torch.Generator().manual_seed(0)
+    for part, number in product(("train", "test"), range(120)):
+        file = root / part / ("dark", "bright")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shown = torch.randint(128, (3, 32, 32), generator=pixels) + 128 * (number % 2)
+        to_pil_image(shown.to(torch.uint8)).save(file)
+    data = ["--dataset", "folder", "--data-dir", root]
+    for step in gpu_check.three_phases(check, tmp_path, data, 120, small=True):
+        check.run(step)
+    text = page(check)
+    assert not check.wrong
+    assert text.count("| ok |") == 3
+    for name in ("phase 1, kNN accuracy", "phase 3, 50 labels"):
+        assert "%" in check.figures[name], text
 
 
 def test_goals_are_shown_before_anything_is_measured(check):
