@@ -314,7 +314,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for everything")
     parser.add_argument("cifar", type=Path, nargs="?", metavar="CIFAR", help="real images")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="time for all steps together"
+        "--minutes",
+        type=declared.positive_float,
+        default=MINUTES,
+        help="time for all steps together",
     )
     parser.add_argument(
         "--small", action="store_true", help="everything tiny, to try this script itself"

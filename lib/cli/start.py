@@ -71,7 +71,7 @@ def _guarded(
     except torch.OutOfMemoryError as error:
         if os.environ.get("TRACEBACK"):
             raise
-        said = str(error).split(". ")[0]
+        said = ". ".join(str(error).split(". ")[:2])  # of half a page
         print(f"{prog}: error: {said}. {LESS_MEMORY}", file=sys.stderr, flush=True)
         return EXIT_FAILURE
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: there is nothing to save

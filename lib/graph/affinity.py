@@ -47,7 +47,7 @@ def affinity_matrix(neighbors: Neighbors, preset: GraphPreset) -> Tensor:
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities[:, None]) / 2
     else:
-        scale = torch.tensor(preset.scale, device=neighbors.indexes.device)
+        scale = neighbors.similarities.new_full((), preset.scale)
     weights = 1 - neighbors.similarities
     weights *= -preset.factor / 2
     # Where even the neighbor that sets the scale is a duplicate, all distances are about 0, all weights 1.

@@ -36,17 +36,14 @@ def self_loop_choice(name: str) -> tuple[bool, bool]:
     return SELF_LOOPS[name]
 
 
-def _without_self_loops(affinity: Tensor) -> Tensor:
-    """Copy W without its diagonal; return W itself where it has none."""
+def _copied(affinity: Tensor, *, self_loops: bool) -> Tensor:
+    """Copy W, which shares rows and columns; without self-loops the diagonal holds zeros."""
     crow, col, values = arrays(affinity)
-    kept = torch.empty(len(values), dtype=torch.bool, device=values.device)
-    removed = torch.zeros_like(crow)  # up to the end of each row
-    for part, rows in entries(affinity):
-        kept[part] = col[part] != rows
-        removed[1 + rows[~kept[part]]] = 1
-    if kept.all():
-        return affinity
-    return csr(crow - removed.cumsum(0, dtype=crow.dtype), col[kept], values[kept], len(crow) - 1)
+    values = values.clone()
+    if not self_loops:
+        for part, rows in entries(affinity):
+            values[part].masked_fill_(col[part] == rows, 0)
+    return csr(crow, col, values, len(crow) - 1)
 
 
 def degrees(affinity: Tensor, *, self_loops: bool) -> Tensor:
@@ -55,20 +52,19 @@ def degrees(affinity: Tensor, *, self_loops: bool) -> Tensor:
     An isolated image has 1, the weight that its self-loop would have.
     """
     # The diagonal leaves before the sum: weak edges beside a strong self-loop would be lost in a difference.
-    found = row_sums(affinity if self_loops else _without_self_loops(affinity))
+    found = row_sums(affinity if self_loops else _copied(affinity, self_loops=False))
     return found.masked_fill_(found == 0, 1)
 
 
 def normalized_affinity(affinity: Tensor, *, self_loops: bool) -> Tensor:
     """Compute S = D^-1/2 W D^-1/2 in one copy of W; an isolated node has a row and column of zeros."""
-    plain = affinity if self_loops else _without_self_loops(affinity)
+    plain = _copied(affinity, self_loops=self_loops)
     inverse_root = (1 / degrees(plain, self_loops=True).sqrt()).float()
-    crow, col, values = arrays(plain)
-    values = values.clone() if plain is affinity else values
+    _, col, values = arrays(plain)
     for part, rows in entries(plain):
         values[part] *= inverse_root[rows]
         values[part] *= inverse_root[col[part]]
-    return csr(crow, col, values, len(crow) - 1)
+    return plain
 
 
 def null_space(affinity: Tensor, *, self_loops: bool) -> tuple[Tensor, Tensor]:

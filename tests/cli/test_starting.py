@@ -1,11 +1,13 @@
 """How the four training scripts start: reading processes, folders, warnings; the shell scripts together."""
 
+import argparse
 import os
 import shutil
 import subprocess
 from types import ModuleType
 
 import pytest
+import torch
 from conftest import ROOT, assert_ok
 from runs import call, fake_venv, make_folder
 
@@ -46,6 +48,22 @@ def words(name, pictures, tmp_path, *more):
         network = ("--image-size", 16, "--arch", "wrn-10-1")
     labels = ("--nce-k", 8) if name.startswith("unsupervised") else ("--num-labeled", 8)
     return (*data, *network, *files, *labels, "--stop-after", 1, *more)
+
+
+def test_a_gpu_without_enough_memory_ends_in_one_message_with_a_remedy(capsys):
+    def main(_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 5.00 GiB. GPU 0 has a total capacity of 10.00 GiB"
+        )
+
+    assert start._guarded(main, argparse.Namespace(), "propagate.py") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "propagate.py: error: CUDA out of memory. Tried to allocate 5.00 GiB. Less"
+    )
+    for remedy in ("--batch-size", "--chunks", "--gpus cpu"):
+        assert remedy in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
