@@ -327,6 +327,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     out = args.out.resolve()
+    if (out / "summary.md").exists():
+        raise ValueError(f"{out} holds an earlier check, whose figures would mix with these")
     out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -15,7 +15,7 @@ from lib.graph.neighbors import Neighbors
 from lib.graph.sparse import csr, from_scipy
 
 LEAST_SCALE = 1e-5  # smallest local scale: below, distances of float32 vectors are rounding
-EDGES = 2**26  # edges sorted at a time, which take 3 GB
+EDGES = 2**26  # edges sorted at a time, which take 4 GB
 SYMMETRIZE = ("mean", "max")
 
 
@@ -85,29 +85,34 @@ def _symmetric_by_sorting(
     """
     n, k = weights.shape
     height = max(1, at_once // (2 * k))
-    counts, found, values = [], [], []
-    for start in range(0, n, height):
-        own = slice(start, start + height)
-        source, rank = ((columns >= start) & (columns < start + height)).nonzero(as_tuple=True)
-        rows = torch.arange(start, min(start + height, n), device=columns.device)
-        # Each edge as one number, whose order is that of the matrix.
-        out = ((rows - start) * n)[:, None] + columns[own]
-        edges = torch.cat([out.flatten(), (columns[source, rank].long() - start) * n + source])
-        edges, order = edges.sort()
-        first = torch.cat([weights[own].flatten(), weights[source, rank]])[order]
-        twice = edges[1:] == edges[:-1]  # found from both sides
-        second = torch.zeros_like(first)
-        second[:-1][twice] = first[1:][twice]
-        joined = torch.maximum(first, second) if kind == "max" else (first + second) * 0.5
-        kept = joined > 0  # a weight that underflowed is no edge
-        kept[1:] &= ~twice
-        edges = edges[kept]
-        counts.append(torch.bincount(edges // n, minlength=len(rows)))
-        found.append((edges % n).int())
-        values.append(joined[kept])
-    crow = torch.cat([counts[0].new_zeros(1), *counts]).cumsum(0)
+    starts = range(0, n, height)
+    parts = [_sorted_rows(columns, weights, kind, slice(s, min(s + height, n))) for s in starts]
+    counts, found, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    crow = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
     crow = crow.int() if int(crow[-1]) < 2**31 else crow
-    return csr(crow, torch.cat(found).to(crow.dtype), torch.cat(values), n)
+    return csr(crow, found.to(crow.dtype), values, n)
+
+
+def _sorted_rows(
+    columns: Tensor, weights: Tensor, kind: str, own: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make some rows of the symmetric matrix: the number of entries of each, their columns and values."""
+    n = len(weights)
+    source, rank = ((columns >= own.start) & (columns < own.stop)).nonzero(as_tuple=True)
+    rows = torch.arange(own.stop - own.start, device=columns.device)
+    # Each edge as one number, whose order is that of the matrix.
+    out = (rows * n)[:, None] + columns[own]
+    edges = torch.cat([out.flatten(), (columns[source, rank].long() - own.start) * n + source])
+    edges, order = edges.sort()
+    first = torch.cat([weights[own].flatten(), weights[source, rank]])[order]
+    twice = edges[1:] == edges[:-1]  # found from both sides
+    second = torch.zeros_like(first)
+    second[:-1][twice] = first[1:][twice]
+    joined = torch.maximum(first, second) if kind == "max" else (first + second) * 0.5
+    kept = joined > 0  # a weight that underflowed is no edge
+    kept[1:] &= ~twice
+    edges = edges[kept]
+    return torch.bincount(edges // n, minlength=len(rows)), (edges % n).int(), joined[kept]
 
 
 def chosen_preset(preset: str | GraphPreset, num_neighbors: int | None = None) -> GraphPreset:

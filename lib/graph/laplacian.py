@@ -11,11 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from lib.graph.sparse import arrays, csr, entries, from_scipy, row_sums, to_scipy
+from lib.graph.sparse import (
+    arrays,
+    csr,
+    entries,
+    from_scipy,
+    product_in_order,
+    row_sums,
+    to_scipy,
+)
 from lib.runtime.seeding import generator
 
 Operator = Callable[[Tensor], Tensor]  # N x m, contiguous -> N x m
@@ -73,15 +82,17 @@ def null_space(affinity: Tensor, *, self_loops: bool) -> tuple[Tensor, Tensor]:
     The components are found on the CPU, whatever the device of W.
     """
     # Strongly connected is the same in a symmetric graph, and needs no transposed copy.
-    count, components = connected_components(to_scipy(affinity), connection="strong")
-    components = torch.from_numpy(components).long().to(affinity.device)
+    _, components = connected_components(to_scipy(affinity), connection="strong")
     degree = degrees(affinity, self_loops=self_loops)
-    mass = degree.new_zeros(count).index_add_(0, components, degree)
-    return components, (degree / mass[components]).sqrt()
+    mass = torch.from_numpy(np.bincount(components, weights=degree.cpu().numpy()))
+    components = torch.from_numpy(components).long().to(degree.device)
+    return components, (degree / mass.to(degree.device)[components]).sqrt()
 
 
 def csr_operator(matrix: Tensor) -> Operator:
     """Return products with a sparse matrix, on its device."""
+    if matrix.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return lambda x: product_in_order(matrix, x)
     return lambda x: matrix @ x
 
 

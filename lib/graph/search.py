@@ -115,9 +115,10 @@ def exact_search(
         block: Tensor, mine: Tensor | None, buffer: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         top = None
+        bounds = (0, -1) if mine is None else (int(mine.min()), int(mine.max()))
         for first in range(0, len(factors), tile):
             part = product(block, factors[first : first + tile], buffer)
-            if mine is not None:
+            if first <= bounds[1] and bounds[0] < first + tile:  # elsewhere nobody waits for a GPU
                 inside = ((mine >= first) & (mine < first + tile)).nonzero()[:, 0]
                 part[inside, mine[inside] - first] = own_value
             found, where = top_k(part, min(wanted, part.shape[1]))

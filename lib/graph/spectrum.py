@@ -73,7 +73,8 @@ def laplacian_spectrum(
 
     A graph with c components has c eigenvalues 0, whose vectors are known in closed form. They are taken out
     before the solver starts, so that neither their number nor the accuracy of the solver decides what counts
-    as zero. The same graph gives the same bits again.
+    as zero. The same graph gives the same bits again on a CPU, and
+    on a GPU with deterministic algorithms.
 
     Args:
         num_vectors: k, cut down to N - c. Published: 200 including the constant one, so 199. Fewer

@@ -47,13 +47,13 @@ class GraphCache:
     reuse: bool = True  # False computes anew, whatever is there
     log: Callable[[str], None] = lambda _: None  # receives a line about what was read or computed
 
-    def file(self, kind: str, features: Tensor) -> str | Path:
-        """Name the file of a kind in `KINDS` for N x D features; empty if it is not kept."""
+    def file(self, kind: str, graph: "EmbeddingGraph") -> str | Path:
+        """Name the file of a kind in `KINDS` for a graph; empty if it is not kept."""
         if kind == "graph" and self.graph:
             return self.graph
         if not self.folder:
             return ""
-        return Path(self.folder) / f"{kind}-{digest(features)}{SUFFIX}"
+        return Path(self.folder) / f"{kind}-{graph.features_digest}{SUFFIX}"
 
     def discard(self) -> None:
         """Remove what is kept in `folder`, and the folder where nothing else lies in it."""
@@ -95,13 +95,17 @@ class EmbeddingGraph:
         return replace(self, features=self.features[members], given=None)
 
     @cached_property
+    def features_digest(self) -> str:
+        return digest(self.features)
+
+    @cached_property
     def affinity(self) -> Tensor:
         """Affinity matrix W, N x N: symmetric, CSR, float32."""
         if self.given is not None:
             return self.given
         preset = chosen_preset(self.graph, self.num_neighbors)
-        path = self.cache.file("graph", self.features)
-        key = {"features_digest": digest(self.features)} if path else {}
+        path = self.cache.file("graph", self)
+        key = {"features_digest": self.features_digest} if path else {}
         key |= {"preset": asdict(preset)}
         key |= {name: self.search.get(name, "auto") for name in ("method", "precision")}
 
@@ -152,7 +156,7 @@ class EmbeddingGraph:
         # The number that was asked for counts: the solver may have found fewer, and there are no more.
         if self._largest and self._largest[0][0] >= num_vectors:
             return self._largest[0][1].first(num_vectors)
-        path = self.cache.file("spectrum", self.features)
+        path = self.cache.file("spectrum", self)
         # A file of more eigenvectors does not do: the first of them differ in their last bits.
         key = {"num_vectors": num_vectors, "self_loops": self.self_loops, **self.solver}
         if path:

@@ -12,8 +12,8 @@ its own share of the rows, and rank 0 puts the parts together:
 
 So every decision is taken once, where solvers side by side would have to agree in the last bit. A row of S x
 does not depend on which process computes it, and the exact search compares the same blocks of rows: on one
-kind of machine, with one number of threads for each process, the answers are those of one process bit for
-bit. Approximate search, and fewer rows than two blocks for each process, round otherwise.
+kind of CPU, with one number of threads for each process, the answers are those of one process bit for bit.
+GPUs, approximate search, and fewer rows than two blocks for each process, round otherwise.
 
 Rank 0 holds what a single process holds, except the other processes' rows of S. Another process holds the
 features (4 N D bytes), its rows of S (8 bytes for each of at most 2 N K / size entries), and during a product
@@ -192,7 +192,8 @@ class Workers:
             smallest = torch.int32 if max(n, len(col)) < 2**31 else torch.int64
             part = sparse.csr(crow.to(smallest), col.to(smallest), values, n)
         else:
-            part = sparse.rows_of(matrix, own)
+            # Copies: the arrays of the whole matrix go, and the own ones start where memory is aligned.
+            part = sparse.csr(*(x.clone() for x in sparse.arrays(sparse.rows_of(matrix, own))), n)
             for rank, rows in enumerate(_parts(n)[1:], 1):
                 crow, col, values = sparse.arrays(sparse.rows_of(matrix, rows))
                 for array in (crow.long(), col.long(), values):

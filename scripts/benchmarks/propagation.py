@@ -184,12 +184,16 @@ def own(method: str, **parameters: float) -> Callable[..., Answer]:
             for group in groups:
                 labelings = [sets[n] for n in group]
                 scores = run_algorithm(graph, method, labelings, num_classes, **parameters)
-                answers |= {n: one.argmax(dim=1) for n, one in zip(group, scores, strict=True)}
+                answers |= {
+                    n: one.argmax(dim=1).cpu() for n, one in zip(group, scores, strict=True)
+                }
                 del scores
         else:
             for n, (labeled, labels) in splits.items():
                 split = Split(labeled, others(len(rows), labeled))
-                answers[n] = propagate(graph, method, split, labels, num_classes).scores.argmax(1)
+                answers[n] = (
+                    propagate(graph, method, split, labels, num_classes).scores.argmax(1).cpu()
+                )
         seconds["labels"] = time.perf_counter() - start
         return seconds, answers, recall
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import blobs
-from pretended import DEVICE, Pretended, Pretending, prepare
+from pretended import DEVICE, Csr, Pretended, Pretending, prepare
 from torch import Tensor
 
 import lib.graph.neighbors
@@ -88,6 +88,20 @@ def test_graph_and_spectrum_are_made_there_and_kept(
     assert torch.equal(again.spectrum(20).vectors.cpu(), spectrum.vectors.cpu())
     assert [("read from" in line) for line in lines] == [False, False, True, True]
     assert plots.spectral_matrix(spectrum, targets)
+
+
+def test_deterministic_products_do_not_use_the_one_that_changes_from_call_to_call(
+    pretending, monkeypatch
+):
+    features, _ = task()
+    expected = EmbeddingGraph(features).spectrum(20).values
+    monkeypatch.setattr(Csr, "__matmul__", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = EmbeddingGraph(features.to(DEVICE)).spectrum(20)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.values == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("method", ["ivf", "exact"])

@@ -113,6 +113,13 @@ def test_the_three_phases_give_their_figures(check, tmp_path):
         assert "%" in check.figures[name], text
 
 
+def test_a_folder_with_an_earlier_check_is_refused(check):
+    check.write()
+    args = gpu_check.build_parser().parse_args([str(check.out)])
+    with pytest.raises(ValueError, match="holds an earlier check"):
+        gpu_check.main(args)
+
+
 def test_goals_are_shown_before_anything_is_measured(check):
     check.write()
     assert "| phase 2, 50,000 images, eight label counts |  | 2 s |" in page(check)
