@@ -44,11 +44,13 @@ def key_of(paths: Sequence[str], image_size: int) -> str:
     return hashlib.sha256(json.dumps([made_by, files]).encode()).hexdigest()[:32]
 
 
-def load(key: str) -> Decoded | None:
-    """Load the copy of this key; None if there is none, or it is damaged."""
+def load(key: str, shape: tuple[int, ...]) -> Decoded | None:
+    """Load the copy of this key; None if there is none, or it is damaged or of another shape."""
     for file in cache_folder().glob(f"{key}-*.npy"):
         try:
             images = np.load(file, allow_pickle=False)
+            if images.dtype != np.uint8 or images.shape != shape:
+                raise ValueError(f"it holds {images.dtype} of shape {images.shape}")
             os.utime(file)  # counts as used
         except (OSError, ValueError) as error:
             print(f"{file} is damaged, and the images are decoded anew: {error}", file=sys.stderr)

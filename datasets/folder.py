@@ -100,7 +100,8 @@ def read_or_load(paths: list[str], image_size: int, num_workers: int) -> Decoded
     if len(paths) < FEW_FILES or len(paths) * 3 * image_size**2 > decoded.LARGEST:
         return Decoded(*read_images(paths, image_size, num_workers))
     key = decoded.key_of(paths, image_size)
-    found = decoded.load(key) if key else None
+    shape = len(paths), 3, image_size, image_size
+    found = decoded.load(key, shape) if key else None
     if found is None:
         found = Decoded(*read_images(paths, image_size, num_workers))
         if key and decoded.key_of(paths, image_size) == key:  # nobody has changed a file meanwhile

@@ -67,10 +67,24 @@ def test_other_files_another_size_or_another_decoder_are_decoded(paths, reads, c
     assert same(before, after) == (change in ("time", "decoder"))
 
 
-def test_a_damaged_copy_is_told_and_decoded_anew(paths, reads, capsys):
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_off,
+        lambda file: np.save(file, np.zeros((3, 3, 16, 16), np.uint8)),
+        lambda file: np.save(file, np.zeros((4, 3, 16, 16), np.float32)),
+        lambda file: np.save(file, np.array([{}] * 4, object)),
+    ],
+    ids=["cut off", "shape", "type", "objects"],
+)
+def test_a_damaged_copy_is_told_and_decoded_anew(damage, paths, reads, capsys):
     before = folder.read_or_load(paths, 16, 0)
     (file,) = copies()
-    file.write_bytes(file.read_bytes()[:200])
+    damage(file)
     assert same(folder.read_or_load(paths, 16, 0), before)
     assert f"{file} is damaged" in capsys.readouterr().err
     assert same(folder.read_or_load(paths, 16, 0), before)
