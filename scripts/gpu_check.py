@@ -254,18 +254,17 @@ def three_phases(
     python, out = sys.executable, check.out
     arch = ["--arch", "wrn-10-1"] if small else []
     labels = (50,) if small else tuple(PUBLISHED_ACCURACY)
-    metric, rate = (
-        work / "metric" / "ckpt.cifar.pth.tar",
-        step_rate(check.figures, "phase 1, batch 128"),
-    )
+    metric = work / "metric" / "ckpt.cifar.pth.tar"
+    rate = step_rate(check.figures, "phase 1, batch 128")
     seconds = 0.55 * max(check.left, LEAST_S)
     epochs = 1 if small else max(1, int(0.8 * seconds * rate / num_images))
     words = ["--epochs", epochs, "--lr", 0.06, "--lr-scheduler", "one-cycle"]
     folders = ["--model-dir", metric.parent, "--log-dir", out / "phase1"]
-    accuracy = lambda: {  # noqa: E731
-        "phase 1, kNN accuracy": f"{events(out / 'phase1', 'epoch')[-1]['knn_top1']:.2f}% "
-        f"({len(events(out / 'phase1', 'epoch'))} epochs)"
-    }
+
+    def accuracy() -> Figures:
+        done = events(out / "phase1", "epoch")
+        return {"phase 1, kNN accuracy": f"{done[-1]['knn_top1']:.2f}% ({len(done)} epochs)"}
+
     limit = seconds * MINUTES / check.minutes
     yield Step(
         "phase1", limit, [python, "unsupervised/cifar.py", *data, *arch, *words, *folders], accuracy

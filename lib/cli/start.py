@@ -61,19 +61,16 @@ def _guarded(
         warnings.simplefilter("ignore", UserWarning)  # rank 0 shows the same ones
     try:
         main(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         if not distributed.is_main():
             time.sleep(distributed.MAIN_FIRST_S)
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE if isinstance(error, FloatingPointError) else EXIT_USAGE
-    except torch.OutOfMemoryError as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        said = ". ".join(str(error).split(". ")[:2])  # of half a page
-        print(f"{prog}: error: {said}. {LESS_MEMORY}", file=sys.stderr, flush=True)
-        return EXIT_FAILURE
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError):  # which says half a page
+            said = ". ".join([*said.split(". ")[:2], LESS_MEMORY])
+        print(f"{prog}: error: {said}", file=sys.stderr, flush=True)
+        return EXIT_USAGE if isinstance(error, ValueError | OSError) else EXIT_FAILURE
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: there is nothing to save
         return 128 + signal.SIGINT
     return 0

@@ -1,7 +1,7 @@
 """Sparse matrices: torch's CSR format, on the device of the work; scipy's view of them on a CPU."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import scipy.sparse as sp
 import torch
@@ -62,27 +62,26 @@ def entries(matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, numbers.repeat_interleave(counts, output_size=part.stop - part.start)
 
 
-def product_in_order(matrix: Tensor, x: Tensor) -> Tensor:
-    """Multiply the matrix by N x m columns, adding up each row from left to right.
-
-    CUDA's own product adds in an order that changes from call to call, whatever is asked of it.
-    """
-    crow, col, values = arrays(matrix)
-    rows_of_product = []
+def _summed(matrix: Tensor, terms: Callable[[slice], Tensor]) -> Tensor:
+    """Add up the terms of each row from left to right; `terms` gives one for each of some entries."""
+    crow, sums = matrix.crow_indices(), []
     for rows, part in blocks(matrix):
         own = crow[rows.start : rows.stop + 1]
         options = {"offsets": own - own[0], "initial": 0.0}
-        terms = values[part, None] * x[col[part]]
-        rows_of_product.append(torch.segment_reduce(terms, "sum", **options))
-    return torch.cat(rows_of_product)
+        sums.append(torch.segment_reduce(terms(part), "sum", **options))
+    return torch.cat(sums)
+
+
+def product_in_order(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply the matrix by N x m columns, always in the same order.
+
+    CUDA's own product adds in an order that changes from call to call, whatever is asked of it.
+    """
+    _, col, values = arrays(matrix)
+    return _summed(matrix, lambda part: values[part, None] * x[col[part]])
 
 
 def row_sums(matrix: Tensor) -> Tensor:
     """Sum each row in float64, always in the same order."""
-    crow, _, values = arrays(matrix)
-    sums = []
-    for rows, part in blocks(matrix):
-        own = crow[rows.start : rows.stop + 1]
-        options = {"offsets": own - own[0], "initial": 0.0}
-        sums.append(torch.segment_reduce(values[part].double(), "sum", **options))
-    return torch.cat(sums)
+    values = matrix.values()
+    return _summed(matrix, lambda part: values[part].double())

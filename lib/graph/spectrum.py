@@ -41,9 +41,6 @@ class Spectrum:
     degrees: Tensor  # float64, all positive, the degrees that weigh the constraints
     residual: float = 0.0  # largest norm |L v - value v| of a vector
 
-    def __len__(self) -> int:
-        return len(self.components)
-
     @property
     def device(self) -> torch.device:
         return self.vectors.device

@@ -22,7 +22,7 @@ from lib.graph.affinity import (
 from lib.graph.files import load_graph, save_graph
 from lib.graph.neighbors import Neighbors, nearest_neighbors
 from lib.graph.sparse import arrays, from_scipy, to_scipy
-from lib.propagation.embedding_graph import GraphCache
+from lib.propagation.embedding_graph import EmbeddingGraph, GraphCache
 
 
 def naive_affinity(features, k, *, include_self, factor, scale, rank, symmetrize):
@@ -68,6 +68,7 @@ def test_graph_equals_the_naive_loops(preset):
     expected = naive_affinity(features, 7, **NAIVE[preset])
     np.testing.assert_allclose(W.toarray(), expected, atol=2e-5)
     assert (W.toarray() > 0).tolist() == (expected > 0).tolist()
+    assert EmbeddingGraph(features, preset, 7).affinity.layout == torch.sparse_csr
     assert W.dtype == np.float32
     assert abs(W - W.T).nnz == 0
     assert W.nnz <= 2 * len(features) * 7
