@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     meta, facts = provenance.record(vars(args), train.digest), {"examples": chosen.digest}
     learning = model, objective, optimizer
     state = TrainState(*learning, described, CLASSIFIERS, meta, RESUME_INVARIANTS, facts)
-    finetuning.begin(state, resume, args.pretrained)
+    finetuning.begin(state, settings, resume)
     print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
     files, is_new = Checkpoints(folder, LAST, BEST), not state.step
     start.open_run_folder("--model-root", folder, LAST, is_new=is_new)

@@ -34,7 +34,8 @@ def build_model(
     Raises:
         ValueError: if the name is unknown, listing the known ones.
     """
-    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", architecture):
+    # three digits: a name out of a file must not keep its reader busy for hours
+    if match := re.fullmatch(r"wrn-(\d{1,3})-(\d{1,3})", architecture):
         if imagenet:
             raise ValueError(f"{architecture} is a network for small images; take a resnet here")
         depth, width = int(match[1]), int(match[2])

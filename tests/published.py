@@ -156,7 +156,7 @@ def cifar_checkpoint(
         state = {
             "net": wrapped(model),
             "optimizer": optimizer_state(model),
-            "acc": 82.12,
+            "acc": 0.8212,
             "epoch": 1269,
             "lemniscate": (nce_average if nce else linear_average)(memory),
         }
@@ -171,7 +171,7 @@ def imagenet_checkpoint(path: Path, model: nn.Module, arch: str, memory: Tensor)
             "epoch": 200,
             "arch": arch,
             "state_dict": wrapped(model),
-            "best_prec1": 41.0,
+            "best_prec1": 0.41,
             "lemniscate": nce_average(memory),
             "optimizer": optimizer_state(model),
         }

@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     state = TrainState(*learning, described, CIFAR_METRIC, meta, RESUME_INVARIANTS, accuracy=0.0)
     per_epoch = num_batches(num_batches(len(train), args.batch_size), args.iter_size)
     if source:
-        pretraining.resume(state, source, per_epoch)
+        pretraining.resume(state, source, args.epochs, per_epoch)
     files = Checkpoints(folder, LAST, BEST)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 

@@ -37,7 +37,7 @@ import torch
 from datasets import build_datasets
 from datasets.transforms import Augmentation, instance_ops
 from lib.cli import checks, declared, start
-from lib.files import checkpoint, provenance
+from lib.files import checkpoint, provenance, published
 from lib.files.description import METRIC
 from lib.files.published import IMAGENET_METRIC
 from lib.loading.batches import Batches, num_batches
@@ -136,12 +136,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     per_epoch = num_batches(num_batches(len(train), args.batch_size), args.iter_size)
     if source:
         checks.warn_unused(args, build_parser(), "with --resume", "pretrained", "start_epoch")
-        pretraining.resume(state, source, per_epoch)
+        pretraining.resume(state, source, args.epochs, per_epoch)
     else:
         state.epoch, state.step = args.start_epoch, args.start_epoch * per_epoch
         if args.pretrained:
             given = args.pretrained
-            load_network(model, checkpoint.load_dict(given), given, start_of=described)
+            load_network(model, published.load(given), given, start_of=described)
     files = Checkpoints(folder, LAST, BEST, NUMBERED, args.save_freq)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
 

@@ -30,7 +30,7 @@ import torch
 
 from lib.cli import declared, start
 from lib.features import extraction
-from lib.files import checkpoint
+from lib.files import published
 from lib.files.published_pickle import printable
 from lib.files.weights import model_weights
 from lib.labels import pseudo_files
@@ -38,7 +38,7 @@ from lib.labels import pseudo_files
 MANIFEST = Path(__file__).with_name("manifest.json")
 TIMEOUT_S = 30.0  # without an answer or without data
 CHECKS: dict[str, Callable[[Path], Any]] = {  # by the top folder of the published tree
-    "pretrain_models": lambda path: model_weights(checkpoint.load_dict(path), path),
+    "pretrain_models": lambda path: model_weights(published.load(path), path),
     "train_features_labels_cache": extraction.read,
     "pseudos": pseudo_files.load,
     "pseudos_imagenet": pseudo_files.load,

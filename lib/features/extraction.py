@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import DataSet, build_datasets
+from datasets import UNKNOWN, DataSet, build_datasets
 from datasets.transforms import Augmentation
 from lib.features import backbones
 from lib.features.networks import load_network
-from lib.files import checkpoint, provenance
+from lib.files import checkpoint, provenance, published, schema
 from lib.files.atomic import sha256_of
 from lib.files.description import METRIC
 from lib.files.published import SMALL_SIZE
+from lib.files.schema import INTEGERS, list_of, record, tensor, text, whole
 from lib.loading.batches import in_order
 from lib.runtime.devices import Device, select
 from lib.runtime.distributed import (
@@ -30,6 +31,11 @@ from lib.runtime.distributed import (
 from models.layers import l2_normalize
 
 KEPT = Path("checkpoint/backbones")  # cached features of torchvision's and timm's networks
+PREFIXES = ("train_", "", "val_")  # of the published names
+SCHEMA = {
+    **{f"{prefix}labels": tensor(1, INTEGERS, UNKNOWN) for prefix in PREFIXES},
+    "meta": record({"num_classes": whole(1), "classes": list_of(text), "data_digest": text}),
+}
 BACKBONE_BATCH = 100  # images of 224 pixels a side and more, whatever the size in the data set
 
 
@@ -119,19 +125,25 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     state = checkpoint.load(path)
     if isinstance(state, Tensor):
         return check(state, source=str(path)), None, {}
-    for prefix in ("train_", "", "val_"):
-        if not isinstance(state, dict) or f"{prefix}features" not in state:
-            continue
-        features = check(state[f"{prefix}features"], source=str(path))
-        labels = state.get(f"{prefix}labels")
-        if labels is not None and not (isinstance(labels, Tensor) and labels.ndim == 1):
-            raise ValueError(f"{path}: the labels must be a tensor with one number per row")
-        if labels is not None and len(labels) != len(features):
-            raise ValueError(f"{path}: {len(labels)} labels for {len(features)} rows of features")
-        labels = None if labels is None else labels.long()
-        meta = state.get("meta")
-        return features, labels, meta if isinstance(meta, dict) else {}
-    raise ValueError(f"{path} holds no features (train_features, features or val_features)")
+    state = state if isinstance(state, dict) else {}
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}features" in state), None)
+    if prefix is None:
+        raise ValueError(f"{path} holds no features (train_features, features or val_features)")
+    schema.require(state, SCHEMA, path)
+    features = check(state[f"{prefix}features"], source=str(path))
+    labels, meta = state.get(f"{prefix}labels"), state.get("meta", {})
+    if labels is None:
+        return features, None, meta
+    if len(labels) != len(features):
+        raise ValueError(f"{path}: {len(labels)} labels for {len(features)} rows of features")
+    largest, names = int(labels.max()), meta.get("classes", [])
+    num_classes = meta.get("num_classes", largest + 1)
+    if not largest < num_classes <= (len(names) or len(labels)):
+        raise ValueError(
+            f"{path}: {num_classes} classes for {len(labels)} rows, {len(names)} names and labels up to "
+            f"{largest}"
+        )
+    return features, labels.long(), meta
 
 
 def _from_file(path: str | Path, reading: dict[str, Any]) -> FeatureSet:
@@ -142,8 +154,7 @@ def _from_file(path: str | Path, reading: dict[str, Any]) -> FeatureSet:
         digest = data.portable_digest
         return FeatureSet(features, data.targets, data.num_classes, digest, data.classes)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
-    names = meta.get("classes")
-    classes = tuple(map(str, names)) if isinstance(names, list | tuple) else ()
+    classes = tuple(meta.get("classes", ()))
     return FeatureSet(features, targets, num_classes, meta.get("data_digest", ""), classes)
 
 
@@ -162,7 +173,7 @@ class _Extraction:
 def _of_checkpoint(
     path: str | Path, architecture: str, image_size: int | None, reading: dict[str, Any]
 ) -> _Extraction:
-    state = checkpoint.load_dict(path)
+    state = published.load(path)
     model, found = load_network(state, path, architecture, unsaid=METRIC)
     size = image_size or found.image_size
     data, _ = build_datasets(image_size=size, in_memory=not found.is_imagenet, **reading)

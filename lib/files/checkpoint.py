@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from lib.files import published_pickle
 from lib.files.atomic import write_whole
 from lib.files.published_pickle import PickledModule, RefusedError, printable
+from lib.files.schema import Schema, require
 from lib.runtime import distributed
 
 ZIP_START = b"PK\x03\x04"
 MAX_PARTS = 200_000  # values of a file, counted without regard to sharing
+EMPTY: Schema = {}
 
 
 def save(state: Any, path: str | Path, *, legacy: bool = False, flush: bool = True) -> None:
@@ -137,14 +139,15 @@ def _dense(tensor: Tensor, num_bytes: int) -> Tensor:
     return tensor.detach()
 
 
-def load_dict(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Load a file that must hold a dict with `keys`; a ValueError names those that are missing."""
+def load_dict(path: str | Path, *keys: str, schema: Schema = EMPTY) -> dict[str, Any]:
+    """Load a file that must hold a dict with `keys`; a ValueError lists all that are missing or wrong."""
     state = load(path)
     if not isinstance(state, dict):
         raise ValueError(
             f"{path} holds a {type(state).__name__} where a dict of entries is expected"
         )
     require_keys(state, path, *keys)
+    require(state, schema, path)
     return state
 
 

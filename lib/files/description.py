@@ -4,16 +4,18 @@ Files of this project hold a `Description` under the key `description`. For publ
 hold none, lib/files/published.py guesses it from keys and weights.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lib.files.schema import entries, expect, flag, list_of, number, text, whole
 
 KEY = "description"
 METRIC, CLASSIFIER = "metric", "classifier"
 KINDS = (METRIC, CLASSIFIER)
 NUM_NEIGHBORS, TEMPERATURE = 200, 0.1  # of the kNN monitor (Wu et al. 2018)
-LARGEST = 2**20  # of a size in a description: a file must not make its reader run out of memory
+# of numbers in a description: a file must not make its reader run out of memory
+LARGEST, MOST_PIXELS = 2**20, 2**13
 
 
 @dataclass(frozen=True)
@@ -52,55 +54,39 @@ class Description:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
 
 
-def _are(values: Any, kind: type) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(v, kind) for v in values)
+ARGUMENTS = {
+    "out_features": whole(1, LARGEST),
+    "in_channels": whole(1, LARGEST),
+    "normalize": flag,
+    "imagenet": flag,
+}
+SCHEMA = {
+    "kind": expect(lambda kind: kind in KINDS, f"one of {', '.join(KINDS)}"),
+    "architecture": text,
+    "arguments": entries(ARGUMENTS),
+    "mean": list_of(number(-1000, 1000), 3),
+    "std": list_of(number(1e-6, 1000), 3),
+    "image_size": whole(1, MOST_PIXELS),
+    "resize": whole(1, MOST_PIXELS),
+    "classes": list_of(text),
+    "num_neighbors": whole(1, LARGEST),
+    "temperature": number(1e-3, 1e3),
+}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
-
-
-def _problems(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the values of an entry that has them all."""
-    if entry["kind"] not in KINDS:
-        yield f"kind is none of {', '.join(KINDS)}"
-    if not isinstance(entry["architecture"], str):
-        yield "architecture is not a name"
-    arguments = entry["arguments"]
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        yield "arguments are not named"
-    elif not all(isinstance(v, bool) or _is_count(v) for v in arguments.values()):
-        yield "arguments are not positive whole numbers or booleans"
-    for name in ("mean", "std"):
-        values = entry[name]
-        if not _are(values, float) or len(values) != 3 or not all(map(math.isfinite, values)):
-            yield f"{name} is not three finite numbers"
-        elif name == "std" and min(values) <= 0:
-            yield "std is not positive"
-    for name in ("image_size", "resize", "num_neighbors"):
-        if not _is_count(entry[name]):
-            yield f"{name} is not a positive whole number"
-    sizes = entry["image_size"], entry["resize"]
-    if all(map(_is_count, sizes)) and sizes[0] > sizes[1]:
-        yield "resize is below image_size"
-    temperature = entry["temperature"]
-    if not isinstance(temperature, float) or not 0 < temperature < math.inf:
-        yield "temperature is not a positive number"
-    if not _are(entry["classes"], str):
-        yield "classes are not a list of names"
+def check(entry: Any, name: str) -> Iterator[str]:
+    """Yield what is wrong with the entry `description` of a checkpoint (a check of `lib.files.schema`)."""
+    wrong = list(entries(SCHEMA, required=True)(entry, name))
+    yield from wrong
+    if not wrong and entry["resize"] < entry["image_size"]:
+        yield f"{name}.resize is below image_size"
 
 
 def read(entry: Any, source: str) -> Description:
-    """Read the entry `description` of the checkpoint `source`.
-
-    A ValueError lists all values that are missing or of a wrong kind.
-    """
-    names = tuple(Description.__dataclass_fields__)
-    if not isinstance(entry, Mapping) or any(name not in entry for name in names):
-        raise ValueError(f"{source}: its description must hold {', '.join(names)}")
-    if problems := list(_problems(entry)):
-        raise ValueError(f"{source}: its description is wrong: {'; '.join(problems)}")
-    values = {name: entry[name] for name in names}
+    """Read the entry `description` of the checkpoint `source`; a ValueError lists all wrong values."""
+    if problems := list(check(entry, KEY)):
+        raise ValueError(f"{source}: {'; '.join(problems)}")
+    values = {name: entry[name] for name in SCHEMA}
     for name in ("mean", "std", "classes"):
         values[name] = tuple(values[name])
     return Description(**values)

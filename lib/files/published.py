@@ -4,6 +4,7 @@ The scripts of 2019 wrote no description of a network. Only this module guesses 
 entries, the shapes of weights and, in older files of this project, the recorded options.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,25 @@ from datasets.cifar import CIFAR
 from datasets.images import IMAGENET_STATS
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.resizing import MARGIN
-from lib.files import description, weights
+from lib.files import checkpoint, description, weights
 from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.schema import (
+    FLOATS,
+    INTEGERS,
+    MOST,
+    dict_of,
+    entries,
+    list_of,
+    number,
+    optional,
+    record,
+    tensor,
+    text,
+    whole,
+)
 from models.resnet import STEM
 
+ACCURACIES = "accuracies"  # key of a checkpoint's accuracies in percent
 BANK = "lemniscate"  # key of the memory bank of phase 1, which no classifier has
 HEADS = ("fc.weight", "linear.weight", "head.weight")
 SMALL_SIZE, IMAGENET_SIZE = 32, 224  # image sizes for a checkpoint that does not record its own
@@ -31,14 +47,73 @@ class Names:
     """The names of the entries in a kind of checkpoint."""
 
     network: str  # key of the weights
-    best: str = "best_acc"  # key of the highest accuracy so far, besides `best_acc`
+    accuracy: str  # key of an accuracy
+    hundred: float  # its value that means 100%: phase 1 wrote fractions, phase 3 percentages
+    of_best: bool  # whether it is the highest accuracy so far, or the one of these weights
     first_epoch: int | None = None  # value of `epoch` after the first one, if epochs are counted
     architecture: str = "architecture"  # key of the network's name, besides `architecture`
 
+    def accuracies(self, last: float, best: float) -> dict[str, Any]:
+        """Return the entries that hold two accuracies in percent: ours, and the published one."""
+        chosen = best if self.of_best else last
+        own = {"last": last if last == last else None, "best": best}  # NaN: never measured
+        return {ACCURACIES: own, self.accuracy: chosen * self.hundred / 100}
 
-CIFAR_METRIC = Names("net", first_epoch=0)
-IMAGENET_METRIC = Names("state_dict", "best_prec1", first_epoch=1, architecture="arch")
-CLASSIFIERS = Names("net")
+
+CIFAR_METRIC = Names("net", "acc", 1.0, of_best=False, first_epoch=0)
+IMAGENET_METRIC = Names(
+    "state_dict", "best_prec1", 1.0, of_best=True, first_epoch=1, architecture="arch"
+)
+CLASSIFIERS = Names("net", "best_acc", 100.0, of_best=True)
+
+
+def accuracies(state: Mapping[str, Any], names: Names) -> tuple[float, float]:
+    """Return the last and the highest accuracy in percent that a checkpoint records; NaN where unknown.
+
+    Files of this project from before `accuracies` held percentages under every key.
+    """
+    if ACCURACIES in state:
+        own = state[ACCURACIES]
+        return math.nan if own["last"] is None else float(own["last"]), float(own["best"])
+    if "meta" in state:
+        return float(state.get("acc", math.nan)), float(state["best_acc"])
+    value = float(state.get(names.accuracy, 0.0)) * 100 / names.hundred
+    return value, value
+
+
+_WEIGHTS = dict_of(tensor(None, (*FLOATS, *INTEGERS)))
+_MOMENTA = entries({"momentum_buffer": optional(tensor(None))})
+_GROUP = entries({"params": list_of(whole(0, 2**64))})  # its other options are those of the run
+_ACCURACY = number(0, 100, or_nan=True)
+META = {"options": record({}), "data_digest": text}
+SCHEMA = {
+    "net": _WEIGHTS,
+    "state_dict": _WEIGHTS,
+    "optimizer": entries({"state": dict_of(_MOMENTA, int), "param_groups": list_of(_GROUP)}),
+    "step": whole(),
+    "epoch": whole(-1),
+    "accuracies": entries(
+        {"last": optional(number(0, 100)), "best": number(0, 100)}, required=True
+    ),
+    "acc": _ACCURACY,
+    "best_acc": _ACCURACY,
+    "best_prec1": _ACCURACY,
+    "loss_sums": list_of(number(-MOST, MOST), 2),
+    "architecture": text,
+    "arch": text,
+    "classes": list_of(text),
+    "examples": text,
+    "meta": record(META),
+    "lemniscate": entries({"memory": tensor(2)}),
+    "criterion": _WEIGHTS,
+    "objective": _WEIGHTS,
+    description.KEY: description.check,
+}
+
+
+def load(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Load a checkpoint of any phase; a ValueError lists all entries that are missing or wrong."""
+    return checkpoint.load_dict(path, *keys, schema=SCHEMA)
 
 
 def describe(
@@ -61,7 +136,7 @@ def describe(
         found = description.read(state[description.KEY], str(source))
     else:
         kind = METRIC if is_metric(state) else CLASSIFIER if "step" in state else unsaid
-        found = _guess(state, weights.model_weights(state, source), kind)
+        found = _guess(state, weights.model_weights(state, source), kind, source)
     return replace(found, architecture=architecture or found.architecture)
 
 
@@ -95,10 +170,10 @@ def class_names(state: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
-def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Description:
-    metric, meta = kind == METRIC, state.get("meta")
-    options = meta.get("options") if isinstance(meta, Mapping) else None
-    options = options if isinstance(options, Mapping) else {}
+def _guess(
+    state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str, source: str | Path
+) -> Description:
+    metric, options = kind == METRIC, state.get("meta", {}).get("options", {})
     name = state.get("architecture") or state.get("arch") or (DEFAULT_METRIC if metric else "")
     stem = tensors.get("conv1.weight")
     head = next((tensors[key] for key in HEADS if key in tensors), None)
@@ -109,7 +184,9 @@ def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -
     if stem is not None:
         arguments["in_channels"] = stem.shape[1]
     dataset = options.get("dataset", "folder" if imagenet else "cifar10")
-    size = int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE))
+    size = options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE)
+    if wrong := list(description.SCHEMA["image_size"](size, "meta.options.image_size")):
+        raise ValueError(f"{source}: {wrong[0]}")
     mean, std = STATS.get(dataset, IMAGENET_STATS)
     return Description(
         kind,

@@ -59,6 +59,11 @@ class LoadReport:
         return "; ".join(parts)
 
 
+def _fits(given: Any, own: Tensor) -> bool:
+    same_kind = isinstance(given, Tensor) and given.is_floating_point() == own.is_floating_point()
+    return same_kind and given.shape == own.shape
+
+
 def load_weights(
     model: nn.Module, weights: Mapping[str, Tensor], *, source: str | Path, keep_head: bool = True
 ) -> LoadReport:
@@ -88,8 +93,7 @@ def load_weights(
     given = dict(weights) if keep_head else {k: v for k, v in weights.items() if k not in head}
     # This counter is absent in files from before PyTorch 0.4.1.
     optional = {name for name in own if name.endswith("num_batches_tracked")}
-    shapes = {name: getattr(value, "shape", None) for name, value in given.items()}
-    same = [name for name in given if name in own and own[name].shape == shapes[name]]
+    same = [name for name in given if name in own and _fits(given[name], own[name])]
     report = LoadReport(
         loaded=tuple(same),
         missing=tuple(n for n in own if n not in given and n not in optional),

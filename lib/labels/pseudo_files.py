@@ -13,9 +13,18 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.files import checkpoint
+from lib.files.schema import FLOATS, INTEGERS, expect, list_of, record, text
 from lib.labels.pseudo_labels import KEYS, SHOWN, PseudoLabels, listed, sorted_labeled
 
 SUFFIX = ".pth.tar"
+_TENSOR = expect(
+    lambda v: isinstance(v, Tensor) and v.dtype in FLOATS + INTEGERS, "a tensor of numbers"
+)
+# Shapes, ranges and relations are those of `PseudoLabels`, wherever it comes from.
+SCHEMA = {
+    **{key: _TENSOR for name, key in KEYS.items() if name != "meta"},
+    "meta": record({"data_digest": text, "classes": list_of(text)}),
+}
 CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of chunks, of this one
 
 
@@ -33,11 +42,8 @@ def load(path: str | Path) -> PseudoLabels:
         ValueError: if the file cannot be used, naming everything that is wrong with it.
     """
     needed = ("indexes", "labels", "labeled", "unlabeled")
-    state = checkpoint.load_dict(path, *(KEYS[name] for name in needed))
+    state = checkpoint.load_dict(path, *(KEYS[name] for name in needed), schema=SCHEMA)
     found = {name: state[key] for name, key in KEYS.items() if key in state}
-    wrong = [n for n, value in found.items() if n != "meta" and not isinstance(value, Tensor)]
-    if wrong:
-        raise ValueError(f"{path}: {', '.join(KEYS[n] for n in wrong)} must be dense tensors")
     if "confidence" not in found:
         if "probabilities" not in found:
             raise ValueError(f"{path} has neither pseudo_weights nor pseudo_probs")

@@ -86,9 +86,8 @@ class PseudoLabels:
             yield "an image is both labeled and pseudo-labeled"
         if not torch.isin(self.indexes, self.unlabeled).all():
             yield "a pseudo-labeled image is not among unlabeled_indexes"
-        yield from self._meta_problems()
         labels = list(self._label_problems())
-        yield from labels
+        yield from labels or self._meta_problems()
         yield from self._confidence_problems()
         if self.probabilities is not None and not labels:
             yield from self._probability_problems(self.probabilities)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datasets import UNKNOWN, DataSet
 from datasets.transforms import Augmentation
 from lib.features import backbones
-from lib.files import checkpoint
+from lib.files import checkpoint, published
 from lib.files.description import Description
 from lib.files.published import class_names, is_metric
 from lib.graph.knn import topk_correct
@@ -33,7 +33,7 @@ from lib.training.state import Checkpoints, TrainState, load_network
 from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
-OWN_KEYS = ("step", "acc", "best_acc", "net", "optimizer", "examples", "meta")
+OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Tester:
             raise ValueError("--eval measures a checkpoint, and this run has none yet")
         if self.test is None:
             raise ValueError("--eval needs test images: DIR/test/<class>/* or DIR/val/<class>/*")
-        state = checkpoint.load_dict(path)
+        state = published.load(path)
         if is_metric(state):
             raise ValueError(
                 f"{path} is a metric of phase 1, no classifier: --test-only of the scripts in "
@@ -223,7 +223,7 @@ def is_own_run(state: Mapping[str, Any]) -> bool:
 def read_start(path: str) -> dict[str, Any]:
     """Read the checkpoint that --resume names; a ValueError names the best checkpoint beside it."""
     try:
-        return checkpoint.load_dict(path)
+        return published.load(path)
     except ValueError as error:
         other = Path(path).with_name(BEST)
         if not other.is_file() or other.name == Path(path).name:
@@ -231,17 +231,19 @@ def read_start(path: str) -> dict[str, Any]:
         raise ValueError(f"{error}; the best checkpoint of that run is {other}") from error
 
 
-def begin(state: TrainState, resume: str, pretrained: str = "", *, own_only: bool = False) -> None:
-    """Resume a run, or else load the weights of another network: `resume` unless `own_only`, or `pretrained`.
+def begin(state: TrainState, settings: Settings, resume: str, *, own_only: bool = False) -> None:
+    """Resume a run, or else load the weights of another network: `resume` unless `own_only`, or --pretrained.
 
     Raises:
         ValueError: if a file does not fit or belongs to another run, listing the differences.
     """
-    if backbones.is_external(state.description.architecture):
-        pretrained = ""  # it was built with those weights
+    external = backbones.is_external(state.description.architecture)
+    pretrained = (
+        "" if external else settings.pretrained
+    )  # an external one was built with those weights
     entries = read_start(resume) if resume else {}
     if is_own_run(entries):
-        _resume(state, resume, entries)
+        _resume(state, resume, entries, settings.max_iters)
     elif resume and own_only:
         raise ValueError(
             f"--resume {resume}: this is not a run of phase 3 (it has no step); --pretrained takes the "
@@ -252,11 +254,11 @@ def begin(state: TrainState, resume: str, pretrained: str = "", *, own_only: boo
             f"{resume} and {pretrained} both hold weights to start from; name one of them"
         )
     elif resume or pretrained:
-        entries = entries if resume else checkpoint.load_dict(pretrained)
+        entries = entries if resume else published.load(pretrained)
         load_network(state.model, entries, resume or pretrained, start_of=state.description)
 
 
-def _resume(state: TrainState, path: str, entries: Mapping[str, Any]) -> None:
+def _resume(state: TrainState, path: str, entries: Mapping[str, Any], max_iters: int) -> None:
     if "meta" not in entries:
         raise ValueError(
             f"{path} was written by other scripts and does not say what run it is; --pretrained takes its "
@@ -268,6 +270,10 @@ def _resume(state: TrainState, path: str, entries: Mapping[str, Any]) -> None:
     if entries["examples"] != state.facts["examples"]:
         raise ValueError(f"{path} was trained on other images or labels than these")
     state.load_state_dict(entries, path)
+    if state.step > max_iters:
+        raise ValueError(
+            f"{path} is of step {state.step}, and this run has {max_iters}; it is damaged"
+        )
     print_main(f"continuing at step {state.step} (best accuracy so far {state.best:.2f}%)")
 
 

@@ -17,7 +17,7 @@ from datasets.listing import IMG_EXTENSIONS, image_files
 from datasets.resizing import Resizing
 from datasets.transforms import Augmentation
 from lib.features.networks import load_network
-from lib.files import checkpoint
+from lib.files import published
 from lib.files.description import Description
 from lib.files.published import is_metric
 from lib.labels.pseudo_labels import PseudoLabels
@@ -42,7 +42,7 @@ def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
     Raises:
         ValueError: if it holds no classifier, does not name its network, or does not fit it.
     """
-    state = checkpoint.load_dict(path)
+    state = published.load(path)
     if is_metric(state):
         raise ValueError(
             f"{path} is a metric of phase 1, no classifier; train one from it with cifar-semi.py or "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets import UNKNOWN, DataSet
 from lib.features.extraction import extract
-from lib.files import checkpoint, weights
+from lib.files import checkpoint, published, weights
 from lib.files.description import NUM_NEIGHBORS, TEMPERATURE
 from lib.files.published import BANK, bank_rows, is_metric
 from lib.graph import knn
@@ -53,10 +53,10 @@ def load_measured(model: nn.Module, source: str) -> None:
     """Load the weights of the checkpoint to measure; ValueError if there is none or it does not fit."""
     if not source:
         raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
-    load_network(model, checkpoint.load_dict(source), source)
+    load_network(model, published.load(source), source)
 
 
-def resume(state: TrainState, source: str, steps_per_epoch: int) -> None:
+def resume(state: TrainState, source: str, epochs: int, steps_per_epoch: int) -> None:
     """Resume a pretraining run from the checkpoint `source`.
 
     A file without the record `meta` is taken for a published one: its weights, momenta, memory bank and
@@ -66,23 +66,24 @@ def resume(state: TrainState, source: str, steps_per_epoch: int) -> None:
         ValueError: if it is not a checkpoint of phase 1, does not fit, or belongs to a run with other
             options or data.
     """
-    entries = checkpoint.load_dict(source, "optimizer", "epoch")
+    entries = published.load(source, "optimizer", "epoch")
     if not is_metric(entries):
         checkpoint.require_keys(entries, source, BANK)
     own = state.objective.checkpoint_entries()
-    with naming(source):
-        epoch = int(entries["epoch"]) + 1 - (state.names.first_epoch or 0)
-        accuracy = float(entries.get("acc", entries.get("best_prec1", 0.0)))
-    progress = {"step": epoch * steps_per_epoch, "acc": accuracy}
+    epochs_done = entries["epoch"] + 1 - (state.names.first_epoch or 0)
+    progress = {"step": epochs_done * steps_per_epoch}  # files from before `step` lack it
     if {"meta", "criterion", "description"} & entries.keys():  # published files have none of these
-        checkpoint.require_keys(entries, source, "meta", "best_acc")
+        checkpoint.require_keys(entries, source, "meta", *own)
         state.require_own(entries["meta"])
-        checkpoint.require_keys(entries, source, *own)
-        state.load_state_dict({**progress, **entries}, source)  # older files lack some of them
+        state.load_state_dict({**progress, **entries}, source)
     else:
-        progress["best_acc"] = entries.get("best_acc", accuracy)
         _take_over(state, entries, {**own, **progress}, source)
     within = state.step - state.epoch * steps_per_epoch
+    if not 0 <= state.epoch <= epochs or not 0 <= within <= steps_per_epoch:
+        raise ValueError(
+            f"{source} is of epoch {state.epoch} and step {state.step}, which do not fit a run of {epochs} "
+            f"epochs of {steps_per_epoch} steps; it was made with other options, or is damaged"
+        )
     place = f" and {within} steps" if within else ""
     print_main(f"continuing after epoch {state.epoch}{place} (best so far {state.best:.2f}%)")
 
@@ -90,7 +91,7 @@ def resume(state: TrainState, source: str, steps_per_epoch: int) -> None:
 def _take_over(
     state: TrainState, entries: Mapping[str, Any], more: Mapping[str, Any], source: str
 ) -> None:
-    """Resume from a published file with the entries that it lacks; the optimizer keeps its options."""
+    """Resume from a published file with the entries that it lacks."""
     rows, bank = bank_rows(entries, source), state.objective.bank_rows
     if bank is None:
         raise ValueError(
@@ -104,13 +105,8 @@ def _take_over(
     names = weights.model_weights(entries, source)
     with naming(source):
         momenta = _in_own_order(state.model, entries["optimizer"], names)
-    options = [
-        {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
-    ]
     more = {**more, BANK: {"memory": rows}, "optimizer": momenta}
     state.load_state_dict({**entries, **more}, source)
-    for group, own in zip(state.optimizer.param_groups, options, strict=True):
-        group.update(own)
     print_main(
         f"{source} is a published file: it records no options to compare with those of this run"
     )
@@ -180,7 +176,7 @@ class Monitor:
 
 def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
     """Read the N x D memory bank in a checkpoint of phase 1; ValueError if it holds none of these images."""
-    state = checkpoint.load_dict(source)
+    state = published.load(source)
     bank = bank_rows(state, source)
     recorded = state.get("meta", {}).get("data_digest", digest)
     if bank.shape != (num_images, dim) or recorded != digest:

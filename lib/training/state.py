@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from datasets import DataSet
 from lib.files import checkpoint, description, provenance, weights
 from lib.files.description import CLASSIFIER, METRIC, Description
-from lib.files.published import Names, class_names, is_metric
+from lib.files.published import Names, accuracies, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import is_main, print_main, share_buffers
 from lib.training.step import DIVERGED, Step
@@ -155,9 +155,6 @@ class TrainState:
             names.network: self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "acc": self.accuracy,
-            "best_acc": self.best,
-            names.best: self.best,
             "loss_sums": self.loss.state(),
             "architecture": self.description.architecture,
             names.architecture: self.description.architecture,
@@ -167,29 +164,42 @@ class TrainState:
         }
         if names.first_epoch is not None:
             state["epoch"] = self.epoch - 1 + names.first_epoch
+        state |= names.accuracies(self.accuracy, self.best)
         return state | self.objective.checkpoint_entries() | dict(self.facts)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str | Path) -> None:
         """Restore the run from the entries of the checkpoint `source`; ValueError if one does not fit."""
         load_network(self.model, state, source)
         with naming(source):
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._order_momenta()
+            has_momenta = any(group["momentum"] for group in self.optimizer.param_groups)
+            self._load_momenta(state["optimizer"], expected=has_momenta and state["step"] > 0)
             self.objective.load_entries(state)
-            self.step = int(state["step"])
-            if self.names.first_epoch is not None:
-                self.epoch = int(state["epoch"]) + 1 - self.names.first_epoch
-            self.loss = AverageMeter(*state.get("loss_sums", ()))
-            self.accuracy, self.best = float(state["acc"]), float(state["best_acc"])
+        self.step = state["step"]
+        if self.names.first_epoch is not None:
+            self.epoch = state["epoch"] + 1 - self.names.first_epoch
+        self.loss = AverageMeter(*state.get("loss_sums", ()))
+        self.accuracy, self.best = accuracies(state, self.names)
 
-    def _order_momenta(self) -> None:
-        """Give each momentum the memory order of its weight, which the fused optimizer takes for granted."""
+    def _load_momenta(self, saved: Mapping[str, Any], *, expected: bool) -> None:
+        """Restore the momenta alone, each in the memory order of its weight, as a fused optimizer needs them.
+
+        Learning rate, weight decay and all other options stay those of this run.
+        """
+        options = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(saved)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
+        if expected and not self.optimizer.state:
+            raise ValueError("the optimizer's momenta are missing")
         for parameter, kept in self.optimizer.state.items():
-            if (momentum := kept.get("momentum_buffer")) is None:
-                continue
-            if momentum.shape != parameter.shape:
-                sizes = tuple(momentum.shape), tuple(parameter.shape)
-                raise ValueError(f"a momentum of {sizes[0]} numbers for a weight of {sizes[1]}")
+            momentum = kept.get("momentum_buffer")
+            if momentum is None or momentum.shape != parameter.shape:
+                found = "none" if momentum is None else f"one of shape {list(momentum.shape)}"
+                wanted = f"a weight of shape {list(parameter.shape)}"
+                raise ValueError(f"{wanted} needs a momentum and has {found}")
             kept["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
 
 

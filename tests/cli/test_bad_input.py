@@ -263,9 +263,7 @@ def test_a_metric_of_phase_1_is_no_classifier_to_evaluate(refused, world, tmp_pa
     assert "metric of phase 1" in message
 
 
-@pytest.mark.parametrize(
-    "key", ["optimizer", "epoch", "lemniscate", "criterion", "best_acc", "meta"]
-)
+@pytest.mark.parametrize("key", ["optimizer", "epoch", "lemniscate", "criterion", "meta"])
 def test_pretraining_continues_no_checkpoint_that_lacks_a_part(refused, world, tmp_path, key):
     state = checkpoint.load_dict(world / "metric.pth.tar")
     del state[key]
@@ -292,7 +290,7 @@ def own_run(world, tmp_path) -> Path:
     return tmp_path / "own" / "exp" / "ckpt.pth.tar"
 
 
-@pytest.mark.parametrize("key", ["acc", "best_acc", "optimizer", "examples"])
+@pytest.mark.parametrize("key", ["best_acc", "optimizer", "examples"])
 def test_finetuning_continues_no_checkpoint_that_lacks_a_part(refused, own_run, key):
     state = checkpoint.load_dict(own_run)
     del state[key]

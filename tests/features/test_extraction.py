@@ -134,7 +134,10 @@ def test_a_bare_tensor_of_features_is_read_without_labels(tmp_path, legacy):
         ({"train_labels": torch.arange(3)}, "holds no features"),
         ({"train_features": torch.ones(3, 2), "train_labels": torch.arange(4)}, "4 labels for 3"),
         ({"train_features": torch.ones(3, 2), "train_labels": [0, 1, 2]}, "tensor"),
-        ({"train_features": torch.ones(3, 2), "train_labels": torch.ones(3, 1)}, "one number"),
+        (
+            {"train_features": torch.ones(3, 2), "train_labels": torch.ones(3, 1)},
+            "of 1 dimensions",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(tmp_path, state, message):

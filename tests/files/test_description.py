@@ -75,10 +75,10 @@ def test_a_description_is_read_back_as_it_was_written(tmp_path):
     ],
 )
 def test_a_wrong_entry_of_a_description_is_named(name, value):
-    with pytest.raises(ValueError, match=rf"a_file: its description is wrong: {name} "):
+    with pytest.raises(ValueError, match=rf"a_file: description.{name} is .*, not "):
         description.read(FOUND.state() | {name: value}, "a_file")
     without = {k: v for k, v in FOUND.state().items() if k != name}
-    with pytest.raises(ValueError, match=rf"a_file: its description must hold .*{name}"):
+    with pytest.raises(ValueError, match=rf"a_file: description has no {name}"):
         description.read(without, "a_file")
 
 

@@ -68,7 +68,10 @@ MUTATIONS = {  # name: (change, words of the message)
         lambda s: (s.pop("pseudo_probs"), s.pop("pseudo_weights")),
         "neither pseudo_weights nor pseudo_probs",
     ),
-    "no tensor": (replaced("pseudo_labels", torch.Tensor.tolist), "must be dense tensors"),
+    "no tensor": (
+        replaced("pseudo_labels", torch.Tensor.tolist),
+        "is a list, not a tensor",
+    ),
     "sparse tensor": (replaced("pseudo_probs", torch.Tensor.to_sparse), "a tensor that is sparse"),
     "float indexes": (
         replaced("pseudo_indexes", torch.Tensor.float),
@@ -134,7 +137,7 @@ MUTATIONS = {  # name: (change, words of the message)
         lambda s: s.update(meta={"classes": [*CLASSES, "elk"]}),
         "other classes: 4 elk / -",
     ),
-    "classes without names": (lambda s: s.update(meta={"classes": [1, 2]}), "not a list of names"),
+    "classes without names": (lambda s: s.update(meta={"classes": [1, 2]}), r"classes\[0\] is 1"),
     "too few class names": (lambda s: s.update(meta={"classes": ["ant"]}), "of 1 class names"),
 }
 

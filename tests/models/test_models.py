@@ -202,7 +202,7 @@ def test_a_published_state_dict_loads_although_each_name_starts_with_module(name
     published = build_model(name, 128)
     weights = {f"module.{k}": v for k, v in published.state_dict().items()}
     model = build_model(name, 128)
-    plain = model_weights({"net": weights, "acc": 82.12, "epoch": 1269}, "file")
+    plain = model_weights({"net": weights, "acc": 0.8212, "epoch": 1269}, "file")
     report = load_weights(model, plain, source="file")
     assert set(report.loaded) == set(model.state_dict())
     for key, value in model.state_dict().items():

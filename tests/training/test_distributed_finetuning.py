@@ -215,7 +215,7 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         torch.testing.assert_close(two["net"][name], value, rtol=1e-5, atol=1e-7)
     assert not torch.equal(one["net"]["fc.bias"], torch.zeros(4))
     assert two.keys() == one.keys()
-    for key in ("step", "acc", "best_acc", "examples", "classes"):
+    for key in ("step", "accuracies", "best_acc", "examples", "classes"):
         assert_same(two[key], one[key])
 
 

@@ -119,7 +119,7 @@ def world(tmp_path_factory) -> Path:
         "state_dict": {f"module.{name}": value for name, value in weights.items()},
         "arch": "resnet18",
         "epoch": 200,
-        "best_prec1": 41.0,
+        "best_prec1": 0.41,
         "optimizer": {},
         "lemniscate": {"memory": torch.rand(52, 128)},
     }
@@ -219,7 +219,7 @@ def test_a_run_from_chunks_leaves_the_published_keys_class_names_and_both_checkp
     scores = call(
         imagenet, *words(world, folder), "--eval", "--resume", folder / "e" / "ckpt.pth.tar"
     )
-    assert scores["top1"] == state["acc"]
+    assert scores["top1"] == state["accuracies"]["last"]
 
 
 def test_multi_step_drops_to_a_tenth_at_three_and_at_six_sevenths(finetune):
@@ -404,7 +404,7 @@ def test_two_processes_make_the_run_of_one_and_rank_0_alone_writes(finetune, wor
     for name, value in last(one)["net"].items():
         torch.testing.assert_close(last(two)["net"][name], value, rtol=1e-4, atol=1e-6)
     assert last(one)["net"]["fc.bias"].abs().max() > 1e-2  # there was something to learn
-    for key in ("step", "acc", "best_acc", "examples", "classes"):
+    for key in ("step", "accuracies", "best_acc", "examples", "classes"):
         assert_same(last(two)[key], last(one)[key])
 
 

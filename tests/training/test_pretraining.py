@@ -73,7 +73,9 @@ def test_the_script_runs_from_any_folder_and_leaves_the_published_keys(tmp_path)
     assert not [name for name in state["net"] if name.startswith(("module.", "_orig_mod."))]
     assert (folder / "ckpt.cifar.best.pth.tar").is_file()
     (epoch,) = deterministic(log_lines(tmp_path / "tensorboard" / "instance_cifar10"), "epoch")
-    assert epoch["knn_top1"] == state["acc"] > 10  # one epoch beats guessing among ten classes
+    assert epoch["knn_top1"] == state["accuracies"]["last"] > 10  # one epoch beats guessing
+    assert state["acc"] == epoch["knn_top1"] / 100  # published as a fraction
+    assert "best_acc" not in state
 
 
 def test_no_file_is_written_in_place_of_another_and_no_temporary_one_stays(pretrain):
@@ -120,10 +122,11 @@ def test_the_best_accuracy_is_remembered_on_resume(pretrain, tmp_path):
         pretrain("--epochs", 3)
     file, best = (tmp_path / "run" / f"ckpt.cifar.{x}pth.tar" for x in ("", "best."))
     state = checkpoint.load_dict(file)
-    checkpoint.save(state | {"best_acc": 101.0}, file)  # an accuracy that no later epoch reaches
+    never_reached = {"last": 1.0, "best": 100.0}
+    checkpoint.save(state | {"accuracies": never_reached}, file)
     before = best.read_bytes()
     pretrain("--epochs", 3, "--resume", file)
-    assert last(tmp_path / "run")["best_acc"] == 101
+    assert last(tmp_path / "run")["accuracies"]["best"] == 100
     assert best.read_bytes() == before
 
 
@@ -131,11 +134,10 @@ def test_best_and_last_are_both_kept_and_the_best_is_the_best_of_the_log(pretrai
     folder = pretrain("--epochs", 5)
     accuracies = [x["knn_top1"] for x in log_lines(folder / "log") if x["event"] == "epoch"]
     best = checkpoint.load_dict(folder / "ckpt.cifar.best.pth.tar")
-    assert best["acc"] == best["best_acc"] == max(accuracies)
+    assert best["accuracies"] == {"last": max(accuracies), "best": max(accuracies)}
     assert accuracies[best["epoch"]] == max(accuracies)
     assert last(folder)["epoch"] == 4
-    assert last(folder)["acc"] == accuracies[-1]
-    assert last(folder)["best_acc"] == max(accuracies)
+    assert last(folder)["accuracies"] == {"last": accuracies[-1], "best": max(accuracies)}
 
 
 def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_run_leaves_the_published_keys_and_the_last_the_best_and_the_numbered_
     assert {"state_dict", "optimizer", "arch", "epoch", "best_prec1", "lemniscate"} <= state.keys()
     assert "net" not in state
     assert (state["arch"], state["epoch"], state["step"]) == ("resnet18", 2, 8)
-    assert state["best_prec1"] == state["best_acc"]
+    assert state["best_prec1"] == state["accuracies"]["best"] / 100  # published as a fraction
     assert state["classes"] == ["blue", "gray", "green", "red"]
     assert state["lemniscate"]["memory"].shape == (52, 128)
     assert checkpoint.load_dict(finished / "ckpt-1.pth.tar")["epoch"] == 1  # the next one
