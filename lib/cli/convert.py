@@ -3,7 +3,11 @@
     python -m lib.cli.convert show FILE              what is in a file, of any published kind
     python -m lib.cli.convert convert IN OUT         the same as plain tensors, free of pickled classes
     python -m lib.cli.convert convert IN OUT.safetensors                    its tensors, for other tools
-    python -m lib.cli.convert convert IN OUT --published-format     as the scripts of 2019 read and write
+    python -m lib.cli.convert convert IN OUT --published-format     for the scripts of 2019
+
+The scripts and notebooks of 2019 start from the weights of such a file, and their imagenet-semi.py continues
+a run of phase 3. They cannot continue phase 1: for that they want the memory bank as a pickled object of
+theirs, which is not written here.
 
 Any file may be given, also one from a stranger: nothing in it is ever executed.
 """
@@ -19,7 +23,14 @@ from torch import Tensor
 from lib.cli import declared, start
 from lib.files import checkpoint
 from lib.files.atomic import write_whole
+from lib.files.published import in_published_units, is_metric
 from lib.files.weights import NETWORKS, strip_wrappers
+
+CANNOT_CONTINUE = (
+    "The scripts of 2019 take the weights of this metric (cifar-semi.py --resume, the notebooks, "
+    "imagenet-semi.py --pretrained). They cannot continue its training, for which they want the memory bank "
+    "as a pickled object of theirs."
+)
 
 
 def _renamed(state: Any, prefix: str) -> Any:
@@ -84,9 +95,9 @@ def show(path: str | Path) -> str:
 def convert(source: str | Path, target: str | Path, *, published: bool = False) -> list[str]:
     """Write a file again as plain tensors, or, where `target` ends in .safetensors, in that format.
 
-    `published` prefixes the names of weights by `module.` and writes the stream that torch before 1.6 reads.
-    The entries left out are returned, which only a safetensors file has. ValueErrors are those of
-    `checkpoint.load` and `checkpoint.save`.
+    `published` prefixes the names of weights by `module.`, gives accuracies in the published units and writes
+    the stream that torch before 1.6 reads. The entries left out are returned, which only a safetensors file
+    has. ValueErrors are those of `checkpoint.load` and `checkpoint.save`.
     """
     state, target = checkpoint.load(source), Path(target)
     if target.suffix == ".safetensors":
@@ -95,7 +106,10 @@ def convert(source: str | Path, target: str | Path, *, published: bool = False) 
                 "the published format is one of torch; name a file that ends in .pth.tar"
             )
         return _save_safetensors(_renamed(state, ""), target)
-    checkpoint.save(_renamed(state, "module." if published else ""), target, legacy=published)
+    state = _renamed(state, "module." if published else "")
+    if published and isinstance(state, dict):
+        state = in_published_units(state)
+    checkpoint.save(state, target, legacy=published)
     return []
 
 
@@ -111,7 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     converts.add_argument(
         "--published-format",
         action="store_true",
-        help="prefix the names of weights by module. and write the stream that torch before 1.6 reads",
+        help="prefix the names of weights by module. and write the stream that torch before 1.6 reads; see "
+        "above for what the scripts of 2019 can do with it",
     )
     return parser
 
@@ -122,6 +137,10 @@ def main(args: argparse.Namespace) -> None:
         return
     left_out = convert(args.source, args.target, published=args.published_format)
     print(args.target + (f", without {', '.join(left_out)}" if left_out else ""))
+    if args.published_format:
+        written = checkpoint.load(args.target)
+        if isinstance(written, dict) and is_metric(written):
+            print(CANNOT_CONTINUE)
 
 
 if __name__ == "__main__":

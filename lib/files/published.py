@@ -16,7 +16,7 @@ from datasets.cifar import CIFAR
 from datasets.images import IMAGENET_STATS
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.resizing import MARGIN
-from lib.files import checkpoint, description, weights
+from lib.files import checkpoint, description, schema, weights
 from lib.files.description import CLASSIFIER, METRIC, Description
 from lib.files.schema import (
     FLOATS,
@@ -79,6 +79,16 @@ def accuracies(state: Mapping[str, Any], names: Names) -> tuple[float, float]:
         return float(state.get("acc", math.nan)), float(state["best_acc"])
     value = float(state.get(names.accuracy, 0.0)) * 100 / names.hundred
     return value, value
+
+
+def in_published_units(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint whose published names hold the published units: fractions in phase 1.
+
+    Files of this project from before `accuracies` hold percentages there.
+    """
+    schema.require(state, SCHEMA, "the checkpoint")
+    is_old = "meta" in state and ACCURACIES not in state and is_metric(state)
+    return dict(state) | {k: state[k] / 100 for k in ("acc", "best_prec1") if is_old and k in state}
 
 
 _WEIGHTS = dict_of(tensor(None, (*FLOATS, *INTEGERS)))

@@ -1,6 +1,7 @@
 """Files of the formats of 2019: read bit for bit, used by the scripts, and given back."""
 
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 
@@ -15,7 +16,13 @@ from lib.cli import convert, declared
 from lib.cli.start import load_script
 from lib.features import extraction
 from lib.files import checkpoint
-from lib.files.published import CIFAR_METRIC, IMAGENET_METRIC, bank_rows
+from lib.files.published import (
+    CIFAR_METRIC,
+    CLASSIFIERS,
+    IMAGENET_METRIC,
+    accuracies,
+    bank_rows,
+)
 from lib.files.weights import load_weights, model_weights
 from lib.labels import pseudo_files, pseudo_labels
 from lib.runtime import devices
@@ -216,6 +223,41 @@ def test_what_we_write_in_the_published_format_has_published_keys(tmp_path):
     got = torch.load(tmp_path / "theirs", weights_only=True)
     assert list(got) == ["net", "step", "best_acc", "optimizer"]
     assert_equal(got["net"], published.wrapped(model))
+
+
+@pytest.mark.parametrize(
+    ("names", "published_key", "of_100_percent", "which"),
+    [
+        (CIFAR_METRIC, "acc", 1.0, "last"),
+        (IMAGENET_METRIC, "best_prec1", 1.0, "best"),
+        (CLASSIFIERS, "best_acc", 100.0, "best"),
+    ],
+)
+def test_accuracies_have_the_published_unit_under_the_published_key(
+    names, published_key, of_100_percent, which
+):
+    written = names.accuracies(25.0, 40.0)
+    value = {"last": 25.0, "best": 40.0}[which] * of_100_percent / 100
+    assert written == {"accuracies": {"last": 25.0, "best": 40.0}, published_key: value}
+    assert accuracies(written, names) == (25.0, 40.0)
+    of_2019 = {published_key: value}
+    assert accuracies(of_2019, names) == (value * 100 / of_100_percent,) * 2
+    earlier = {"meta": {}, "acc": 25.0, "best_acc": 40.0, "best_prec1": 40.0}  # before `accuracies`
+    assert accuracies(earlier, names) == (25.0, 40.0)
+    never_measured = names.accuracies(math.nan, 0.0)["accuracies"]
+    assert never_measured == {"last": None, "best": 0.0}
+
+
+def test_an_earlier_file_of_ours_goes_to_the_scripts_of_2019_in_their_units(tmp_path, capsys):
+    bank = {"lemniscate": {"memory": torch.randn(3, 2)}, "net": {"conv1.weight": torch.ones(2)}}
+    earlier = bank | {"meta": {}, "acc": 25.0, "best_acc": 40.0}
+    checkpoint.save(earlier, tmp_path / "in")
+    call(convert, "convert", tmp_path / "in", tmp_path / "out", "--published-format")
+    assert torch.load(tmp_path / "out", weights_only=True)["acc"] == 0.25
+    assert "cannot continue its training" in capsys.readouterr().out
+    checkpoint.save(bank | CIFAR_METRIC.accuracies(25.0, 40.0) | {"meta": {}}, tmp_path / "in")
+    call(convert, "convert", tmp_path / "in", tmp_path / "out", "--published-format")
+    assert torch.load(tmp_path / "out", weights_only=True)["acc"] == 0.25
 
 
 def test_show_prints_the_tree_of_a_published_file(tmp_path, wrn):
