@@ -123,7 +123,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_workers=workers,
         loader=args.loader,
     )
-    schedule = learning_rate(args.lr_scheduler, args.lr, args.epochs * per_epoch, per_epoch)
+    lengths = args.epochs * per_epoch, per_epoch
+    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, by_epoch=True)
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}

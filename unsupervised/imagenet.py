@@ -156,7 +156,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         loader=args.loader,
     )
     lengths = args.epochs * per_epoch, per_epoch
-    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, IMAGENET_INSTANCE_DROPS)
+    schedule = learning_rate(
+        args.lr_scheduler, args.lr, *lengths, IMAGENET_INSTANCE_DROPS, by_epoch=True
+    )
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}

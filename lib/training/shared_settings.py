@@ -66,7 +66,8 @@ class Optimization:
         "cosine",
         choices=SCHEDULES,
         help="how the learning rate falls: in steps; along a cosine; along cosines that restart, each twice "
-        "as long as the one before; or up and down once (one-cycle), for short runs",
+        "as long as the one before; or up and down once (one-cycle), for short runs. In phase 1 all but the "
+        "last keep it constant within an epoch, as published",
     )
     batch_size: int = invariant(
         128,
