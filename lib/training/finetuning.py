@@ -68,7 +68,7 @@ def choose_training_set(
     """Choose the labeled images with their true labels, then the most confident of the pseudo-labeled ones.
 
     Pseudo-labels are in `parts` or whole; without any, only the labeled images are chosen. With
-    `pseudo_per_chunk` each part is ranked by itself and gives the same fraction.
+    `pseudo_per_chunk` each part is ranked by itself and gives the same number.
 
     Raises:
         ValueError: if they do not fit the data set and the requested number of labels.
@@ -90,8 +90,8 @@ def choose_training_set(
     if (true == UNKNOWN).any():
         raise ValueError(f"{source}: a labeled image has no label in this data set")
     indexes, labels, weights = [labeled], [true], [torch.ones(len(true))]
-    for group in groups:
-        best = group.select(settings.pseudo_ratio, class_balanced=settings.class_balanced)
+    choice = {"ratio": settings.pseudo_ratio, "class_balanced": settings.class_balanced}
+    for group, best in zip(groups, pseudo_labels.most_confident(groups, **choice), strict=True):
         confidence = group.confidence[best].float()
         indexes.append(group.indexes[best])
         labels.append(group.labels[best])

@@ -266,7 +266,8 @@ class Labels:
     )
     pseudo_per_chunk: bool = invariant(
         False,
-        help="take --pseudo-ratio of every chunk, as published, instead of one ranking of all chunks",
+        help="take --pseudo-ratio of all chunks, equally many of each, as published, instead of one ranking "
+        "of all chunks",
     )
     class_balanced: bool = invariant(
         False, help="take --pseudo-ratio of every class, instead of one ranking of all classes"
