@@ -1,8 +1,9 @@
 """Phase 1 for ImageNet-sized folders: learn a metric without labels from images that stay in their files.
 
-The published runs (nearest-neighbor accuracy 41.0% with resnet18, 46.8% with resnet50), on four GPUs:
+The published runs (nearest-neighbor accuracy 41.0% with resnet18, 46.8% with resnet50), on all visible GPUs
+(`--gpus 0,1` takes two of them):
 
-    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 --gpus 0,1,2,3 -j 32
+    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 -j 32
 
 DIR holds train/<class>/*, val/<class>/* and, if there are images without labels, unlabeled/**. Labels are
 used to measure only. --batch-size is the total over all GPUs. On each of several machines:

@@ -189,6 +189,7 @@ class ImageNetPretraining(PretrainingSettings):
     batch_size: int = 256
     weight_decay: float = 1e-4
     epochs: int = 200
+    gpus: str = "all"
     nce_k: int = 4096
     nce_t: float = 0.07
     model_dir: str = "./checkpoint/instance_imagenet"

@@ -97,9 +97,9 @@ class Compute:
     gpus: str = option(
         "0",
         metavar="DEVICES",
-        help="CUDA devices, one process each (0,1,2,3), or cpu (cpu,cpu: two processes). Without CUDA, "
-        "numbers mean one process on the CPU. Under torchrun every process takes the device of its "
-        "LOCAL_RANK",
+        help="CUDA devices, one process each (0,1,2,3, or all: every visible one), or cpu (cpu,cpu: two "
+        "processes). Without CUDA, numbers and all mean one process on the CPU. Under torchrun every process "
+        "takes the device of its LOCAL_RANK",
     )
     precision: str = option(
         "auto",
