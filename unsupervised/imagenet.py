@@ -81,16 +81,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start-epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.test_only or args.evaluate:
-        unused = (*checks.ONLY_TRAINING, "pretrained")
+        unused = (*checks.ONLY_TRAINING, "pretrained", "nce_t")
         checks.warn_unused(args, parser, "where a checkpoint is measured", *unused)
-
-
-def load_measured(args, model, train, source: str):
-    """Load the checkpoint to measure into the network; return its memory bank with --evaluate."""
-    pretraining.load_measured(model, source)
-    if not args.evaluate:
-        return None
-    return pretraining.stored_bank(source, len(train), args.low_dim, train.digest)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -108,7 +100,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             num_workers=workers,
             in_memory=False,
         )
-    monitor = pretraining.Monitor(train, test, device, workers, args.val_batch_size)
+    monitor = pretraining.Monitor(train, test, device, args.nce_t, workers, args.val_batch_size)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; --evaluate and --test-only measure it and end here
@@ -117,10 +109,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     automatic = args.auto_resume or args.resume == "auto"
     source = checkpoint.newest_readable(folder, names) if automatic else args.resume
     torch.manual_seed(args.rng_seed)
-    described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=True)
+    described = describe(
+        METRIC, args.architecture, train, args.low_dim, imagenet=True, temperature=args.nce_t
+    )
     model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.evaluate or args.test_only:
-        return monitor.measure(model, load_measured(args, model, train, source))
+        return monitor.measure_file(source, model, stored=args.evaluate)
 
     # 3. Objective and optimizer; initial weights, or the run to resume
     objective = pretraining.build_objective(settings, len(train), device)

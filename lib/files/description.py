@@ -12,7 +12,7 @@ from typing import Any
 KEY = "description"
 METRIC, CLASSIFIER = "metric", "classifier"
 KINDS = (METRIC, CLASSIFIER)
-NUM_NEIGHBORS, TEMPERATURE = 200, 0.1  # of the kNN monitor (Wu et al. 2018)
+NUM_NEIGHBORS, TEMPERATURE = 200, 0.1  # of the kNN monitor for CIFAR-10 (Wu et al. 2018)
 LARGEST = 2**20  # of a size in a description: a file must not make its reader run out of memory
 
 
@@ -29,7 +29,7 @@ class Description:
     resize: int  # length of the shorter side in evaluation, before the central crop
     classes: tuple[str, ...] = ()  # names, in the order of their numbers
     num_neighbors: int = NUM_NEIGHBORS  # K of a metric's kNN monitor
-    temperature: float = TEMPERATURE  # T of that monitor
+    temperature: float = TEMPERATURE  # T of that monitor, and of the loss
 
     @property
     def is_gray(self) -> bool:

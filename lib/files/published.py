@@ -4,6 +4,7 @@ The scripts of 2019 wrote no description of a network. Only this module guesses 
 entries, the shapes of weights and, in older files of this project, the recorded options.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from datasets.images import IMAGENET_STATS
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.resizing import MARGIN
 from lib.files import description, weights
-from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from models.resnet import STEM
 
 BANK = "lemniscate"  # key of the memory bank of phase 1, which no classifier has
 HEADS = ("fc.weight", "linear.weight", "head.weight")
 SMALL_SIZE, IMAGENET_SIZE = 32, 224  # image sizes for a checkpoint that does not record its own
+IMAGENET_TEMPERATURE = 0.07  # of the published metrics for ImageNet
 DEFAULT_METRIC = "wrn-28-2"  # network of the published metrics for CIFAR, which do not name it
 STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHES_STATS}
 
@@ -95,6 +97,23 @@ def class_names(state: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
+def _temperature(state: Mapping[str, Any], options: Mapping[str, Any], imagenet: bool) -> float:
+    """Find the temperature of a metric, which is that of its training, too.
+
+    Older files of this project have it among their options, published ones in their memory bank; a file
+    without it gets the published one.
+    """
+    recorded, bank = options.get("nce_t"), state.get(BANK)
+    values = bank.get("params") if isinstance(bank, Mapping) else None
+    if isinstance(values, Tensor) and values.shape in ((2,), (4,)):
+        recorded = float(
+            values[len(values) // 2 - 1]
+        )  # of (T, momentum) or NCE's (K, T, Z, momentum)
+    if isinstance(recorded, float) and 0 < recorded < math.inf:
+        return recorded
+    return IMAGENET_TEMPERATURE if imagenet else TEMPERATURE
+
+
 def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -> Description:
     metric, meta = kind == METRIC, state.get("meta")
     options = meta.get("options") if isinstance(meta, Mapping) else None
@@ -120,4 +139,5 @@ def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -
         size,
         round(size * MARGIN) if imagenet and dataset == "folder" else size,
         tuple(class_names(state)),
+        temperature=_temperature(state, options, imagenet),
     )

@@ -54,7 +54,11 @@ class InstanceDiscrimination:
         help="negatives to draw for each image; 0: compare with all images, by a full softmax",
     )
     nce_t: float = invariant(
-        0.1, limit=POSITIVE, metavar="T", help="temperature that cosine similarities are divided by"
+        0.1,
+        limit=POSITIVE,
+        metavar="T",
+        help="temperature that cosine similarities are divided by, in the loss and the kNN monitor; a "
+        "checkpoint is measured with its own",
     )
     nce_m: float = invariant(
         0.5,

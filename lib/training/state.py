@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from datasets import DataSet
 from lib.files import checkpoint, description, provenance, weights
-from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from lib.files.published import Names, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import is_main, print_main, share_buffers
@@ -27,8 +27,12 @@ def describe(
     *,
     imagenet: bool,
     gray: bool = False,
+    temperature: float = TEMPERATURE,
 ) -> Description:
-    """Describe the network of a run, for `models.build_model` and the readers of its checkpoints."""
+    """Describe the network of a run, for `models.build_model` and the readers of its checkpoints.
+
+    `temperature` is that of a metric's kNN monitor.
+    """
     mean, std = train.stats
     arguments = {
         "out_features": out_features,
@@ -37,7 +41,8 @@ def describe(
         "imagenet": imagenet,
     }
     sizes = train.image_size, train.evaluation_resize
-    return Description(kind, architecture, arguments, mean, std, *sizes, train.classes)
+    found = Description(kind, architecture, arguments, mean, std, *sizes, train.classes)
+    return replace(found, temperature=temperature)
 
 
 def load_network(
