@@ -6,8 +6,11 @@ hold none, lib/files/published.py guesses it from keys and weights.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from datasets.images import Stats
+from datasets.transforms import LUMA
 
 KEY = "description"
 METRIC, CLASSIFIER = "metric", "classifier"
@@ -23,13 +26,19 @@ class Description:
     kind: str  # `METRIC` (phase 1, the last layer is an embedding) or `CLASSIFIER` (phase 3)
     architecture: str  # for `build_model` or `lib.features.backbones`; may be empty if published
     arguments: Mapping[str, Any]  # `out_features`, `in_channels`, `normalize`, `imagenet`
-    mean: tuple[float, ...]  # of red, green and blue in [0, 1]; a gray network takes the average
-    std: tuple[float, ...]  # likewise; the input is normalized by both
+    mean: tuple[float, float, float]  # of red, green and blue in [0, 1]
+    std: tuple[float, float, float]  # both normalize the input; a gray network takes their averages
     image_size: int  # side in pixels of the network's input
     resize: int  # length of the shorter side in evaluation, before the central crop
     classes: tuple[str, ...] = ()  # names, in the order of their numbers
     num_neighbors: int = NUM_NEIGHBORS  # K of a metric's kNN monitor
     temperature: float = TEMPERATURE  # T of that monitor, and of the loss
+    luma: tuple[float, ...] = ()  # weights of red, green and blue in the input of a gray network
+
+    @property
+    def stats(self) -> Stats:
+        """Mean and standard deviation, as `datasets.transforms.Augmentation` takes them."""
+        return self.mean, self.std
 
     @property
     def is_gray(self) -> bool:
@@ -88,6 +97,11 @@ def _problems(entry: Mapping[str, Any]) -> Iterator[str]:
         yield "temperature is not a positive number"
     if not _are(entry["classes"], str):
         yield "classes are not a list of names"
+    luma = entry["luma"]
+    if not _are(luma, float) or len(luma) not in (0, 3) or not all(map(math.isfinite, luma)):
+        yield "luma is not three finite numbers"
+    elif luma and isinstance(arguments, Mapping) and arguments.get("in_channels") != 1:
+        yield "luma is of a network that reads colors"
 
 
 def read(entry: Any, source: str) -> Description:
@@ -96,11 +110,14 @@ def read(entry: Any, source: str) -> Description:
     A ValueError lists all values that are missing or of a wrong kind.
     """
     names = tuple(Description.__dataclass_fields__)
+    if isinstance(entry, Mapping):
+        entry = {"luma": (), **entry}  # older files do not have it
     if not isinstance(entry, Mapping) or any(name not in entry for name in names):
         raise ValueError(f"{source}: its description must hold {', '.join(names)}")
     if problems := list(_problems(entry)):
         raise ValueError(f"{source}: its description is wrong: {'; '.join(problems)}")
     values = {name: entry[name] for name in names}
-    for name in ("mean", "std", "classes"):
+    for name in ("mean", "std", "classes", "luma"):
         values[name] = tuple(values[name])
-    return Description(**values)
+    found = Description(**values)
+    return replace(found, luma=LUMA) if found.is_gray and not found.luma else found

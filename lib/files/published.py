@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from datasets.cifar import CIFAR
-from datasets.images import IMAGENET_STATS
+from datasets.images import GRAY_LUMA, GRAY_STATS, IMAGENET_STATS
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.resizing import MARGIN
+from datasets.transforms import LUMA
 from lib.files import description, weights
 from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from models.resnet import STEM
@@ -129,15 +130,17 @@ def _guess(state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str) -
         arguments["in_channels"] = stem.shape[1]
     dataset = options.get("dataset", "folder" if imagenet else "cifar10")
     size = int(options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE))
-    mean, std = STATS.get(dataset, IMAGENET_STATS)
+    stats, luma = STATS.get(dataset, IMAGENET_STATS), ()
+    if arguments.get("in_channels") == 1:  # older files of this project have a record `meta`
+        stats, luma = (stats, LUMA) if isinstance(meta, Mapping) else (GRAY_STATS, GRAY_LUMA)
     return Description(
         kind,
         str(name),
         arguments,
-        mean,
-        std,
+        *stats,
         size,
         round(size * MARGIN) if imagenet and dataset == "folder" else size,
         tuple(class_names(state)),
         temperature=_temperature(state, options, imagenet),
+        luma=luma,
     )

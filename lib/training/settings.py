@@ -209,7 +209,9 @@ class ClassifierNetwork(Network):
         False, help="train the last layer only; all others keep their weights"
     )
     input_gray: bool = invariant(
-        False, help="turn images gray, for a network of the colorization task"
+        False,
+        help="turn images gray, for a network of the colorization task: 0.2125 red + 0.7154 green + 0.0721 "
+        "blue in [0, 1], not normalized",
     )
     pretrained: str = option(
         "",

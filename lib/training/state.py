@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets import DataSet
+from datasets.images import GRAY_LUMA, GRAY_STATS
 from lib.files import checkpoint, description, provenance, weights
 from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from lib.files.published import Names, class_names, is_metric
@@ -31,9 +32,9 @@ def describe(
 ) -> Description:
     """Describe the network of a run, for `models.build_model` and the readers of its checkpoints.
 
-    `temperature` is that of a metric's kNN monitor.
+    `gray` takes the published gray input; `temperature` is that of a metric's kNN monitor.
     """
-    mean, std = train.stats
+    stats, luma = (GRAY_STATS, GRAY_LUMA) if gray else (train.stats, ())
     arguments = {
         "out_features": out_features,
         "in_channels": 1 if gray else 3,
@@ -41,8 +42,8 @@ def describe(
         "imagenet": imagenet,
     }
     sizes = train.image_size, train.evaluation_resize
-    found = Description(kind, architecture, arguments, mean, std, *sizes, train.classes)
-    return replace(found, temperature=temperature)
+    found = Description(kind, architecture, arguments, *stats, *sizes, train.classes)
+    return replace(found, temperature=temperature, luma=luma)
 
 
 def load_network(
