@@ -1,5 +1,6 @@
 """The state of a training run: everything that a checkpoint holds, under published names."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -114,19 +115,25 @@ class TrainState:
     epoch: int = 0  # epochs done and measured
     accuracy: float = float("nan")  # percentage at the last test
     best: float = 0.0  # and the highest so far
-    # mean over the epoch so far in phase 1, over the steps since the last line in phase 3
-    loss: AverageMeter = field(default_factory=AverageMeter)
+    # means by name over the epoch so far in phase 1, over the steps since the last line in phase 3
+    meters: dict[str, AverageMeter] = field(default_factory=dict)
     checked: int = -1  # step after which the weights were last found finite
 
     def count(self, step: Step) -> None:
-        """Count an optimizer step and its loss."""
+        """Count an optimizer step, its loss and what else it measured."""
         self.step = step.number + 1
-        self.loss.update(step.loss, step.batch_size)
+        for name, mean in step.means.items():
+            self.meters.setdefault(name, AverageMeter()).update(mean, step.batch_size)
 
-    def take_loss(self) -> float:
-        """Return the mean loss since the last call and begin a new mean; this waits for the device."""
-        value, self.loss = self.loss.value, AverageMeter()
-        return value
+    def means(self) -> dict[str, float]:
+        """Return all means so far by name, the loss NaN before the first step; this waits for the device."""
+        return {"loss": math.nan} | {name: meter.value for name, meter in self.meters.items()}
+
+    def take_means(self) -> dict[str, float]:
+        """Return `means` and begin new ones."""
+        means = self.means()
+        self.meters.clear()
+        return means
 
     def measure(self, accuracy: float) -> bool:
         """Record an accuracy in percent, and return whether it is the best so far; NaN (unknown) is."""
@@ -136,7 +143,8 @@ class TrainState:
 
     def finish_epoch(self, accuracy: float) -> bool:
         """Count an epoch with its accuracy in percent, and return whether it is the best so far."""
-        self.epoch, self.loss = self.epoch + 1, AverageMeter()
+        self.epoch += 1
+        self.meters.clear()
         return self.measure(accuracy)
 
     def require_finite(self) -> None:
@@ -164,7 +172,7 @@ class TrainState:
             "acc": self.accuracy,
             "best_acc": self.best,
             names.best: self.best,
-            "loss_sums": self.loss.state(),
+            "sums": {name: meter.state() for name, meter in self.meters.items()},
             "architecture": self.description.architecture,
             names.architecture: self.description.architecture,
             "classes": list(self.description.classes),
@@ -185,7 +193,9 @@ class TrainState:
             self.step = int(state["step"])
             if self.names.first_epoch is not None:
                 self.epoch = int(state["epoch"]) + 1 - self.names.first_epoch
-            self.loss = AverageMeter(*state.get("loss_sums", ()))
+            # older files have the sums of the loss alone, or none
+            sums = state.get("sums", {"loss": state.get("loss_sums", ())})
+            self.meters = {n: AverageMeter(*map(float, pair)) for n, pair in sums.items()}
             self.accuracy, self.best = float(state["acc"]), float(state["best_acc"])
 
     def _order_momenta(self) -> None:

@@ -408,7 +408,7 @@ def test_two_processes_make_the_run_of_one_but_for_batchnorm(pictures, tmp_path)
         assert (two["state_dict"][name] - one["state_dict"][name]).norm() < 0.01 * moved, name
     rows = (run["lemniscate"]["memory"] for run in (two, one))
     torch.testing.assert_close(*rows, rtol=0, atol=1e-4)
-    sums = (torch.tensor(run["loss_sums"]) for run in (two, one))
+    sums = (torch.tensor(run["sums"]["loss"]) for run in (two, one))
     torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-4)
     z = (run["criterion"]["z"] for run in (two, one))
     torch.testing.assert_close(*z, rtol=1e-4, atol=0)
