@@ -107,9 +107,8 @@ def _temperature(state: Mapping[str, Any], options: Mapping[str, Any], imagenet:
     recorded, bank = options.get("nce_t"), state.get(BANK)
     values = bank.get("params") if isinstance(bank, Mapping) else None
     if isinstance(values, Tensor) and values.shape in ((2,), (4,)):
-        recorded = float(
-            values[len(values) // 2 - 1]
-        )  # of (T, momentum) or NCE's (K, T, Z, momentum)
+        # (T, momentum) of the full softmax, (K, T, Z, momentum) of NCE
+        recorded = float(values[len(values) // 2 - 1])
     if isinstance(recorded, float) and 0 < recorded < math.inf:
         return recorded
     return IMAGENET_TEMPERATURE if imagenet else TEMPERATURE

@@ -177,7 +177,7 @@ class NCE(_Sampled):
 
     P = exp(v.m / T) / Z; the loss is -[log(P / (P + K/N + eps)) for the positive + sum over the negatives of
     log((K/N) / (P + K/N + eps))], averaged over the batch. With c = K/N + eps, P / (P + c) is the logistic
-    function of log(P / c), and neither overflows nor vanishes where P does.
+    function of log(P / c), whose logarithm stays finite where P vanishes or overflows.
 
     With `z_momentum` None, Z is estimated once, as N mean(exp) of the first batch, as published. A number
     such as 0.99 updates it as an exponential moving average: the embeddings of the first batch are random,
