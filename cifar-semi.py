@@ -66,12 +66,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train, test = build_datasets(
             args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
-    tester = Tester(test, device, args.input_gray, args.num_workers)
 
     # 2. Network; --eval measures it and ends here
     classes, gray = train.num_classes, args.input_gray
     described = describe(CLASSIFIER, args.architecture, train, classes, imagenet=False, gray=gray)
+    described = finetuning.described_as_before(described, settings, resume)
     model = finetuning.build_classifier(settings, described, resume, device)
+    shown = Augmentation((), described.stats, luma=described.luma)
+    tester = Tester(test, device, shown, args.num_workers)
     if args.eval:
         return tester.measure_file(resume or args.pretrained, model)
 
@@ -92,7 +94,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 4. Train; test and save every --eval-freq steps
     batches = Batches(
         train,
-        Augmentation(finetune_ops(), train.stats, gray=args.input_gray),
+        Augmentation(finetune_ops(), described.stats, luma=described.luma),
         device,
         batch_size=args.batch_size,
         seed=args.rng_seed,

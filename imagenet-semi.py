@@ -82,12 +82,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             num_workers=workers,
             in_memory=False,
         )
-    tester = Tester(test, device, args.input_gray, args.num_workers)
 
     # 2. Network; --eval measures it and ends here
     classes, gray = train.num_classes, args.input_gray
     described = describe(CLASSIFIER, args.architecture, train, classes, imagenet=True, gray=gray)
+    described = finetuning.described_as_before(described, settings, resume)
     model = finetuning.build_classifier(settings, described, resume, device)
+    shown = Augmentation((), described.stats, luma=described.luma)
+    tester = Tester(test, device, shown, args.num_workers)
     if args.eval:
         return tester.measure_file(resume or args.pretrained, model)
 
@@ -109,7 +111,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     ops = [RandomResizedCrop(SMALLEST_CROP), RandomHorizontalFlip()]
     batches = Batches(
         train,
-        Augmentation(ops, train.stats, gray=args.input_gray),
+        Augmentation(ops, described.stats, luma=described.luma),
         device,
         batch_size=args.batch_size,
         seed=args.rng_seed,

@@ -20,6 +20,10 @@ Stats = tuple[
 CIFAR10_STATS: Stats = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATS: Stats = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The published colorization networks read scikit-image's `rgb2gray`: these weights of red, green and blue,
+# and values in [0, 1] as they are.
+GRAY_LUMA = (0.2125, 0.7154, 0.0721)
+GRAY_STATS: Stats = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 class DataSet:

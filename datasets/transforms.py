@@ -15,7 +15,7 @@ expensive, computes an operation for the images that it changes only.
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,10 +45,10 @@ class Op(Protocol):
         """Return torchvision's counterpart, for S x S Pillow images."""
 
 
-def to_gray(images: Tensor) -> Tensor:
-    """Convert B x 3 x H x W images to B x 1 x H x W luminance."""
-    r, g, b = images.split(1, dim=1)
-    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
+def to_gray(images: Tensor, luma: Sequence[float] = LUMA) -> Tensor:
+    """Convert images, ... x 3 x H x W, to ... x 1 x H x W sums of red, green and blue with weights `luma`."""
+    r, g, b = images.split(1, dim=-3)
+    return (r * luma[0]).add_(g, alpha=luma[1]).add_(b, alpha=luma[2])
 
 
 def _column(values: Tensor) -> Tensor:
@@ -348,13 +348,14 @@ class Augmentation:
     Args:
         ops: operations in order; none for evaluation.
         stats: mean and standard deviation per channel.
-        gray: whether to reduce to one channel, for networks that read gray images.
+        luma: weights of red, green and blue in the one channel of networks that read gray images, whose
+            mean and standard deviation are the averages of `stats`; none for color.
     """
 
-    def __init__(self, ops: Sequence[Op], stats: Stats, *, gray: bool = False) -> None:
-        self.ops, self.gray = tuple(ops), gray
+    def __init__(self, ops: Sequence[Op], stats: Stats, *, luma: Sequence[float] = ()) -> None:
+        self.ops, self.luma = tuple(ops), tuple(luma)
         values = np.array(stats, np.float32)
-        values = values.mean(axis=1, keepdims=True) if gray else values
+        values = values.mean(axis=1, keepdims=True) if luma else values
         self.mean, self.std = map(tuple, values.tolist())
 
     @property
@@ -374,8 +375,8 @@ class Augmentation:
 
     def pil_transform(self, size: int) -> transforms.Compose:
         """Return the same chain for one Pillow image, to normalized C x S x S float32."""
-        gray = [transforms.Grayscale()] if self.gray else []
-        ending = (*gray, transforms.ToTensor(), transforms.Normalize([*self.mean], [*self.std]))
+        gray = [transforms.Lambda(partial(to_gray, luma=self.luma))] if self.luma else []
+        ending = (transforms.ToTensor(), *gray, transforms.Normalize([*self.mean], [*self.std]))
         return transforms.Compose([*(op.pil_transform(size) for op in self.ops), *ending])
 
     def __call__(self, images: Tensor, params: Sequence[Tensor] = ()) -> Tensor:
@@ -385,7 +386,7 @@ class Augmentation:
         """
         params = [values.to(images.device, non_blocking=True) for values in params]
         n, channels, *size = images.shape
-        shape = (n, 1 if self.gray else channels, *size)
+        shape = (n, 1 if self.luma else channels, *size)
         out = _empty_channels_last(shape, images.device)
         step = max(1, n if images.is_cuda else CACHED // (channels * math.prod(size)))
         for start in range(0, n, step):
@@ -397,7 +398,7 @@ class Augmentation:
         x = images.float().div_(255)
         for op, values in zip(self.ops, params, strict=True):
             x = op(x, values)
-        x = to_gray(x) if self.gray else x
+        x = to_gray(x, self.luma) if self.luma else x
         mean, std = _constant((self.mean, self.std), x.device)[:, None, :, None, None]
         return (x - mean).div_(std)
 

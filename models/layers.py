@@ -19,7 +19,7 @@ def l2_normalize(vectors: Tensor) -> Tensor:
 
 
 def init_he(module: nn.Module) -> None:
-    """Initialize weights as He et al. (2015) in fan-out mode, as published."""
+    """Initialize weights as He et al. (2015) in fan-out mode, as published for wide residual networks."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels

@@ -7,7 +7,7 @@ Parameter names are those of the published `ckpt_instance_cifar10_resnet18`: `co
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import EmbeddingNet, global_pool, init_he
+from models.layers import EmbeddingNet, global_pool
 
 
 def _shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Sequential:
@@ -66,7 +66,11 @@ LAYOUTS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] 
 
 
 class SmallResNet(EmbeddingNet):
-    """ResNet-`depth` for small images; arguments as in `models.wideresnet.WideResNet`."""
+    """ResNet-`depth` for small images; arguments as in `models.wideresnet.WideResNet`.
+
+    Its start weights are torch's own, uniform in +-1/sqrt(fan-in), as published; those of the other networks
+    are from He et al. (2015).
+    """
 
     head_name = "linear"
 
@@ -87,7 +91,6 @@ class SmallResNet(EmbeddingNet):
                 width = planes * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(width, out_features)
-        init_he(self)
 
     def pooled(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

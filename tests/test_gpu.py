@@ -73,7 +73,7 @@ def test_the_three_phases_are_those_of_the_cpu(tmp_path):
              "--checkpoint", tmp_path / "0" / source.name, "--save-path", folder)  # fmt: skip
         labels = pseudo_files.load(folder / "50.pth.tar").labels
         second = classifier(folder, *exact, "--stop-after", 6)
-        losses = [total / rows for total, rows in (first["loss_sums"], second["loss_sums"])]
+        losses = [total / rows for total, rows in (first["sums"]["loss"], second["sums"]["loss"])]
         found[gpus] = torch.tensor(losses), torch.as_tensor(labels)
     torch.testing.assert_close(found["0"][0], found["cpu"][0], rtol=2e-2, atol=0)
     assert (found["0"][1] == found["cpu"][1]).double().mean() > 0.98
@@ -107,7 +107,7 @@ def test_compiled_kernels_inside_a_graph_train_a_metric_alike(tmp_path):
     losses = [
         total / rows
         for total, rows in (
-            metric(tmp_path / name, *words, *more, "--stop-after", 4 * EPOCH + 12)["loss_sums"]
+            metric(tmp_path / name, *words, *more, "--stop-after", 4 * EPOCH + 12)["sums"]["loss"]
             for name, more in (("plain", ()), ("compiled", ("--compile",)))
         )
     ]

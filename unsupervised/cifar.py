@@ -66,7 +66,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
     if args.test_only:
-        checks.warn_unused(args, parser, "with --test-only", *checks.ONLY_TRAINING)
+        checks.warn_unused(args, parser, "with --test-only", *checks.ONLY_TRAINING, "nce_t")
     if args.transform_crop == "PadCrop":
         checks.warn_unused(args, parser, "with PadCrop", "transform_scale")
 
@@ -81,18 +81,19 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train, test = build_datasets(
             args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
-    monitor = pretraining.Monitor(train, test, device, workers)
+    monitor = pretraining.Monitor(train, test, device, args.nce_t, workers)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; --test-only measures it and ends here
     folder, log_folder = Path(args.model_dir), Path(args.log_dir)
     source = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     torch.manual_seed(args.rng_seed)
-    described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=False)
+    described = describe(
+        METRIC, args.architecture, train, args.low_dim, imagenet=False, temperature=args.nce_t
+    )
     model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.test_only:
-        pretraining.load_measured(model, source)
-        return monitor.measure(model)
+        return monitor.measure_file(source, model)
 
     # 3. Objective and optimizer, or the run to resume
     objective = pretraining.build_objective(settings, len(train), device)
@@ -123,7 +124,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         num_workers=workers,
         loader=args.loader,
     )
-    schedule = learning_rate(args.lr_scheduler, args.lr, args.epochs * per_epoch, per_epoch)
+    lengths = args.epochs * per_epoch, per_epoch
+    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, by_epoch=True)
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}

@@ -1,8 +1,9 @@
 """Phase 1 for ImageNet-sized folders: learn a metric without labels from images that stay in their files.
 
-The published runs (nearest-neighbor accuracy 41.0% with resnet18, 46.8% with resnet50), on four GPUs:
+The published runs (nearest-neighbor accuracy 41.0% with resnet18, 46.8% with resnet50), on all visible GPUs
+(`--gpus 0,1` takes two of them):
 
-    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 --gpus 0,1,2,3 -j 32
+    python unsupervised/imagenet.py --data-dir DIR --arch resnet50 -j 32
 
 DIR holds train/<class>/*, val/<class>/* and, if there are images without labels, unlabeled/**. Labels are
 used to measure only. --batch-size is the total over all GPUs. On each of several machines:
@@ -80,16 +81,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.start_epoch >= args.epochs:
         raise ValueError(f"--start-epoch {args.start_epoch}: the last epoch is {args.epochs - 1}")
     if args.test_only or args.evaluate:
-        unused = (*checks.ONLY_TRAINING, "pretrained")
+        unused = (*checks.ONLY_TRAINING, "pretrained", "nce_t")
         checks.warn_unused(args, parser, "where a checkpoint is measured", *unused)
-
-
-def load_measured(args, model, train, source: str):
-    """Load the checkpoint to measure into the network; return its memory bank with --evaluate."""
-    pretraining.load_measured(model, source)
-    if not args.evaluate:
-        return None
-    return pretraining.stored_bank(source, len(train), args.low_dim, train.digest)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
@@ -107,7 +100,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             num_workers=workers,
             in_memory=False,
         )
-    monitor = pretraining.Monitor(train, test, device, workers, args.val_batch_size)
+    monitor = pretraining.Monitor(train, test, device, args.nce_t, workers, args.val_batch_size)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; --evaluate and --test-only measure it and end here
@@ -116,10 +109,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     automatic = args.auto_resume or args.resume == "auto"
     source = checkpoint.newest_readable(folder, names) if automatic else args.resume
     torch.manual_seed(args.rng_seed)
-    described = describe(METRIC, args.architecture, train, args.low_dim, imagenet=True)
+    described = describe(
+        METRIC, args.architecture, train, args.low_dim, imagenet=True, temperature=args.nce_t
+    )
     model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.evaluate or args.test_only:
-        return monitor.measure(model, load_measured(args, model, train, source))
+        return monitor.measure_file(source, model, stored=args.evaluate)
 
     # 3. Objective and optimizer; initial weights, or the run to resume
     objective = pretraining.build_objective(settings, len(train), device)
@@ -156,7 +151,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         loader=args.loader,
     )
     lengths = args.epochs * per_epoch, per_epoch
-    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, IMAGENET_INSTANCE_DROPS)
+    schedule = learning_rate(
+        args.lr_scheduler, args.lr, *lengths, IMAGENET_INSTANCE_DROPS, by_epoch=True
+    )
     shape = (3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network, values = profiling.prepare_training(model, args.compile), {}

@@ -45,7 +45,6 @@ def extract(
     data: DataSet,
     device: Device,
     *,
-    gray: bool = False,
     batch_size: int = 500,
     num_workers: int = 0,
     preprocessing: Augmentation | None = None,
@@ -55,7 +54,7 @@ def extract(
     Each process computes its shard of the rows, in evaluation mode with rank 0's running statistics.
     `preprocessing` of None normalizes the images by the data set's mean and std.
     """
-    augmentation = preprocessing or Augmentation((), data.stats, gray=gray)
+    augmentation = preprocessing or Augmentation((), data.stats)
     batches = in_order(data, augmentation, device, batch_size=batch_size, num_workers=num_workers)
     mine = shard(len(data))
     rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
@@ -180,7 +179,11 @@ def _of_checkpoint(
     origin = sha256_of(Path(path))[:16]
     key = {"checkpoint": origin, "image_size": size, "data_digest": data.digest}
     cache = Path(str(path).removesuffix(".pth.tar") + f".{reading['name']}.features.pth.tar")
-    return _Extraction(model, data, cache, key, data.digest, {"gray": found.is_gray})
+    options: dict[str, Any] = {}
+    if found.is_gray:
+        key["luma"] = list(found.luma)
+        options["preprocessing"] = Augmentation((), found.stats, luma=found.luma)
+    return _Extraction(model, data, cache, key, data.digest, options)
 
 
 def _of_backbone(path: str | Path, architecture: str, reading: dict[str, Any]) -> _Extraction:

@@ -5,7 +5,7 @@ entries, the shapes of weights and, in older files of this project, the recorded
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from datasets.cifar import CIFAR
-from datasets.images import IMAGENET_STATS
+from datasets.images import GRAY_LUMA, GRAY_STATS, IMAGENET_STATS
 from datasets.patches import STATS as PATCHES_STATS
 from datasets.resizing import MARGIN
+from datasets.transforms import LUMA
 from lib.files import checkpoint, description, schema, weights
-from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from lib.files.schema import (
     FLOATS,
     INTEGERS,
@@ -38,6 +39,7 @@ ACCURACIES = "accuracies"  # key of a checkpoint's accuracies in percent
 BANK = "lemniscate"  # key of the memory bank of phase 1, which no classifier has
 HEADS = ("fc.weight", "linear.weight", "head.weight")
 SMALL_SIZE, IMAGENET_SIZE = 32, 224  # image sizes for a checkpoint that does not record its own
+IMAGENET_TEMPERATURE = 0.07  # of the published metrics for ImageNet
 DEFAULT_METRIC = "wrn-28-2"  # network of the published metrics for CIFAR, which do not name it
 STATS = {name: stats for name, (_, stats) in CIFAR.items()} | {"patches": PATCHES_STATS}
 
@@ -91,6 +93,12 @@ def in_published_units(state: Mapping[str, Any]) -> dict[str, Any]:
     return dict(state) | {k: state[k] / 100 for k in ("acc", "best_prec1") if is_old and k in state}
 
 
+def _sums(value: Any, name: str) -> Iterator[str]:
+    """Yield what is wrong with the two sums of a mean: of weighted values, and of weights."""
+    wrong = list(list_of(number(-MOST, MOST), 2)(value, name))
+    yield from wrong or number(0, MOST)(value[1], f"{name}[1]")
+
+
 _WEIGHTS = dict_of(tensor(None, (*FLOATS, *INTEGERS)))
 _MOMENTA = entries({"momentum_buffer": optional(tensor(None))})
 _GROUP = entries({"params": list_of(whole(0, 2**64))})  # its other options are those of the run
@@ -108,7 +116,8 @@ SCHEMA = {
     "acc": _ACCURACY,
     "best_acc": _ACCURACY,
     "best_prec1": _ACCURACY,
-    "loss_sums": list_of(number(-MOST, MOST), 2),
+    "sums": dict_of(_sums),
+    "loss_sums": _sums,
     "architecture": text,
     "arch": text,
     "classes": list_of(text),
@@ -180,6 +189,20 @@ def class_names(state: Mapping[str, Any]) -> list[str]:
     return list(names)
 
 
+def _temperature(state: Mapping[str, Any], options: Mapping[str, Any], imagenet: bool) -> float:
+    """Find the temperature of a metric, which is that of its training, too.
+
+    Older files of this project have it among their options, published ones in their memory bank; a file
+    without it gets the published one.
+    """
+    recorded, values = options.get("nce_t"), state.get(BANK, {}).get("params")
+    if isinstance(values, Tensor) and values.shape in ((2,), (4,)):
+        # (T, momentum) of the full softmax, (K, T, Z, momentum) of NCE
+        recorded = float(values[len(values) // 2 - 1])
+    usable = not list(description.SCHEMA["temperature"](recorded, "T"))
+    return recorded if usable else IMAGENET_TEMPERATURE if imagenet else TEMPERATURE
+
+
 def _guess(
     state: Mapping[str, Any], tensors: Mapping[str, Tensor], kind: str, source: str | Path
 ) -> Description:
@@ -197,14 +220,17 @@ def _guess(
     size = options.get("image_size", IMAGENET_SIZE if imagenet else SMALL_SIZE)
     if wrong := list(description.SCHEMA["image_size"](size, "meta.options.image_size")):
         raise ValueError(f"{source}: {wrong[0]}")
-    mean, std = STATS.get(dataset, IMAGENET_STATS)
+    stats, luma = STATS.get(str(dataset), IMAGENET_STATS), ()
+    if arguments.get("in_channels") == 1:  # older files of this project have a record `meta`
+        stats, luma = (stats, LUMA) if "meta" in state else (GRAY_STATS, GRAY_LUMA)
     return Description(
         kind,
         str(name),
         arguments,
-        mean,
-        std,
+        *stats,
         size,
         round(size * MARGIN) if imagenet and dataset == "folder" else size,
         tuple(class_names(state)),
+        temperature=_temperature(state, options, imagenet),
+        luma=luma,
     )

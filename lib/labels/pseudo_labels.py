@@ -5,7 +5,6 @@ and `lib.labels.table` writes it as a CSV table.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from lib.files.published import class_names
 
 SLACK = 1e-4  # rounding of float32 probabilities
-EPSILON = 1e-9  # rounding of a ratio times a count: 0.29 * 100 is 28.999999999999996
+EPSILON = 1e-9  # rounding of a ratio times a count: 0.07 * 100 is 7.000000000000001
 SHOWN = 6  # names in a message
 KEYS = {  # names of the attributes in files; all but `meta` are the published ones
     "indexes": "pseudo_indexes",
@@ -178,18 +177,8 @@ class PseudoLabels:
         if problems:
             raise ValueError("; ".join(problems))
 
-    def select(self, ratio: float, *, class_balanced: bool = False) -> Tensor:
-        """Return the positions of the most confident share, in their order here.
-
-        The share `ratio` lies between 0 and 1, else a ValueError; the number of images is rounded down.
-        `class_balanced` takes it of each pseudo-class instead of the whole ranking, rounded up so that no
-        class is left out. The most confident labels crowd into few classes, and training on those alone
-        forgets the others.
-        """
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"pseudo ratio {ratio}: must lie in [0, 1]")
-        if not class_balanced:
-            return torch.arange(math.floor(ratio * len(self.indexes) + EPSILON))
+    def _of_each_class(self, ratio: float) -> Tensor:
+        """Return the positions of the most confident share of each pseudo-class, rounded up."""
         # The rank of each image within its own class: positions are already sorted by confidence.
         rank, size = torch.empty_like(self.labels), torch.bincount(self.labels)
         order = self.labels.argsort(stable=True)
@@ -202,6 +191,25 @@ class PseudoLabels:
         entries = {key: getattr(self, name) for name, key in KEYS.items()}
         entries["meta"] = dict(self.meta)
         return {key: entry for key, entry in entries.items() if entry is not None}
+
+
+def most_confident(
+    rankings: Sequence[PseudoLabels], ratio: float, *, class_balanced: bool = False
+) -> list[Tensor]:
+    """Return the positions of the most confident share in each of several rankings, in their order there.
+
+    The share `ratio` lies between 0 and 1, else a ValueError. As published, all rankings give equally many:
+    that share of all pseudo-labels, divided by the number of rankings, and rounded down as it is in floating
+    point, where 0.29 * 100 is just below 29. `class_balanced` takes the share of each pseudo-class of a
+    ranking instead, rounded up so that no class is left out. The most confident labels crowd into few
+    classes, and training on those alone forgets the others.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"pseudo ratio {ratio}: must lie in [0, 1]")
+    if class_balanced:
+        return [ranking._of_each_class(ratio) for ranking in rankings]
+    total = sum(len(ranking.indexes) for ranking in rankings)
+    return [torch.arange(len(r.indexes))[: int(total * ratio / len(rankings))] for r in rankings]
 
 
 def reindexed(pseudo: PseudoLabels, members: Tensor) -> PseudoLabels:

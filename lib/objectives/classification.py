@@ -13,7 +13,8 @@ class Classification(Objective):
     """The weighted mean loss of the images of a batch (equation 6 of the paper).
 
     M class numbers and M weights (ones, or the confidence of pseudo-labels) are indexed by the `positions`
-    of a batch. The criterion is a class of torch.nn.
+    of a batch. The criterion is a class of torch.nn. `top1` is the percentage of the images whose class
+    number the network predicts.
     """
 
     labels: Tensor
@@ -29,9 +30,10 @@ class Classification(Objective):
 
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
         outputs = at_least_float32(network(batch.images))
-        losses = self.criterion(outputs, self.labels[batch.positions])
-        losses = losses * self.weights[batch.positions]
-        return {"loss": losses.sum() / batch.total}, None
+        labels = self.labels[batch.positions]
+        losses = self.criterion(outputs, labels) * self.weights[batch.positions]
+        hits = (outputs.argmax(dim=1) == labels).sum(dtype=torch.float64)
+        return {"loss": losses.sum() / batch.total, "top1": hits * (100 / batch.total)}, None
 
 
 def at_least_float32(outputs: Tensor) -> Tensor:

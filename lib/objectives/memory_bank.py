@@ -21,7 +21,7 @@ from models.layers import NORM_EPS, l2_normalize
 
 LOSSES = ("nce", "infonce")
 GATHER_COST = 32  # copying one row costs about as much as multiplying by this many
-EPS = 1e-7  # value of the published code that keeps the logarithms of the NCE loss finite
+EPS = 1e-7  # what the published code adds to K/N in the denominators of the NCE loss
 
 
 class MemoryBank(nn.Module):
@@ -175,10 +175,13 @@ class _Sampled(nn.Module):
 class NCE(_Sampled):
     """Noise-contrastive estimation with K uniform negatives (`--nce-k K`).
 
-    P = exp(v.m / T) / Z; h = P / (P + K/N); the loss is -[log h(positive) + sum over the negatives of
-    log((K/N) / (P + K/N))], averaged over the batch. With `z_momentum` None, Z is estimated once, as
-    N mean(exp) of the first batch, as published. A number such as 0.99 updates it as an exponential moving
-    average: the embeddings of the first batch are random, and Z changes a lot as they learn.
+    P = exp(v.m / T) / Z; the loss is -[log(P / (P + K/N + eps)) for the positive + sum over the negatives of
+    log((K/N) / (P + K/N + eps))], averaged over the batch. With c = K/N + eps, P / (P + c) is the logistic
+    function of log(P / c), whose logarithm stays finite where P vanishes or overflows.
+
+    With `z_momentum` None, Z is estimated once, as N mean(exp) of the first batch, as published. A number
+    such as 0.99 updates it as an exponential moving average: the embeddings of the first batch are random,
+    and Z changes a lot as they learn.
     """
 
     def __init__(self, k: int, temperature: float, seed: int, z_momentum: float | None) -> None:
@@ -188,8 +191,8 @@ class NCE(_Sampled):
 
     def chance(self, num_images: int) -> float:
         """Return the loss if every image is equally probable, P = 1/N."""
-        share = 1 / (1 + self.k)
-        return -math.log(share) - self.k * math.log(1 - share)
+        whole = (1 + self.k) / num_images + EPS
+        return math.log(whole * num_images) + self.k * math.log(whole * num_images / self.k)
 
     @torch.no_grad()
     def _estimate_z(self, exponentials: Tensor, num_images: int, num_rows: int) -> None:
@@ -201,12 +204,11 @@ class NCE(_Sampled):
         self.z.copy_(torch.where(self.z < 0, estimate, later))
 
     def summed(self, similarities: Tensor, num_images: int, total: int) -> Tensor:
-        exponentials = similarities.exp()
-        self._estimate_z(exponentials, num_images, total)
-        p = exponentials / self.z
+        self._estimate_z(similarities.exp(), num_images, total)
         noise = self.k / num_images
-        positive = torch.log(p[:, 0] / (p[:, 0] + noise + EPS) + EPS)
-        negative = torch.log(noise / (p[:, 1:] + noise + EPS) + EPS)
+        log_odds = similarities - self.z.log() - math.log(noise + EPS)  # of data against noise
+        positive = F.logsigmoid(log_odds[:, 0])
+        negative = F.logsigmoid(-log_odds[:, 1:]) + math.log(noise / (noise + EPS))
         return -(positive + negative.sum(dim=1)).sum()
 
 

@@ -28,10 +28,10 @@ class Objective(nn.Module):
         return ()
 
     def forward(self, network: Network, batch: Batch) -> tuple[dict[str, Tensor], Any]:
-        """Compute the losses of one batch by name, and return with them the data that `after_step` needs.
+        """Compute the loss and other means of one batch by name, and return with them data for `after_step`.
 
-        `network` maps B x C x S x S images to B x D outputs under autocast. Training minimizes `loss`, this
-        process's part of the mean over the `batch.total` rows.
+        `network` maps B x C x S x S images to B x D outputs under autocast. Each mean is this process's part
+        of that over the `batch.total` rows. Training minimizes `loss`; all of them are logged.
         """
         raise NotImplementedError
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may be writing a large file meanwhile
+ALL = "all"  # value of `--gpus` for every visible device
 MAIN_FIRST_S = 10.0  # delay of an error on other ranks: rank 0 reports it first, and ends them
 
 
@@ -171,15 +172,17 @@ def under_torchrun() -> bool:
 
 
 def device_names(gpus: str) -> list[str]:
-    """Split `--gpus` into names: `0,1` -> ["0", "1"]. Without CUDA, numbers stand for one CPU.
+    """Split `--gpus` into names: `0,1` -> ["0", "1"]; `all` -> the numbers of all visible devices.
 
-    Under torchrun, numbers stand for the device of this process's local rank. Names that are neither a
-    device number nor cpu, or are given twice, are a ValueError.
+    Without CUDA, numbers and `all` stand for one CPU. Under torchrun they stand for the device of this
+    process's local rank. Names of another kind, and numbers that are given twice, are a ValueError.
     """
     names = [name.strip() for name in gpus.split(",") if name.strip()]
+    if names == [ALL]:
+        names = [str(number) for number in range(torch.cuda.device_count())] or ["cpu"]
     if not names or any(name != "cpu" and not name.isdecimal() for name in names):
         raise ValueError(
-            f"--gpus {gpus}: give device numbers such as 0,1, or cpu (cpu,cpu for two)"
+            f"--gpus {gpus}: give device numbers such as 0,1, or all, or cpu (cpu,cpu for two)"
         )
     numbers = [name for name in names if name != "cpu"]
     if numbers and len(numbers) != len(names):

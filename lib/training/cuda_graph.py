@@ -23,7 +23,7 @@ CHOICES = ("auto", "on", "off")
 WARM_UP = 3  # eager steps, in which libraries choose algorithms and compile, and momenta are made
 
 Item = tuple[Batch, bool]  # a batch of a step, and whether it is the last
-Result = tuple[dict[str, Tensor], int]  # losses by name, and the rows of all batches
+Result = tuple[dict[str, Tensor], int]  # loss and other means by name, and the rows of all batches
 TakeStep = Callable[[Iterable[Item], float | Tensor], Result]
 Shapes = tuple[torch.Size, ...]  # of all tensors that a step reads
 

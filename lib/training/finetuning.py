@@ -5,7 +5,7 @@ Rank 0 alone prints and writes.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def choose_training_set(
     """Choose the labeled images with their true labels, then the most confident of the pseudo-labeled ones.
 
     Pseudo-labels are in `parts` or whole; without any, only the labeled images are chosen. With
-    `pseudo_per_chunk` each part is ranked by itself and gives the same fraction.
+    `pseudo_per_chunk` each part is ranked by itself and gives the same number.
 
     Raises:
         ValueError: if they do not fit the data set and the requested number of labels.
@@ -90,13 +90,27 @@ def choose_training_set(
     if (true == UNKNOWN).any():
         raise ValueError(f"{source}: a labeled image has no label in this data set")
     indexes, labels, weights = [labeled], [true], [torch.ones(len(true))]
-    for group in groups:
-        best = group.select(settings.pseudo_ratio, class_balanced=settings.class_balanced)
+    choice = {"ratio": settings.pseudo_ratio, "class_balanced": settings.class_balanced}
+    for group, best in zip(groups, pseudo_labels.most_confident(groups, **choice), strict=True):
         confidence = group.confidence[best].float()
         indexes.append(group.indexes[best])
         labels.append(group.labels[best])
         weights.append(confidence if settings.confidence_weighted else torch.ones(len(best)))
     return TrainingSet(torch.cat(indexes), torch.cat(labels), torch.cat(weights), len(true))
+
+
+def described_as_before(described: Description, settings: Settings, resume: str) -> Description:
+    """Give a gray network the input of the classifier that is continued or measured.
+
+    A file may be from before gray input became the published one. A run that only starts from the weights of
+    another network keeps the published input.
+    """
+    path = resume or (settings.pretrained if settings.eval else "")
+    state = read_start(path) if described.is_gray and path else {}
+    if not is_own_run(state):
+        return described
+    found = published.describe(state, path)
+    return replace(described, mean=found.mean, std=found.std, luma=found.luma)
 
 
 def build_classifier(
@@ -136,19 +150,20 @@ def evaluate(
     data: DataSet,
     device: Device,
     *,
-    gray: bool = False,
+    preprocessing: Augmentation | None = None,
     num_workers: int = 0,
 ) -> dict[str, float]:
     """Measure `top1` and `top5` in percent and the mean cross-entropy `loss` on the labeled images of `data`.
 
-    Each process works on its shard, with BatchNorm's running statistics of rank 0.
+    Each process works on its shard, with BatchNorm's running statistics of rank 0. `preprocessing` of None
+    normalizes the images by the data set's mean and std.
 
     Raises:
         ValueError: if no image has a label.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device.torch_device)
     targets = data.targets.to(device.torch_device)
-    augmentation = Augmentation((), data.stats, gray=gray)
+    augmentation = preprocessing or Augmentation((), data.stats)
     with evaluation_mode(model):
         for batch in in_order(data, augmentation, device, num_workers=num_workers):
             with device.autocast():
@@ -170,7 +185,7 @@ class Tester:
 
     test: DataSet | None
     device: Device
-    gray: bool = False
+    preprocessing: Augmentation
     num_workers: int = 0
 
     def measure_file(self, path: str, model: nn.Module) -> dict[str, float]:
@@ -207,7 +222,8 @@ class Tester:
 
     def _measured(self, test: DataSet, model: nn.Module) -> dict[str, float]:
         workers = own_workers(self.num_workers)
-        return evaluate(model, test, self.device, gray=self.gray, num_workers=workers)
+        shown = self.preprocessing
+        return evaluate(model, test, self.device, preprocessing=shown, num_workers=workers)
 
 
 def build_objective(chosen: TrainingSet, criterion: str, device: Device) -> Classification:

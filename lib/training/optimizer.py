@@ -1,7 +1,8 @@
 """The published optimizer, the choice of its parameters, and its learning rates.
 
 Learning rates are pure functions of the step, without any state to save: each schedule maps (step, total
-steps, base rate) to a rate; `step` counts optimizer steps from 0.
+steps, base rate) to a rate; `step` counts optimizer steps from 0. As published, phase 1 changes the rate
+between epochs and phase 3 at every step.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 ETA_MIN = 1e-5
+ROUNDING = 1e-6  # of a product of steps
 SCHEDULES = ("multi-step", "cosine", "cosine-with-restart", "one-cycle")
 
 
@@ -25,7 +27,7 @@ class Drops:
     gamma: float
 
 
-# Published are 60/120/160 of 200 epochs, which other lengths use too; 600 epochs have their own milestones.
+# Published are milestones of runs of one length (60/120/160 of 200 epochs); other lengths scale them.
 CIFAR_DROPS = Drops((0.3, 0.6, 0.8), 0.2)
 CIFAR_600_DROPS = Drops((180 / 600, 360 / 600, 480 / 600, 560 / 600), 0.2)
 IMAGENET_INSTANCE_DROPS = Drops((120 / 200, 160 / 200), 0.1)
@@ -63,8 +65,8 @@ def cosine(step: int, total: int, base: float, eta_min: float = ETA_MIN) -> floa
 
 def multi_step(step: int, total: int, base: float, drops: Drops) -> float:
     """Return `base` times `gamma` for each milestone that is passed."""
-    # rounding is needed, because products such as 0.6 * 200 may be off by one bit
-    passed = sum(step >= round(m * total) for m in drops.milestones)
+    # rounded down as published; a product such as 3 / 7 * 7 may lie one bit below its whole number
+    passed = sum(step >= math.floor(m * total + ROUNDING) for m in drops.milestones)
     return base * drops.gamma**passed
 
 
@@ -88,7 +90,13 @@ def one_cycle(step: int, total: int, base: float) -> float:
 
 
 def learning_rate(
-    name: str, base: float, total: int, steps_per_epoch: int = 1, drops: Drops | None = None
+    name: str,
+    base: float,
+    total: int,
+    steps_per_epoch: int = 1,
+    drops: Drops | None = None,
+    *,
+    by_epoch: bool = False,
 ) -> Callable[[int], float]:
     """Return a schedule over `total` optimizer steps, at most `base`, as a function of the step.
 
@@ -97,10 +105,14 @@ def learning_rate(
         steps_per_epoch: the first cycle of `cosine-with-restart` lasts 10 epochs, and `multi-step` has its
             own milestones at 600 epochs.
         drops: milestones of `multi-step`; None takes the published ones of CIFAR.
+        by_epoch: whether the schedule counts epochs, so that the rate is constant within each; `one-cycle`,
+            which is not published, counts steps anyway.
 
     Raises:
         ValueError: if the name is unknown.
     """
+    unit = steps_per_epoch if by_epoch and name != "one-cycle" else 1
+    total, steps_per_epoch = total // unit, steps_per_epoch // unit
     if drops is None:
         drops = CIFAR_600_DROPS if total / steps_per_epoch == 600 else CIFAR_DROPS
     first_cycle = 10 * steps_per_epoch
@@ -112,4 +124,4 @@ def learning_rate(
     }
     if name not in choices:
         raise ValueError(f"unknown schedule {name!r}: take one of {', '.join(SCHEDULES)}")
-    return choices[name]
+    return lambda step: choices[name](step // unit)

@@ -66,9 +66,10 @@ def pictures(folder: str | Path, classifier: Classifier) -> FileSet:
         raise ValueError(f"{root} holds no picture ({', '.join(IMG_EXTENSIONS)})")
     unknown = torch.full((len(paths),), UNKNOWN)
     found = classifier.description
-    stats = found.mean, found.std
     resizing = Resizing(found.resize) if found.has_margin else None
-    return FileSet("folder", root, paths, unknown, found.classes, stats, found.image_size, resizing)
+    return FileSet(
+        "folder", root, paths, unknown, found.classes, found.stats, found.image_size, resizing
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _batches(
 ) -> Iterator[Tensor]:
     """Yield this process's pictures in order, preprocessed as the network's test images were."""
     found = classifier.description
-    augmentation = Augmentation((), (found.mean, found.std), gray=found.is_gray)
+    augmentation = Augmentation((), found.stats, luma=found.luma)
     if found.has_margin:  # the test images were read from files, too
         for batch in in_order(data, augmentation, device, batch_size, num_workers):
             yield batch.images

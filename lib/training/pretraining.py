@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from datasets import UNKNOWN, DataSet
 from lib.features.extraction import extract
 from lib.files import checkpoint, published, weights
-from lib.files.description import NUM_NEIGHBORS, TEMPERATURE
+from lib.files.description import METRIC, NUM_NEIGHBORS
 from lib.files.published import BANK, bank_rows, is_metric
 from lib.graph import knn
 from lib.objectives.instance import InstanceDiscrimination
@@ -47,13 +47,6 @@ def build_objective(settings: Settings, num_images: int, device: Device) -> Inst
     )
     bank = MemoryBank(num_images, settings.low_dim, settings.nce_m, settings.rng_seed)
     return InstanceDiscrimination(bank, loss).to(device.torch_device)
-
-
-def load_measured(model: nn.Module, source: str) -> None:
-    """Load the weights of the checkpoint to measure; ValueError if there is none or it does not fit."""
-    if not source:
-        raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
-    load_network(model, published.load(source), source)
 
 
 def resume(state: TrainState, source: str, epochs: int, steps_per_epoch: int) -> None:
@@ -136,12 +129,14 @@ def _shape(rows: Tensor) -> str:
 class Monitor:
     """Measurement of a metric by the nearest neighbors of the test images among the training images.
 
-    Images are read by `num_workers` of this process, in batches of `batch_size` over all processes.
+    Votes are weighted by exp(cos / `temperature`). Images are read by `num_workers` of this process, in
+    batches of `batch_size` over all processes.
     """
 
     train: DataSet
     test: DataSet | None
     device: Device
+    temperature: float
     num_workers: int = 0
     batch_size: int = 500
 
@@ -158,33 +153,46 @@ class Monitor:
             bank = self._extracted(model, self.train)
         bank = bank.to(self.device.torch_device)
         queries = self._extracted(model, test).to(self.device.torch_device)
-        parameters = {"k": NUM_NEIGHBORS, "temperature": TEMPERATURE}
+        parameters = {"k": NUM_NEIGHBORS, "temperature": self.temperature}
         return knn.accuracy(queries, test.targets, bank, targets, test.num_classes, **parameters)
 
     def _extracted(self, model: nn.Module, data: DataSet) -> Tensor:
         size = max(1, self.batch_size // world_size())
         return extract(model, data, self.device, batch_size=size, num_workers=self.num_workers)
 
-    def measure(self, model: nn.Module, bank: Tensor | None = None) -> dict[str, float]:
-        """Measure as above, and print; ValueError if there are no test images or no labels."""
-        scores = self(model, bank)
+    def measure_file(
+        self, source: str, model: nn.Module, *, stored: bool = False
+    ) -> dict[str, float]:
+        """Load the checkpoint `source` into the model, measure it at its own temperature, and print.
+
+        With `stored`, the embeddings of the training images are the memory bank in it.
+
+        Raises:
+            ValueError: if there is no checkpoint or it does not fit, and without test images or labels.
+        """
+        if not source:
+            raise ValueError("there is no checkpoint to measure: name it with --resume FILE")
+        state = published.load(source)
+        load_network(model, state, source)
+        bank = self._stored_bank(state, source, model) if stored else None
+        found = published.describe(state, source, unsaid=METRIC)
+        scores = replace(self, temperature=found.temperature)(model, bank)
         if not scores:
             raise ValueError("measuring needs test images, and labels for the training images")
-        print_main(_accuracies(scores))
+        print_main(f"{_accuracies(scores)} at temperature {found.temperature:g}")
         return scores
 
-
-def stored_bank(source: str, num_images: int, dim: int, digest: str) -> Tensor:
-    """Read the N x D memory bank in a checkpoint of phase 1; ValueError if it holds none of these images."""
-    state = published.load(source)
-    bank = bank_rows(state, source)
-    recorded = state.get("meta", {}).get("data_digest", digest)
-    if bank.shape != (num_images, dim) or recorded != digest:
-        raise ValueError(
-            f"{source} holds a memory bank of {_shape(bank)} numbers that is not of "
-            f"the {num_images} training images here; --test-only computes one from these"
-        )
-    return bank
+    def _stored_bank(self, state: Mapping[str, Any], source: str, model: nn.Module) -> Tensor:
+        """Return the N x D memory bank in a checkpoint; ValueError if it holds none of these images."""
+        bank, digest = bank_rows(state, source), self.train.digest
+        recorded = state.get("meta", {}).get("data_digest", digest)
+        dim = getattr(model, model.head_name).out_features
+        if bank.shape != (len(self.train), dim) or recorded != digest:
+            raise ValueError(
+                f"{source} holds a memory bank of {_shape(bank)} numbers that is not of "
+                f"the {len(self.train)} training images here; --test-only computes one from these"
+            )
+        return bank
 
 
 def _accuracies(scores: dict[str, float]) -> str:

@@ -131,15 +131,15 @@ class EpochProgress(_Progress):
         done = state.step - self.start
         if self.print_freq and done % self.print_freq == 0:
             line = f"epoch {state.epoch + 1:4d}  step {done:5d}/{self.total}"
-            line += f"  loss {state.loss.value:.4f}  lr {step.lr:.5f}"
+            line += f"  loss {state.means()['loss']:.4f}  lr {step.lr:.5f}"
             print_main(f"{line}  {speed(self._line.lap())}")
         elif state.step % BAR_EVERY == 0 and not self.bar.disable:
-            self.bar.set_postfix(loss=f"{state.loss.value:.3f}")
+            self.bar.set_postfix(loss=f"{state.means()['loss']:.3f}")
 
     def finish(self) -> dict[str, float]:
-        """Return the mean loss of the epoch, and the speed since this start."""
-        loss = self.state.loss.value  # waits for the device, before the clock is read
-        return {"loss": loss} | self.throughput.lap()
+        """Return the means of the epoch by name, and the speed since this start."""
+        means = self.state.means()  # waits for the device, before the clock is read
+        return means | self.throughput.lap()
 
 
 class RunProgress(_Progress):
@@ -158,9 +158,10 @@ class RunProgress(_Progress):
         super().__init__(batches, arithmetic, total=max_iters, initial=state.step)
 
     def report(self, step: Step) -> None:
-        """Print and log the mean loss and the speed since the last report."""
-        loss = self.state.take_loss()  # waits for the device, before the clock is read
+        """Print and log the means and the speed since the last report."""
+        means = self.state.take_means()  # waits for the device, before the clock is read
         lap = self.throughput.lap()
-        self.write("train", self.state.step, loss=loss, lr=step.lr, **lap)
-        line = f"step {self.state.step:6d}/{self.max_iters}  loss {loss:.4f}  lr {step.lr:.5f}"
-        print_main(f"{line}  {speed(lap)}{self._left(self.state.step)}")
+        self.write("train", self.state.step, **means, lr=step.lr, **lap)
+        line = f"step {self.state.step:6d}/{self.max_iters}  loss {means['loss']:.4f}"
+        line += f"  accuracy {means['top1']:.2f}%" if "top1" in means else ""
+        print_main(f"{line}  lr {step.lr:.5f}  {speed(lap)}{self._left(self.state.step)}")

@@ -54,7 +54,11 @@ class InstanceDiscrimination:
         help="negatives to draw for each image; 0: compare with all images, by a full softmax",
     )
     nce_t: float = invariant(
-        0.1, limit=POSITIVE, metavar="T", help="temperature that cosine similarities are divided by"
+        0.1,
+        limit=POSITIVE,
+        metavar="T",
+        help="temperature that cosine similarities are divided by, in the loss and the kNN monitor; a "
+        "checkpoint is measured with its own",
     )
     nce_m: float = invariant(
         0.5,
@@ -189,6 +193,7 @@ class ImageNetPretraining(PretrainingSettings):
     batch_size: int = 256
     weight_decay: float = 1e-4
     epochs: int = 200
+    gpus: str = "all"
     nce_k: int = 4096
     nce_t: float = 0.07
     model_dir: str = "./checkpoint/instance_imagenet"
@@ -204,7 +209,9 @@ class ClassifierNetwork(Network):
         False, help="train the last layer only; all others keep their weights"
     )
     input_gray: bool = invariant(
-        False, help="turn images gray, for a network of the colorization task"
+        False,
+        help="turn images gray, for a network of the colorization task: 0.2125 red + 0.7154 green + 0.0721 "
+        "blue in [0, 1], not normalized",
     )
     pretrained: str = option(
         "",
@@ -266,7 +273,8 @@ class Labels:
     )
     pseudo_per_chunk: bool = invariant(
         False,
-        help="take --pseudo-ratio of every chunk, as published, instead of one ranking of all chunks",
+        help="take --pseudo-ratio of all chunks, equally many of each, as published, instead of one ranking "
+        "of all chunks",
     )
     class_balanced: bool = invariant(
         False, help="take --pseudo-ratio of every class, instead of one ranking of all classes"

@@ -66,7 +66,8 @@ class Optimization:
         "cosine",
         choices=SCHEDULES,
         help="how the learning rate falls: in steps; along a cosine; along cosines that restart, each twice "
-        "as long as the one before; or up and down once (one-cycle), for short runs",
+        "as long as the one before; or up and down once (one-cycle), for short runs. In phase 1 all but the "
+        "last keep it constant within an epoch, as published",
     )
     batch_size: int = invariant(
         128,
@@ -96,9 +97,9 @@ class Compute:
     gpus: str = option(
         "0",
         metavar="DEVICES",
-        help="CUDA devices, one process each (0,1,2,3), or cpu (cpu,cpu: two processes). Without CUDA, "
-        "numbers mean one process on the CPU. Under torchrun every process takes the device of its "
-        "LOCAL_RANK",
+        help="CUDA devices, one process each (0,1,2,3, or all: every visible one), or cpu (cpu,cpu: two "
+        "processes). Without CUDA, numbers and all mean one process on the CPU. Under torchrun every process "
+        "takes the device of its LOCAL_RANK",
     )
     precision: str = option(
         "auto",

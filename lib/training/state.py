@@ -1,8 +1,9 @@
 """The state of a training run: everything that a checkpoint holds, under published names."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from datasets import DataSet
+from datasets.images import GRAY_LUMA, GRAY_STATS
 from lib.files import checkpoint, description, provenance, weights
-from lib.files.description import CLASSIFIER, METRIC, Description
+from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from lib.files.published import Names, accuracies, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import is_main, print_main, share_buffers
@@ -27,9 +29,13 @@ def describe(
     *,
     imagenet: bool,
     gray: bool = False,
+    temperature: float = TEMPERATURE,
 ) -> Description:
-    """Describe the network of a run, for `models.build_model` and the readers of its checkpoints."""
-    mean, std = train.stats
+    """Describe the network of a run, for `models.build_model` and the readers of its checkpoints.
+
+    `gray` takes the published gray input; `temperature` is that of a metric's kNN monitor.
+    """
+    stats, luma = (GRAY_STATS, GRAY_LUMA) if gray else (train.stats, ())
     arguments = {
         "out_features": out_features,
         "in_channels": 1 if gray else 3,
@@ -37,7 +43,8 @@ def describe(
         "imagenet": imagenet,
     }
     sizes = train.image_size, train.evaluation_resize
-    return Description(kind, architecture, arguments, mean, std, *sizes, train.classes)
+    found = Description(kind, architecture, arguments, *stats, *sizes, train.classes)
+    return replace(found, temperature=temperature, luma=luma)
 
 
 def load_network(
@@ -108,19 +115,25 @@ class TrainState:
     epoch: int = 0  # epochs done and measured
     accuracy: float = float("nan")  # percentage at the last test
     best: float = 0.0  # and the highest so far
-    # mean over the epoch so far in phase 1, over the steps since the last line in phase 3
-    loss: AverageMeter = field(default_factory=AverageMeter)
+    # means by name over the epoch so far in phase 1, over the steps since the last line in phase 3
+    meters: dict[str, AverageMeter] = field(default_factory=dict)
     checked: int = -1  # step after which the weights were last found finite
 
     def count(self, step: Step) -> None:
-        """Count an optimizer step and its loss."""
+        """Count an optimizer step, its loss and what else it measured."""
         self.step = step.number + 1
-        self.loss.update(step.loss, step.batch_size)
+        for name, mean in step.means.items():
+            self.meters.setdefault(name, AverageMeter()).update(mean, step.batch_size)
 
-    def take_loss(self) -> float:
-        """Return the mean loss since the last call and begin a new mean; this waits for the device."""
-        value, self.loss = self.loss.value, AverageMeter()
-        return value
+    def means(self) -> dict[str, float]:
+        """Return all means so far by name, the loss NaN before the first step; this waits for the device."""
+        return {"loss": math.nan} | {name: meter.value for name, meter in self.meters.items()}
+
+    def take_means(self) -> dict[str, float]:
+        """Return `means` and begin new ones."""
+        means = self.means()
+        self.meters.clear()
+        return means
 
     def measure(self, accuracy: float) -> bool:
         """Record an accuracy in percent, and return whether it is the best so far; NaN (unknown) is."""
@@ -130,7 +143,8 @@ class TrainState:
 
     def finish_epoch(self, accuracy: float) -> bool:
         """Count an epoch with its accuracy in percent, and return whether it is the best so far."""
-        self.epoch, self.loss = self.epoch + 1, AverageMeter()
+        self.epoch += 1
+        self.meters.clear()
         return self.measure(accuracy)
 
     def require_finite(self) -> None:
@@ -155,7 +169,7 @@ class TrainState:
             names.network: self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "loss_sums": self.loss.state(),
+            "sums": {name: meter.state() for name, meter in self.meters.items()},
             "architecture": self.description.architecture,
             names.architecture: self.description.architecture,
             "classes": list(self.description.classes),
@@ -177,7 +191,9 @@ class TrainState:
         self.step = state["step"]
         if self.names.first_epoch is not None:
             self.epoch = state["epoch"] + 1 - self.names.first_epoch
-        self.loss = AverageMeter(*state.get("loss_sums", ()))
+        # older files have the sums of the loss alone, or none
+        sums = state.get("sums", {"loss": state.get("loss_sums", ())})
+        self.meters = {name: AverageMeter(*pair) for name, pair in sums.items()}
         self.accuracy, self.best = accuracies(state, self.names)
 
     def _load_momenta(self, saved: Mapping[str, Any], *, expected: bool) -> None:

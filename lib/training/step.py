@@ -36,18 +36,19 @@ DIVERGED = (
 class Step:
     """The record of one optimizer step, numbered from 0 over the whole run.
 
-    `losses` are means by name, on the device, over the `batch_size` images of all processes. A captured step
-    writes its losses to the same place every time: read or add them up before the next step.
+    `means` are the loss and what else the objective measures, by name and on the device, over the
+    `batch_size` images of all processes. A captured step writes them to the same place every time: read or
+    add them up before the next step.
     """
 
     number: int
     lr: float
-    losses: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
     batch_size: int
 
     @property
     def loss(self) -> Tensor:
-        return self.losses["loss"]
+        return self.means["loss"]
 
 
 class LossWatch:
@@ -119,12 +120,12 @@ def train_steps(
     drawn = _with_drawn(batches, objective, first_step * iter_size, device)
     for number, group in enumerate(_groups(drawn, iter_size), first_step):
         lr = schedule(number)
-        losses, rows = take(group, device.scalar(lr))
+        means, rows = take(group, device.scalar(lr))
         for options in optimizer.param_groups:
             options["lr"] = lr  # a number, as checkpoints hold it
         if not at_once:
-            watch.see(losses["loss"])
-        yield Step(number, lr, losses, rows)
+            watch.see(means["loss"])
+        yield Step(number, lr, means, rows)
     watch.check()
 
 
@@ -152,10 +153,10 @@ def _take_step(
     group: Iterable[tuple[Batch, bool]],
     lr: float | Tensor,
 ) -> Result:
-    """Take one optimizer step, once `check` accepts the loss; return losses by name, and rows."""
+    """Take one optimizer step, once `check` accepts the loss; return means by name, and rows."""
     optimizer.zero_grad(set_to_none=True)
     done = _accumulate(model, objective, group, device, planned)
-    check(done.losses["loss"])
+    check(done.means["loss"])
     for parameter in objective.parameters():  # DistributedDataParallel sees the network's alone
         if parameter.grad is not None:
             all_reduce_sum(parameter.grad).div_(world_size())
@@ -168,11 +169,11 @@ def _take_step(
         optimizer.step()
     with record_function("after step"):
         objective.after_step(done.kept)
-    return done.losses, done.rows
+    return done.means, done.rows
 
 
 class _Accumulated(NamedTuple):
-    losses: dict[str, Tensor]  # means over all images of the step
+    means: dict[str, Tensor]  # over all images of the step
     kept: list[Any]  # data of each batch that the objective needs after the step
     rows: int
     scale: float  # factor that the gradients still need
@@ -189,25 +190,25 @@ def _accumulate(
 
     Where that is not known, gradients are added up as those of a mean over the rows of the first batch.
     """
-    losses, kept, full, rows = {}, [], 0, 0
+    means, kept, full, rows = {}, [], 0, 0
     network = partial(_forward, model, device=device)
     for batch, is_last in group:
         full, rows = full or batch.total, rows + batch.total
         alone = is_last or world_size() == 1  # processes exchange gradients with the last batch
         with nullcontext() if alone else model.no_sync():
             with record_function("objective"):
-                means, more = objective(network, batch)
+                found, more = objective(network, batch)
             kept.append(more)
             part = batch.total / full
-            parts = {n: v / planned if planned else v * part for n, v in means.items()}
+            parts = {n: v / planned if planned else v * part for n, v in found.items()}
             for name, value in parts.items():
                 whole = all_reduce_sum(value.detach().clone())
-                losses[name] = losses[name] + whole if name in losses else whole
+                means[name] = means[name] + whole if name in means else whole
             with record_function("backward"):
                 # world_size undoes the average over processes in the exchange of gradients
                 (parts["loss"] * world_size()).backward()
     scale = 1.0 if planned else full / rows
-    return _Accumulated({name: v * scale for name, v in losses.items()}, kept, rows, scale)
+    return _Accumulated({name: v * scale for name, v in means.items()}, kept, rows, scale)
 
 
 def _forward(model: nn.Module, images: Tensor, *, device: Device) -> Tensor:

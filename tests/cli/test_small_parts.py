@@ -12,7 +12,7 @@ import torch
 from tensorboardX import SummaryWriter
 
 from lib.files import checkpoint, provenance
-from lib.runtime import devices
+from lib.runtime import devices, distributed
 from lib.runtime.devices import Device
 from lib.training import log
 from lib.training.log import RunLog
@@ -61,7 +61,7 @@ def pretend_cuda(monkeypatch, count, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
 
-@pytest.mark.parametrize("gpus", ["0", "3", "cpu", " 1 "])
+@pytest.mark.parametrize("gpus", ["0", "3", "cpu", " 1 ", "all"])
 def test_without_cuda_every_choice_is_the_cpu(monkeypatch, gpus):
     pretend_cuda(monkeypatch, 0)
     device = devices.select(gpus, "fp32")
@@ -78,6 +78,31 @@ def test_with_cuda_the_number_is_an_index_among_the_visible_devices(monkeypatch)
     assert devices.select("cpu", "fp32").torch_device == torch.device("cpu")
     with pytest.raises(ValueError, match="only 2 CUDA devices"):
         devices.select("2")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_is_every_visible_device(monkeypatch, count):
+    pretend_cuda(monkeypatch, count)
+    assert distributed.device_names(" all ") == ["0", "1", "2"][:count]
+
+
+def test_under_torchrun_all_is_the_device_of_the_local_rank(monkeypatch):
+    pretend_cuda(monkeypatch, 4)
+    for name, value in {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.device_names("all") == ["2"]
+    assert devices.select("all", "fp32").torch_device == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(0, 1), (1, 1), (4, 4)])
+def test_all_starts_a_process_for_each_device(monkeypatch, count, processes):
+    def start(*_, nprocs, **__):
+        return [nprocs]
+
+    monkeypatch.setattr(distributed, "start_processes", start)
+    monkeypatch.setattr(distributed, "_join", lambda started: started[0])
+    pretend_cuda(monkeypatch, count)
+    assert distributed.run(lambda: 1, "all") == processes  # a single one is this process
 
 
 def test_cuda_visible_devices_is_not_overwritten(monkeypatch):
@@ -99,6 +124,7 @@ def test_cuda_visible_devices_is_not_overwritten(monkeypatch):
         ("0,cpu", "CPU and GPU"),
         ("1,1", "twice"),
         ("cuda", "device number"),
+        ("all,0", "or all"),
         ("-1", "device number"),
         ("1.5", "device number"),
     ],

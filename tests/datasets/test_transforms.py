@@ -4,14 +4,18 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from runs import pictures
+from skimage.color import rgb2gray
 from torchvision import transforms
 from torchvision.transforms import functional
 
 import datasets.transforms
+from datasets.images import GRAY_LUMA, GRAY_STATS
 from datasets.transforms import (
+    LUMA,
     Augmentation,
     ColorJitter,
     PadCrop,
@@ -460,12 +464,17 @@ def test_the_classic_chain_is_torchvisions_with_the_published_settings(ops, size
     assert spelled(Augmentation(ops, STATS).pil_transform(size)) == spelled(expected)
 
 
-def test_the_classic_chain_of_gray_input_is_ours_up_to_a_byte():
+def test_gray_input_is_that_of_the_published_colorization_networks():
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    augmentation = Augmentation((), STATS, gray=True)
-    theirs = augmentation.pil_transform(32)(functional.to_pil_image(image))
-    assert theirs.shape == (1, 32, 32)
-    assert torch.allclose(theirs, augmentation(image[None])[0], atol=0.6 / 255 / 0.24)
+    picture = functional.to_pil_image(image)
+    published = torch.from_numpy(rgb2gray(np.array(picture)))[None].float()
+    augmentation = Augmentation((), GRAY_STATS, luma=GRAY_LUMA)
+    assert published.min() >= 0
+    assert published.max() <= 1
+    torch.testing.assert_close(augmentation(image[None])[0], published, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        augmentation.pil_transform(32)(picture), published, rtol=0, atol=1e-6
+    )
 
 
 def test_normalization_is_torchvisions():
@@ -477,9 +486,9 @@ def test_normalization_is_torchvisions():
     assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("gray", [False, True])
-def test_many_large_images_become_what_each_becomes_alone(gray):
-    augmentation = Augmentation(instance_ops(), STATS, gray=gray)
+@pytest.mark.parametrize("luma", [(), GRAY_LUMA])
+def test_many_large_images_become_what_each_becomes_alone(luma):
+    augmentation = Augmentation(instance_ops(), STATS, luma=luma)
     images = (pictures(5, size=224) * 255).byte()  # more than are worked on at once
     rows = augmentation.sample_params(5, generator())
     together = augmentation(images, rows)
@@ -505,16 +514,16 @@ def test_a_batch_of_no_images_stays_one():
 
 def test_readers_of_files_take_over_a_first_crop_and_nothing_else():
     for ops, taken in ((instance_ops(), 1), (finetune_ops(), 0), ((), 0)):
-        whole = Augmentation(ops, STATS, gray=True)
+        whole = Augmentation(ops, STATS, luma=GRAY_LUMA)
         rest = whole.without_crop()
         assert whole.starts_with_crop is bool(taken)
-        assert (rest.ops, rest.gray) == (tuple(ops[taken:]), True)
+        assert (rest.ops, rest.luma) == (tuple(ops[taken:]), GRAY_LUMA)
         assert len(whole.ops) == len(ops)
 
 
-def test_gray_input_has_one_channel_of_luminance():
+def test_gray_input_of_older_runs_is_normalized_luminance():
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    ours = Augmentation((), STATS, gray=True)(images)
+    ours = Augmentation((), STATS, luma=LUMA)(images)
     assert ours.shape == (5, 1, 8, 8)
     mean, std = (sum(values) / 3 for values in STATS)
     gray = functional.rgb_to_grayscale(images.float() / 255)

@@ -6,7 +6,8 @@ from runs import load_embedding, make_folder
 from torch import nn
 
 from datasets import UNKNOWN
-from datasets.images import ImageSet
+from datasets.images import GRAY_LUMA, GRAY_STATS, ImageSet
+from datasets.transforms import Augmentation
 from lib.features import extraction
 from lib.files import checkpoint
 from lib.loading import batches
@@ -78,7 +79,8 @@ def test_features_are_unit_vectors_of_a_network_without_normalization_and_in_bf1
 
 
 def test_gray_networks_get_gray_images():
-    rows = extraction.extract(network(in_channels=1), images_of(), CPU, gray=True)
+    shown = Augmentation((), GRAY_STATS, luma=GRAY_LUMA)
+    rows = extraction.extract(network(in_channels=1), images_of(), CPU, preprocessing=shown)
     assert rows.shape == (23, 8)
 
 

@@ -52,7 +52,7 @@ RECORDED = {
 }
 # Readers of nothing but a network, and the entries that they do not read.
 NETWORK_ONLY = ("measure phase 1", "extract", "start phase 3", "predict")
-OF_TRAINING = ("optimizer", "loss_sums", "accuracies", "criterion", "lemniscate")
+OF_TRAINING = ("optimizer", "sums", "accuracies", "criterion", "lemniscate")
 
 
 FEW = {

@@ -364,7 +364,7 @@ def test_file_with_nothing_left_to_label_is_fine(tmp_path):
     none = torch.empty(0, dtype=torch.int64)
     pseudo = from_scores(torch.rand(NUM_LABELED, NUM_CLASSES), Split(torch.arange(8), none))
     pseudo = read(tmp_path, pseudo.state())
-    assert len(pseudo.select(1.0)) == len(pseudo.select(1.0, class_balanced=True)) == 0
+    assert len(chosen(pseudo, 1.0)) == len(chosen(pseudo, 1.0, class_balanced=True)) == 0
 
 
 @settings(max_examples=20, deadline=None)
@@ -430,6 +430,11 @@ def with_labels(labels):
     )
 
 
+def chosen(pseudo, ratio, **choice):
+    """The positions that are chosen of one ranking."""
+    return pseudo_labels.most_confident([pseudo], ratio, **choice)[0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(labels=st.lists(st.integers(0, 4), max_size=60), percent=st.integers(0, 100))
 def test_class_balanced_selection_equals_the_naive_loop(labels, percent):
@@ -437,35 +442,68 @@ def test_class_balanced_selection_equals_the_naive_loop(labels, percent):
     for label in range(5):
         members = [i for i, c in enumerate(labels) if c == label]
         expected += members[: -(-percent * len(members) // 100)]
-    chosen = with_labels(labels).select(percent / 100, class_balanced=True)
-    assert chosen.tolist() == sorted(expected)
+    found = chosen(with_labels(labels), percent / 100, class_balanced=True)
+    assert found.tolist() == sorted(expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(0, 400), percent=st.integers(0, 100))
-def test_selection_takes_the_share_that_was_asked_for(count, percent):
-    chosen = with_labels([0] * count).select(percent / 100)
-    assert chosen.tolist() == list(range(percent * count // 100))
+def test_selection_takes_the_share_that_was_asked_for_as_published(count, percent):
+    found = chosen(with_labels([0] * count), percent / 100)
+    assert found.tolist() == list(range(count))[: int(count * (percent / 100))]
+    assert percent * count // 100 - len(found) in (0, 1)
 
 
-def test_binary_rounding_of_a_ratio_takes_none_too_few_or_many():
-    assert len(with_labels([0] * 100).select(0.29)) == 29  # 0.29 * 100 < 29 in floats
-    assert len(with_labels([0] * 300).select(0.09, class_balanced=True)) == 27
+@pytest.mark.parametrize(("ratio", "exact"), [(0.29, 29), (0.57, 57), (0.58, 58)])
+def test_a_share_is_rounded_down_as_the_published_product_is(ratio, exact):
+    pseudo = with_labels([0] * 100)
+    assert len(chosen(pseudo, ratio)) == int(100 * ratio) == exact - 1
+
+
+def test_binary_rounding_of_a_ratio_takes_none_too_many_of_a_class():
+    assert len(chosen(with_labels([0] * 100), 0.07, class_balanced=True)) == 7  # 0.07 * 100 > 7
+
+
+@pytest.mark.parametrize(
+    ("num_labeled", "ratio", "of_each"),
+    [(13_000, 0.1, 12_681), (26_000, 0.2, 25_103), (51_000, 0.5, 61_508)],
+)
+def test_imagenet_chunks_give_the_published_number_each(num_labeled, ratio, of_each):
+    unlabeled = torch.arange(1_281_167 - num_labeled)
+    chunks = [
+        PseudoLabels(
+            part,
+            torch.zeros_like(part),
+            torch.ones(len(part)),
+            torch.arange(len(unlabeled), 1_281_167),
+            part,
+        )
+        for part in unlabeled.chunk(10)
+    ]
+    assert int(len(unlabeled) * ratio / 10) == of_each
+    found = pseudo_labels.most_confident(chunks, ratio)
+    assert [len(positions) for positions in found] == [of_each] * 10
+
+
+def test_a_chunk_smaller_than_its_share_gives_all_that_it_has():
+    rankings = [with_labels([0] * 2), with_labels([0] * 10)]
+    found = pseudo_labels.most_confident(rankings, 0.5)
+    assert [positions.tolist() for positions in found] == [[0, 1], [0, 1, 2]]
 
 
 def test_balanced_selection_leaves_no_class_out():
     pseudo = with_labels([0] * 50 + [1] * 3 + [2])
-    assert set(pseudo.labels[pseudo.select(0.1)].tolist()) == {0}
-    assert pseudo.labels[pseudo.select(0.1, class_balanced=True)].tolist() == [0] * 5 + [1, 2]
-    assert len(pseudo.select(0.0, class_balanced=True)) == 0
-    assert len(pseudo.select(1.0, class_balanced=True)) == 54
+    assert set(pseudo.labels[chosen(pseudo, 0.1)].tolist()) == {0}
+    assert pseudo.labels[chosen(pseudo, 0.1, class_balanced=True)].tolist() == [0] * 5 + [1, 2]
+    assert len(chosen(pseudo, 0.0, class_balanced=True)) == 0
+    assert len(chosen(pseudo, 1.0, class_balanced=True)) == 54
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan, math.inf])
 def test_ratio_outside_of_0_to_1_is_refused(ratio):
     for class_balanced in (False, True):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-            with_labels([0, 1]).select(ratio, class_balanced=class_balanced)
+            chosen(with_labels([0, 1]), ratio, class_balanced=class_balanced)
 
 
 def chunks(folder, sizes, seed=0, num_chunks=None):

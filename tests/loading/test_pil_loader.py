@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 
 from datasets.files import FileSet, random_view
-from datasets.images import ImageSet
+from datasets.images import GRAY_LUMA, ImageSet
 from datasets.resizing import Resizing
 from datasets.transforms import (
     Augmentation,
@@ -41,10 +41,10 @@ def image_set(images):
     return ImageSet("made", images, torch.zeros(len(images)).long(), ("a",), STATS)
 
 
-def drawn(loader, ops, image, *, gray=False):
+def drawn(loader, ops, image, *, luma=()):
     """`DRAWS` augmented copies of one image, N x C x S x S whole bytes in [0, 1]: Pillow has no others."""
     data = image_set(image[None].expand(DRAWS, -1, -1, -1))
-    augmentation = Augmentation(ops, STATS, gray=gray)
+    augmentation = Augmentation(ops, STATS, luma=luma)
     batches = Batches(data, augmentation, CPU, batch_size=500, seed=7, loader=loader)
     return torch.cat([(255 * batch.images).round() / 255 for batch in batches.epoch(0)])
 
@@ -130,20 +130,20 @@ def moments(images):
 
 
 @pytest.mark.parametrize(
-    ("ops", "gray"),
+    ("ops", "luma"),
     [
-        (instance_ops(), False),
-        (instance_ops("PadCrop"), False),
-        (instance_ops(gray_first=True), False),
-        (finetune_ops(), False),
-        (finetune_ops(), True),
-        ([RandomResizedCrop(0.08), RandomHorizontalFlip()], False),
+        (instance_ops(), ()),
+        (instance_ops("PadCrop"), ()),
+        (instance_ops(gray_first=True), ()),
+        (finetune_ops(), ()),
+        (finetune_ops(), GRAY_LUMA),
+        ([RandomResizedCrop(0.08), RandomHorizontalFlip()], ()),
     ],
     ids=["phase 1", "PadCrop", "ImageNet", "phase 3", "gray input", "ImageNet phase 3"],
 )
-def test_both_loaders_draw_the_same_distribution_of_colors(ops, gray):
+def test_both_loaders_draw_the_same_distribution_of_colors(ops, luma):
     image = (pictures(1)[0] * 255).byte()
-    ours, theirs = (drawn(loader, ops, image, gray=gray) for loader in LOADERS)
+    ours, theirs = (drawn(loader, ops, image, luma=luma) for loader in LOADERS)
     # Pillow loses half a gray level in each of three adjustments of the colors
     jitters = any(isinstance(op, ColorJitter) for op in ops)
     assert_same_distribution(moments(ours), moments(theirs), bias=1.5 / 255 if jitters else 0.0)
@@ -252,14 +252,14 @@ def test_files_without_a_crop_are_cut_as_in_evaluation(in_files):
             assert squashed == transforms.CenterCrop(SIDE)(transforms.Resize((40, 40))(picture))
 
 
-@pytest.mark.parametrize("gray", [False, True])
-def test_a_batch_of_no_images_has_the_shape_of_others(gray):
+@pytest.mark.parametrize("luma", [(), GRAY_LUMA])
+def test_a_batch_of_no_images_has_the_shape_of_others(luma):
     data, augmentation = image_set((pictures(2) * 255).byte()), Augmentation([PadCrop()], STATS)
-    augmentation = Augmentation([PadCrop()], STATS, gray=gray)
+    augmentation = Augmentation([PadCrop()], STATS, luma=luma)
     batches = Batches(data, augmentation, CPU, batch_size=2, loader="workers")
     (batch,) = batches.epoch(0)
     images, problems = batches._views[0].source.loader.dataset[torch.empty(0), torch.empty(0)]
-    assert images.shape[1:] == batch.images.shape[1:] == (1 if gray else 3, SIDE, SIDE)
+    assert images.shape[1:] == batch.images.shape[1:] == (1 if luma else 3, SIDE, SIDE)
     assert (len(images), problems) == (0, [])
 
 
@@ -312,7 +312,7 @@ def test_finetuning_with_the_classic_loader_goes_on_with_it_alone(tmp_path):
     with pytest.raises(ValueError, match="--loader was workers, is device"):
         finetune("parts", "--stop-after", 2)
     again = finetune("parts", "--loader", "workers", "-j", 1, "--stop-after", 2)
-    for name in ("step", "net", "optimizer", "loss_sums"):  # the accuracy is not a number yet
+    for name in ("step", "net", "optimizer", "sums"):  # the accuracy is not a number yet
         assert_same(again[name], whole[name])
 
 

@@ -197,6 +197,44 @@ def test_start_values_have_the_he_variance():
     assert torch.equal(block.bn1.bias, torch.zeros(64))
 
 
+def he_std(conv):
+    return (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5  # normal, fan-out
+
+
+def default_std(conv):
+    return (conv.in_channels * conv.kernel_size[0] ** 2 * 3) ** -0.5  # uniform in +-1/sqrt(fan-in)
+
+
+@pytest.mark.parametrize(
+    ("name", "imagenet", "published"),
+    [
+        ("wrn-16-2", False, he_std),
+        ("resnet18", True, he_std),
+        ("resnet50", True, he_std),
+        ("resnet18", False, default_std),
+        ("resnet50", False, default_std),
+    ],
+)
+def test_networks_start_from_weights_of_the_published_distribution(name, imagenet, published):
+    torch.manual_seed(0)
+    model = build_model(name, 128, imagenet=imagenet)
+    for conv in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        deviation = conv.weight.std().item() / published(conv)
+        assert deviation == pytest.approx(1, abs=4 / (2 * conv.weight.numel()) ** 0.5)
+        if published is default_std:
+            assert conv.weight.abs().max() <= 3**0.5 * published(conv)
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        assert (norm.weight == 1).all()
+        assert (norm.bias == 0).all()
+    head, bound = (
+        getattr(model, model.head_name),
+        getattr(model, model.head_name).in_features ** -0.5,
+    )
+    assert 0.98 * bound < head.weight.abs().max() <= bound
+    # the published wide residual network alone sets the bias of its last layer to 0
+    assert bool(head.bias.any()) != name.startswith("wrn")
+
+
 @pytest.mark.parametrize("name", ["wrn-28-2", "resnet18"])
 def test_a_published_state_dict_loads_although_each_name_starts_with_module(name):
     published = build_model(name, 128)

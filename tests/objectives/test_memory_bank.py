@@ -107,15 +107,15 @@ def test_full_softmax_of_a_bank_that_knows_nothing_is_its_chance_level():
 
 
 def naive_nce(v, own, memory, negatives, temperature, z):
-    """PUBLISHED.md section 1, one image and one negative at a time."""
+    """The published formula, one image and one negative at a time."""
     n, k = len(memory), negatives.shape[1]
     total = torch.tensor(0.0, dtype=torch.float64)
     for i in range(len(v)):
         p = torch.exp(v[i] @ memory[own[i]] / temperature) / z
-        loss = torch.log(p / (p + k / n))
+        loss = torch.log(p / (p + k / n + 1e-7))
         for j in negatives[i].tolist():
             q = torch.exp(v[i] @ memory[j] / temperature) / z
-            loss = loss + torch.log((k / n) / (q + k / n))
+            loss = loss + torch.log((k / n) / (q + k / n + 1e-7))
         total = total - loss
     return total / len(v)
 
@@ -157,6 +157,44 @@ def test_nce_equals_the_published_formula_and_normalizer(images, k, z_momentum):
         assert criterion.z.item() == pytest.approx(z, rel=1e-5)
         assert got.item() == pytest.approx(expected.item(), rel=1e-4)
         assert torch.allclose(gradient, naive.float(), rtol=1e-3, atol=1e-4)
+
+
+# ImageNet's constants, and K / N as small as eps itself
+@pytest.mark.parametrize(("images", "k"), [(1_281_167, 4096), (1_281_167, 1), (50_000, 4096)])
+@pytest.mark.parametrize("cosine", [-0.9, -0.5, 0.0, 0.5, 0.99])
+def test_nce_has_the_values_and_gradients_of_the_published_formula(images, k, cosine):
+    torch.manual_seed(0)
+    cosines = torch.cat([torch.tensor([cosine]), torch.rand(k) * 1.8 - 0.9]).double()
+    z, noise = 1.9e6, k / images
+
+    def published(x):
+        p = torch.exp(x / 0.07) / z
+        positive = torch.log(p[0] / (p[0] + noise + 1e-7))
+        return -(positive + torch.log(noise / (p[1:] + noise + 1e-7)).sum())
+
+    criterion = NCE(k, 0.07, 0, z_momentum=None).double()
+    criterion.z.fill_(z)
+    expected, wanted = value_and_gradient(published, cosines)
+    got, gradient = value_and_gradient(
+        lambda x: criterion.summed(x[None] / 0.07, images, 1), cosines
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-7, atol=0)
+
+
+def test_nce_is_finite_where_the_published_formula_is_not():
+    criterion, noise = NCE(1, 0.01, 0, z_momentum=None), 1 / 1000
+    criterion.z.fill_(1.0)
+    cosines = torch.tensor([-0.98, 0.97])
+    p = torch.exp(cosines / 0.01)  # below and beyond float32: exp(-98) and exp(97)
+    naive = torch.log(p[0] / (p[0] + noise + 1e-7)) + torch.log(noise / (p[1] + noise + 1e-7))
+    assert not torch.isfinite(naive)
+    value, gradient = value_and_gradient(
+        lambda x: criterion.summed(x[None] / 0.01, 1000, 1), cosines
+    )
+    # log P - log(noise + eps) of the positive, log P - log(noise) of the negative, each with slope 1 / T
+    assert value.item() == pytest.approx(98 + 97 + math.log((noise + 1e-7) / noise), rel=1e-4)
+    assert gradient.tolist() == pytest.approx([-100, 100], rel=1e-5)
 
 
 def test_the_published_normalizer_is_estimated_once_and_survives_a_resume():
@@ -209,7 +247,7 @@ def test_chance_levels_are_the_losses_of_a_bank_that_knows_nothing():
     memory, v, own = unit(1, 16).expand(300, 16), unit(1, 16).expand(5, 16), torch.arange(5)
     nce, info = NCE(20, 0.5, 0, z_momentum=None), InfoNCE(20, 0.5, 0)
     # all similarities are equal, hence P = 1/N with the estimated Z
-    assert loss_of(nce, v, own, memory, 0).item() == pytest.approx(nce.chance(300), rel=1e-3)
+    assert loss_of(nce, v, own, memory, 0).item() == pytest.approx(nce.chance(300), rel=1e-5)
     assert loss_of(info, v, own, memory, 0).item() == pytest.approx(info.chance(300), rel=1e-5)
 
 

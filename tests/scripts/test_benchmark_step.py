@@ -25,7 +25,7 @@ MOST = {
     "finetune-cifar": {
         "images": 15,
         "forward": 160,
-        "objective": 10,
+        "objective": 15,
         "backward": 170,
         "after step": 0,
     },

@@ -61,8 +61,8 @@ def images() -> ImageSet:
     return ImageSet("made up", pixels, targets, names, CIFAR10_STATS)
 
 
-def trained(model: nn.Module, iter_size: int) -> list[float]:
-    """Losses of the steps of this process's part of the training."""
+def trained(model: nn.Module, iter_size: int) -> list[tuple[float, float]]:
+    """Losses and training accuracies of the steps of this process's part of the training."""
     data = images()
     augmentation = Augmentation(finetune_ops(), data.stats)
     batches = Batches(data, augmentation, CPU, batch_size=12 // iter_size)
@@ -76,7 +76,7 @@ def trained(model: nn.Module, iter_size: int) -> list[float]:
         CPU,
         iter_size=iter_size,
     )
-    return [float(step.loss) for step in steps]
+    return [(float(step.loss), float(step.means["top1"])) for step in steps]
 
 
 def experiment() -> dict[str, Any]:
@@ -88,10 +88,10 @@ def experiment() -> dict[str, Any]:
         ("accumulated", torch.float64, 2),
     ):
         model = Network(dtype)
-        losses = trained(model, iter_size)
+        means = trained(model, iter_size)
         parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
         everywhere = distributed.all_gather_rows(parameters[None], distributed.world_size())
-        found[name] = {"losses": losses, "parameters": parameters, "everywhere": everywhere}
+        found[name] = {"means": means, "parameters": parameters, "everywhere": everywhere}
     # as training leaves it: a network whose statistics are each process's own
     model = build_model("wrn-10-1", NUM_CLASSES)
     model.load_state_dict(
@@ -133,7 +133,7 @@ def test_two_processes_end_with_the_parameters_of_one(both, name):
     assert (one["parameters"] - start).abs().max() > 1e-2  # there was something to learn
     torch.testing.assert_close(two["parameters"], one["parameters"], **EQUAL[start.dtype])
     torch.testing.assert_close(
-        torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=0
+        torch.tensor(two["means"]), torch.tensor(one["means"]), rtol=1e-5, atol=0
     )
 
 
@@ -155,15 +155,20 @@ def test_the_gradients_of_two_batches_make_the_step_of_their_union():
             first_step=2,
             iter_size=iter_size,
         )
-        losses = [(step.number, step.batch_size, float(step.loss)) for step in steps]
-        results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
-    for losses, parameters in results[1:]:
+        found = [
+            (step.number, step.batch_size, float(step.loss), float(step.means["top1"]))
+            for step in steps
+        ]
+        results.append((found, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    for found, parameters in results[1:]:
         assert (
-            [x[:2] for x in losses]
+            [x[:2] for x in found]
             == [x[:2] for x in results[0][0]]
             == [(n, 12) for n in range(2, 6)]
         )
-        assert [x[2] for x in losses] == pytest.approx([x[2] for x in results[0][0]], rel=1e-6)
+        for part in (2, 3):
+            expected = [x[part] for x in results[0][0]]
+            assert [x[part] for x in found] == pytest.approx(expected, rel=1e-6)
         torch.testing.assert_close(parameters, results[0][1], rtol=1e-10, atol=1e-12)
 
 

@@ -179,9 +179,8 @@ def test_chunks_are_one_ranking_or_an_equal_share_of_each(world, ratio):
 
     more = ("--pseudo-ratio", ratio, "--pseudo-per-chunk")
     shares = examples_of(world, "--pseudo-dir", chunks_of(world), *more)
-    expected = [
-        i for part in parts for i in part.indexes[: int(ratio * len(part.indexes))].tolist()
-    ]
+    of_each = int(len(everything) * ratio / CHUNKS)
+    expected = [i for part in parts for i in part.indexes[:of_each].tolist()]
     assert shares.indexes[LABELS:].tolist() == expected
     assert torch.equal(shares.indexes[:LABELS], examples.indexes[:LABELS])
     if ratio == 0.5:

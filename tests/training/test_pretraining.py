@@ -186,20 +186,20 @@ def test_the_log_holds_the_chance_level_and_what_made_the_run(pretrain):
     assert log_lines(plain / "log")[1]["chance"] == pytest.approx(math.log(52))
 
 
-def test_multi_step_works_for_any_number_of_epochs_and_steps_by_the_optimizer(pretrain):
+def test_multi_step_works_for_any_number_of_epochs(pretrain):
     folder = pretrain("--epochs", 5, "--lr-scheduler", "multi-step", "--lr", 0.5)
-    # x0.2 at 30%, 60% and 80% of 20 steps; an epoch is logged with the rate of its last step
+    # x0.2 at 30%, 60% and 80% of 5 epochs, rounded down
     expected = [0.5, 0.5 * 0.2, 0.5 * 0.2, 0.5 * 0.2**2, 0.5 * 0.2**3]
     assert [x["lr"] for x in log_lines(folder / "log")[1:]] == pytest.approx(expected)
 
 
-def test_a_cosine_ends_at_its_floor_and_is_not_stepped_once_too_early(pretrain):
+def test_a_cosine_falls_toward_its_floor_and_is_not_stepped_once_too_early(pretrain):
     folder = pretrain("--epochs", 3, "--lr", 0.5)
-    rates = [1e-5 + (0.5 - 1e-5) * (1 + math.cos(math.pi * s / 12)) / 2 for s in (3, 7, 11)]
+    rates = [1e-5 + (0.5 - 1e-5) * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
     assert [x["lr"] for x in log_lines(folder / "log")[1:]] == pytest.approx(rates)
 
 
-def test_every_step_is_taken_at_the_rate_of_its_own_number(pretrain, monkeypatch):
+def test_every_step_is_taken_at_the_rate_of_its_own_epoch(pretrain, monkeypatch):
     rates = []
 
     class Watched(torch.optim.SGD):
@@ -209,8 +209,10 @@ def test_every_step_is_taken_at_the_rate_of_its_own_number(pretrain, monkeypatch
 
     monkeypatch.setattr(torch.optim, "SGD", Watched)
     pretrain("--epochs", 2, "--lr", 0.5)
-    expected = [1e-5 + (0.5 - 1e-5) * (1 + math.cos(math.pi * s / 8)) / 2 for s in range(8)]
-    assert rates == pytest.approx(expected)
+    assert rates == pytest.approx([0.5] * 4 + [(0.5 + 1e-5) / 2] * 4)
+    rates.clear()
+    pretrain("--epochs", 2, "--lr", 0.5, "--lr-scheduler", "one-cycle", name="one-cycle")
+    assert len(set(rates)) == 8
 
 
 def test_measuring_leaves_what_is_trained_as_it_is(pretrain, tmp_path):

@@ -132,6 +132,54 @@ def test_one_cycle_rises_for_three_tenths_and_then_falls_to_eta_min():
     assert rate(999) == pytest.approx(ETA_MIN, rel=0.2)
 
 
+def published_rates(name, epochs):
+    """The rate of each epoch, as a scheduler gives it that is stepped once before each of them."""
+    rates, start, length = [], 0, 10
+    for epoch in range(epochs):
+        if name == "multi-step":
+            rates.append(0.03 * 0.2 ** sum(epoch >= passed for passed in (60, 120, 160)))
+            continue
+        if name == "cosine":
+            length = epochs
+        elif epoch - start == length:
+            start, length = epoch, 2 * length
+        turn = math.pi * (epoch - start) / length
+        rates.append(1e-5 + 0.5 * (0.03 - 1e-5) * (1 + math.cos(turn)))
+    return rates
+
+
+@pytest.mark.parametrize("name", ["cosine", "cosine-with-restart", "multi-step"])
+def test_phase_1_holds_the_published_rate_of_an_epoch_through_all_its_steps(name):
+    words = {"base": 0.03, "total": 200 * 391, "steps_per_epoch": 391}
+    rate = learning_rate(name, **words, by_epoch=True)
+    for epoch, published in enumerate(published_rates(name, 200)):
+        within = {rate(step) for step in range(391 * epoch, 391 * (epoch + 1))}
+        assert list(within) == [pytest.approx(published, rel=1e-12)]
+
+
+def test_one_cycle_changes_at_every_step_in_phase_1_too():
+    words = {"name": "one-cycle", "base": 0.03, "total": 90, "steps_per_epoch": 9}
+    one, other = learning_rate(**words), learning_rate(**words, by_epoch=True)
+    assert [one(step) for step in range(90)] == [other(step) for step in range(90)]
+
+
+@pytest.mark.parametrize("max_iters", [7, 14, 100, 50_000, 70_000, 123_456])
+def test_imagenet_finetuning_drops_at_the_published_whole_steps(max_iters):
+    rate = learning_rate("multi-step", 1.0, max_iters, drops=IMAGENET_FINETUNE_DROPS)
+    drops = [step for step in range(1, max_iters) if rate(step) < rate(step - 1)]
+    assert drops == [max_iters * 3 // 7, max_iters * 6 // 7]
+
+
+@pytest.mark.parametrize(("epochs", "milestones"), [(200, (120, 160)), (100, (60, 80))])
+def test_imagenet_pretraining_scales_its_drops_with_the_length(epochs, milestones):
+    lengths = epochs * 5004, 5004
+    rate = learning_rate("multi-step", 0.03, *lengths, IMAGENET_INSTANCE_DROPS, by_epoch=True)
+    rates = [rate(epoch * 5004) for epoch in range(epochs)]
+    assert rates == [
+        pytest.approx(0.03 * 0.1 ** sum(e >= m for m in milestones)) for e in range(epochs)
+    ]
+
+
 def test_an_unknown_schedule_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"step-wise.*multi-step.*cosine-with-restart"):
         learning_rate("step-wise", base=0.1, total=10)
@@ -139,7 +187,10 @@ def test_an_unknown_schedule_is_refused_with_the_list():
 
 @pytest.mark.parametrize(
     ("drops", "total", "milestones"),
-    [(IMAGENET_FINETUNE_DROPS, 50000, (21429, 42857)), (IMAGENET_INSTANCE_DROPS, 200, (120, 160))],
+    [
+        (IMAGENET_FINETUNE_DROPS, 50000, (50000 * 3 // 7, 50000 * 6 // 7)),
+        (IMAGENET_INSTANCE_DROPS, 200, (120, 160)),
+    ],
     ids=["finetuning", "instance discrimination"],
 )
 def test_imagenet_drops_to_a_tenth_at_its_published_places(drops, total, milestones):

@@ -75,7 +75,7 @@ def test_random_numbers_of_the_objective_are_those_of_this_process_rows():
     assert objective.calls[0] == ("forward", [204, 205, 206], 1)
 
 
-def test_every_named_loss_is_the_mean_over_the_images_of_a_step():
+def test_every_named_value_is_the_mean_over_the_images_of_a_step():
     objective, model = Recorded(), network()
     items = batches([6, 2])
     with torch.no_grad():
@@ -91,8 +91,8 @@ def test_every_named_loss_is_the_mean_over_the_images_of_a_step():
     )
     for name, measure in (("loss", torch.mean), ("spread", torch.std)):
         parts = [float(measure(one)) * len(one) for one in outputs]
-        assert float(step.losses[name]) == pytest.approx(sum(parts) / 8, rel=1e-5)
-    assert step.loss is step.losses["loss"]
+        assert float(step.means[name]) == pytest.approx(sum(parts) / 8, rel=1e-5)
+    assert step.loss is step.means["loss"]
 
 
 def test_the_memory_of_an_objective_goes_through_a_checkpoint():
