@@ -47,6 +47,7 @@ RECORDED = {
         *("acc", "best_acc"),  # published names of what `accuracies` holds
     ),
     "features": ("meta.checkpoint", "meta.image_size"),
+    "pseudo-labels": ("meta.propagation",),
     "graph": ("meta",),
     "spectrum": ("meta",),
 }
@@ -97,7 +98,7 @@ def is_harmless(reader, path, value, wrong):
     if isinstance(value, list) and wrong == []:
         return path[-1] == "classes"  # no names
     if is_dict:
-        return name in ("meta", "meta.options", "description.arguments")  # less is recorded
+        return name in ("meta", "meta.options", "description.arguments", "sums")  # less is recorded
     is_number = isinstance(wrong, int | float) and not isinstance(wrong, bool)
     if isinstance(value, float) and is_number and math.isfinite(wrong):
         return abs(wrong) < 1e6
