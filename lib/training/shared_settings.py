@@ -165,5 +165,6 @@ class Stopping:
         limit=NOT_NEGATIVE,
         metavar="STEPS",
         help="save and stop after so many steps of this start; --resume auto continues. 0: train to the end. "
-        "SIGTERM and Ctrl-C stop a run in the same way, after the current step",
+        "SIGTERM, Ctrl-C, SIGHUP and a closed output stop a run in the same way, after the current step; a "
+        "log that cannot be written is told once and left out",
     )
