@@ -90,6 +90,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
     files, is_new = Checkpoints(folder, LAST, BEST), not state.step
     start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
+    if not is_new:
+        files.complete(state, resume)
 
     # 4. Train; test and save every --eval-freq steps
     batches = Batches(

@@ -25,6 +25,7 @@ The script writes `ckpt.pth.tar` (last step) and `ckpt.best.pth.tar` (best valid
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from datasets import build_datasets
@@ -106,6 +107,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
     files, is_new = Checkpoints(folder, LAST, BEST), not state.step
     start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
+    if not is_new:
+        files.complete(state, resume)
 
     # 4. Train; test and save every --eval-freq steps
     ops = [RandomResizedCrop(SMALLEST_CROP), RandomHorizontalFlip()]
@@ -147,6 +150,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         RunProgress(state, args.max_iters, batches, arithmetic, write) as progress,
     ):
         write("start", first_step=state.step, meta=meta)
+        if tester.was_killed(state, args.eval_freq, args.max_iters):
+            files.save(state, is_best=tester.measure_run(state, write))
         for step in steps:
             state.count(step)
             progress.count(step)
@@ -157,6 +162,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             with progress.throughput.paused():
                 if is_last or state.step % args.eval_freq == 0:
                     if test is not None and not test.in_memory:
+                        state.accuracy = math.nan  # which says that this test is still to be done
                         files.save(state)  # testing may outlast the grace period of a SIGTERM
                     files.save(state, is_best=tester.measure_run(state, write))
                 elif stopping:

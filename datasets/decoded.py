@@ -48,11 +48,12 @@ def load(key: str, shape: tuple[int, ...]) -> Decoded | None:
     """Load the copy of this key; None if there is none, or it is damaged or of another shape."""
     for file in cache_folder().glob(f"{key}-*.npy"):
         try:
-            images = np.load(file, allow_pickle=False)
+            with open(file, "rb") as source:  # np.load opens other formats too
+                images = np.lib.format.read_array(source, allow_pickle=False)
             if images.dtype != np.uint8 or images.shape != shape:
                 raise ValueError(f"it holds {images.dtype} of shape {images.shape}")
             os.utime(file)  # counts as used
-        except (OSError, ValueError) as error:
+        except (MemoryError, OSError, ValueError) as error:
             print(f"{file} is damaged, and the images are decoded anew: {error}", file=sys.stderr)
         else:
             return Decoded(torch.from_numpy(images), file.stem.removeprefix(f"{key}-"))

@@ -51,14 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-b",
         "--batch-size",
-        type=declared.positive_int,
+        type=declared.batch_size,
         default=128,
         help="pictures at a time, of each process",
     )
     parser.add_argument(
         "-j",
         "--num-workers",
-        type=declared.not_negative_int,
+        type=declared.num_workers,
         default=2,
         help="processes that decode the pictures, on each machine",
     )

@@ -64,7 +64,7 @@ from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
 from lib.report.curves import Curve, accuracy_coverage
-from lib.runtime import devices, distributed
+from lib.runtime import devices, distributed, terminal
 
 MIB = 2**20
 
@@ -135,22 +135,24 @@ def build_graph(
 
 @contextmanager
 def ending_at_once(work: Path) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end the process at once, with exit code 143 or 130, in a `with` block.
+    """Let SIGTERM, Ctrl-C and SIGHUP end the process at once in a `with` block, with 128 + their number.
 
     Files are written whole or not at all, so that nothing has to be cleaned up.
     """
 
     def end(number: int, _: object) -> None:
-        if distributed.is_main():
-            print(
-                f"stopped by {signal.Signals(number).name}; the same command continues with what is in "
-                f"{work}",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(128 + number)
+        try:
+            if distributed.is_main():
+                print(
+                    f"stopped by {signal.Signals(number).name}; the same command continues with what is in "
+                    f"{work}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        finally:  # the terminal may be gone
+            os._exit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, end) for number in terminal.ending_signals()}
     try:
         yield
     finally:

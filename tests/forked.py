@@ -24,7 +24,7 @@ NAMES = (
 )
 SCRIPTS = {name: start.load_script(name) for name in NAMES}
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["forked"])
+SERVER.set_forkserver_preload(["forked", "faults"])
 LONGEST_S = (
     120.0  # for anything that a test waits for; a promise of its own is asserted by the test
 )
@@ -37,7 +37,13 @@ def _serve() -> None:
         forkserver.ensure_running()
 
 
-def _begin(name: str, words: list[str], output: str, environment: dict[str, str]) -> None:
+def _begin(
+    name: str,
+    words: list[str],
+    output: str,
+    environment: dict[str, str],
+    fault: Callable[[], None] | None,
+) -> None:
     multiprocessing.set_start_method(
         "fork", force=True
     )  # as from the shell; it inherits the server's
@@ -47,6 +53,8 @@ def _begin(name: str, words: list[str], output: str, environment: dict[str, str]
     os.dup2(handle, 2)
     sys.argv = [str(ROOT / name), *words]
     os.chdir(ROOT)
+    if fault is not None:
+        fault()
     start.run(SCRIPTS[name].main, SCRIPTS[name].build_parser())
 
 
@@ -58,12 +66,22 @@ def _alive(pid: int) -> bool:
 
 
 class Running:
-    """A script that was started with the words of a command line; its output goes to a file."""
+    """A script that was started with the words of a command line; its output goes to a file.
 
-    def __init__(self, name: str, *words: object, output: Path, **environment: str) -> None:
+    `fault` is called in its process before it begins: a function of `faults.py`, with its parameters.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *words: object,
+        output: Path,
+        fault: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> None:
         self.output = output
         _serve()
-        given = (name, [str(word) for word in words], str(output), environment)
+        given = (name, [str(word) for word in words], str(output), environment, fault)
         self._process = SERVER.Process(target=_begin, args=given)
         self._process.start()
 

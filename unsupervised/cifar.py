@@ -112,6 +112,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         pretraining.resume(state, source, args.epochs, per_epoch)
     files = Checkpoints(folder, LAST, BEST)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
+    if source:
+        files.complete(state, source)
 
     # 4. Train; test and save after each epoch
     ops = instance_ops(args.transform_crop, args.transform_scale)

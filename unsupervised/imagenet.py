@@ -139,6 +139,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             load_network(model, published.load(given), given, start_of=described)
     files = Checkpoints(folder, LAST, BEST, NUMBERED, args.save_freq)
     start.open_run_folder("--model-dir", folder, LAST, is_new=not source)
+    if source:
+        files.complete(state, source)
 
     # 4. Train; test and save after each epoch
     batches = Batches(

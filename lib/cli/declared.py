@@ -6,7 +6,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar, get_args
 
-from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, Limit, options_of
+from lib.runtime.option import (
+    BATCH_SIZE,
+    NOT_NEGATIVE,
+    NUM_WORKERS,
+    POSITIVE,
+    SEED,
+    Limit,
+    options_of,
+)
 
 Values = TypeVar("Values", bound=Any)
 WANTED = {int: "a whole number", float: "a number"}
@@ -26,8 +34,11 @@ def checked(parse: Callable[[str], Any], limit: Limit | None = None) -> Callable
             raise argparse.ArgumentTypeError(problem) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-        if limit is not None and isinstance(value, int | float) and not limit.holds(value):
-            raise argparse.ArgumentTypeError(f"{limit.rule}, not {text}")
+        if limit is not None and isinstance(value, int | float):
+            if not limit.holds(value):
+                raise argparse.ArgumentTypeError(f"{limit.rule}, not {text}")
+            if value > limit.most:
+                raise argparse.ArgumentTypeError(f"must be at most {limit.most:,}, not {text}")
         return value
 
     return read
@@ -37,6 +48,8 @@ positive_int = checked(int, POSITIVE)
 not_negative_int = checked(int, NOT_NEGATIVE)
 positive_float = checked(float, POSITIVE)
 seed = checked(int, SEED)
+batch_size = checked(int, BATCH_SIZE)
+num_workers = checked(int, NUM_WORKERS)
 
 
 def flag(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lib.cli import declared
@@ -26,6 +26,8 @@ from lib.runtime.option import (
 )
 from lib.training.shared_settings import Compute, Data, Network
 from models import SMALL_ARCHITECTURES
+
+MOST_EFFORT = 10_000  # products with the graph, to which these parameters are proportional
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,16 @@ class _Parameters:
         None, limit=POSITIVE, help="filter smoothed-step: largest eigenvalue kept (0.2)"
     )
     degree: int | None = option(
-        None, limit=POSITIVE, help="filter smoothed-step: degree, its sharpness (40)"
+        None,
+        limit=replace(POSITIVE, most=MOST_EFFORT),
+        help="filter smoothed-step: degree, its sharpness (40)",
     )
-    time: float | None = option(None, limit=POSITIVE, help="filter heat: time of diffusion (20)")
-    power: int | None = option(None, limit=NOT_NEGATIVE, help="filter powers: exponent (20)")
+    time: float | None = option(
+        None, limit=replace(POSITIVE, most=MOST_EFFORT), help="filter heat: time of diffusion (20)"
+    )
+    power: int | None = option(
+        None, limit=replace(NOT_NEGATIVE, most=MOST_EFFORT), help="filter powers: exponent (20)"
+    )
     alpha: float | None = option(
         None,
         limit=OPEN_FRACTION,

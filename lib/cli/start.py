@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from lib.cli.checks import warn, writable_folder
-from lib.runtime import distributed
+from lib.runtime import distributed, terminal
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 LESS_MEMORY = (
@@ -61,14 +61,16 @@ def _guarded(
         warnings.simplefilter("ignore", UserWarning)  # rank 0 shows the same ones
     try:
         main(args)
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except terminal.ClosedOutputError:  # nobody reads a message
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         if not distributed.is_main():
             time.sleep(distributed.MAIN_FIRST_S)
         said = str(error)
-        if isinstance(error, torch.OutOfMemoryError):  # which says half a page
-            said = ". ".join([*said.split(". ")[:2], LESS_MEMORY])
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):  # says nothing, or half a page
+            said = ". ".join([*filter(None, said.split(". ")[:2]), LESS_MEMORY])
         print(f"{prog}: error: {said}", file=sys.stderr, flush=True)
         return EXIT_USAGE if isinstance(error, ValueError | OSError) else EXIT_FAILURE
     except KeyboardInterrupt:  # before training, or the second Ctrl-C: there is nothing to save
@@ -84,12 +86,15 @@ def run(main: Callable[[argparse.Namespace], object], options: argparse.Argument
     """
     args = options.parse_args()
     work = partial(_guarded, main, args, options.prog)
+    terminal.guard_outputs()
     gpus = getattr(args, "gpus", "cpu")
     try:
-        distributed.device_names(gpus)
-    except ValueError as error:
+        code = distributed.run(work, gpus)
+    except (ValueError, OSError) as error:  # no such device; no room for a rendezvous
+        if os.environ.get("TRACEBACK"):
+            raise
         options.exit(EXIT_USAGE, f"{options.prog}: error: {error}\n")
-    sys.exit(distributed.run(work, gpus))
+    sys.exit(code)
 
 
 def load_script(name: str) -> ModuleType:

@@ -25,6 +25,8 @@ from torch.multiprocessing import ProcessContext, ProcessExitedException, start_
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lib.runtime import terminal
+
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 may be writing a large file meanwhile
 ALL = "all"  # value of `--gpus` for every visible device
 MAIN_FIRST_S = 10.0  # delay of an error on other ranks: rank 0 reports it first, and ends them
@@ -238,6 +240,7 @@ def _in_group(work: Callable[[], int], names: list[str], **options: Any) -> int:
 
 def _child(rank: int, work: Callable[[], int], names: list[str], store: str, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminal.guard_outputs()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(threads)
     if names[0] != "cpu":
@@ -257,7 +260,7 @@ def _child(rank: int, work: Callable[[], int], names: list[str], store: str, thr
 def _join(context: ProcessContext) -> int:
     """Wait for the processes and return the first failure's exit code, as a shell does (128 + signal).
 
-    SIGTERM and Ctrl-C ask the processes to end, which save their work first.
+    SIGTERM, Ctrl-C and SIGHUP ask the processes to end, which save their work first.
     """
     received = 0
 
@@ -271,13 +274,13 @@ def _join(context: ProcessContext) -> int:
         received = received or number
         end_all()
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, pass_on) for n in terminal.ending_signals()}
     try:
         while not context.join():
             pass
     except ProcessExitedException as error:
         code = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
-        if received and code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        if received and code - 128 in before:
             return 128 + received
         if error.exit_code < 0:
             print(f"process {error.error_index} was killed ({error})", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Early end of a run without any loss: SIGTERM, Ctrl-C and `--stop-after` wait for the step to end.
+"""Early end of a run without any loss, after the step that is under way.
+
+SIGTERM, Ctrl-C, SIGHUP, an output that nobody reads any more, and `--stop-after` ask for it.
 
 In `with watch(...) as stop` a loop asks `stop.requested()` after every step, saves and ends. `stop.exit()`
 follows that block.
@@ -11,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lib.runtime import distributed
+from lib.runtime import distributed, terminal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 IMPATIENCE_S = 1.0  # a second Ctrl-C that comes sooner is the same one, passed on by the launcher
 
 
@@ -47,7 +48,10 @@ class Stop:
         return signal.Signals(self._agreed).name if self._agreed else f"--stop-after {self._after}"
 
     def exit(self) -> None:
-        """Exit with 143 (SIGTERM) or 130 (SIGINT) if a signal came, once rank 0, which saves, is here too."""
+        """Exit with 128 + the signal that came, if one did, once rank 0, which saves, is here too.
+
+        These are 143 (SIGTERM), 130 (SIGINT), 129 (SIGHUP) and 141 (SIGPIPE, for a closed output).
+        """
         if self._agreed:
             distributed.barrier()
             sys.exit(128 + self._agreed)
@@ -55,14 +59,16 @@ class Stop:
 
 @contextmanager
 def watch(after: int = 0) -> Iterator[Stop]:
-    """Keep SIGTERM and SIGINT from ending this process inside the block; yield the `Stop` to ask.
+    """Keep signals and a closed output from ending this process inside the block; yield the `Stop` to ask.
 
     It stops after `after` steps of this start as well; 0 means never.
     """
     stop = Stop(after)
-    before = {number: signal.signal(number, stop.receive) for number in SIGNALS}
+    ending = terminal.ending_signals()
+    before = {number: signal.signal(number, stop.receive) for number in ending}
     try:
-        yield stop
+        with terminal.closing_told_to(stop.receive):
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,10 +18,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limit:
-    """A rule that a number must satisfy: its text for the user, and its test."""
+    """A rule that a number must satisfy: its text for the user, its test, and the largest number.
+
+    A number beyond that is a slip: it would fill the memory, or never end.
+    """
 
     rule: str
     holds: Callable[[float], bool]
+    most: float = 10**9
 
 
 POSITIVE = Limit("must be positive", lambda number: number > 0)
@@ -30,7 +34,10 @@ FRACTION = Limit("must lie in [0, 1]", lambda number: 0 <= number <= 1)
 OPEN_FRACTION = Limit("must lie between 0 and 1", lambda number: 0 < number < 1)
 POSITIVE_FRACTION = Limit("must lie in (0, 1]", lambda number: 0 < number <= 1)
 MOMENTUM = Limit("must lie in [0, 1)", lambda number: 0 <= number < 1)
-SEED = Limit("must be at least 0 and below 2**63", lambda number: 0 <= number < 2**63)
+SEED = Limit("must be at least 0 and below 2**63", lambda number: 0 <= number < 2**63, 2**63)
+SIDE = replace(POSITIVE, most=10_000)  # pixels
+BATCH_SIZE = replace(POSITIVE, most=10**6)
+NUM_WORKERS = replace(NOT_NEGATIVE, most=1024)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from datasets.decoded import cache_folder
 from lib.runtime.devices import Device
 from lib.runtime.distributed import is_main, print_main, wrap_ddp
 from lib.runtime.seeding import generator
@@ -89,8 +92,12 @@ def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], N
 
     def report(done: profile) -> None:
         done_at_all.append(done)
-        folder.mkdir(parents=True, exist_ok=True)
-        done.export_chrome_trace(str(folder / TRACE))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            done.export_chrome_trace(str(folder / TRACE))
+        except OSError as error:
+            print_main(f"warning: no trace, {folder / TRACE} cannot be written: {error.strerror}")
+            return
         key = f"self_{'device' if on_gpu else 'cpu'}_time_total"
         print_main(done.key_averages().table(sort_by=key, row_limit=TABLE_ROWS))
         print_main(f"trace: {folder / TRACE}; https://ui.perfetto.dev shows it")
@@ -100,6 +107,26 @@ def traced(number: int, folder: Path, device: Device) -> Iterator[Callable[[], N
         yield profiler.step
     if not done_at_all:
         print_main(f"no trace: the run ended within the {WARM_UP} steps that come before it")
+
+
+def keep_compiled_code_private() -> None:
+    """Have torch.compile keep its code in a folder that nobody else can write to, and loads it from there.
+
+    By default it takes a folder in TMPDIR under a name that everybody knows, and may create first. Here it is
+    `TORCHINDUCTOR_CACHE_DIR`, or one in the user's cache folder.
+
+    Raises:
+        ValueError: if the folder belongs to somebody else, or others may write to it.
+    """
+    own = str(cache_folder() / "compiled")
+    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"--compile loads code from {folder}, which others can write to; remove it, or name a folder of "
+            "your own in TORCHINDUCTOR_CACHE_DIR"
+        )
 
 
 def prepare_training(model: nn.Module, compile_mode: str = "") -> nn.Module:
@@ -114,5 +141,6 @@ def prepare_training(model: nn.Module, compile_mode: str = "") -> nn.Module:
     if next(model.parameters()).is_cuda:
         torch.set_num_threads(1)
     if compile_mode:
+        keep_compiled_code_private()
         model.compile(mode=compile_mode, dynamic=False)
     return wrap_ddp(model)

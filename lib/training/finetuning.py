@@ -4,6 +4,7 @@ Rank 0 alone prints and writes.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,6 +220,11 @@ class Tester:
         accuracies = f"test accuracy {state.accuracy:.2f}% (best {state.best:.2f}%)"
         print_main(f"step {state.step:6d}  {accuracies}")
         return is_best
+
+    def was_killed(self, state: TrainState, eval_freq: int, max_iters: int) -> bool:
+        """Return whether a resumed run ended while it was tested: saved at a test, without an accuracy."""
+        due = state.step > 0 and (state.step % eval_freq == 0 or state.step == max_iters)
+        return due and self.test is not None and math.isnan(state.accuracy)
 
     def _measured(self, test: DataSet, model: nn.Module) -> dict[str, float]:
         workers = own_workers(self.num_workers)

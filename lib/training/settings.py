@@ -5,12 +5,13 @@ script has the class that adds its own options or defaults. A field is named as 
 their command lines from these classes (`lib.cli.declared`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lib.labels.split import parse_num_labeled
 from lib.objectives.memory_bank import LOSSES
 from lib.runtime.option import (
+    BATCH_SIZE,
     FRACTION,
     MOMENTUM,
     NOT_NEGATIVE,
@@ -28,7 +29,9 @@ from models import IMAGENET_ARCHITECTURES
 
 @dataclass(frozen=True)
 class MetricNetwork(Network):
-    low_dim: int = invariant(128, limit=POSITIVE, metavar="D", help="dimensions of the embedding")
+    low_dim: int = invariant(
+        128, limit=replace(POSITIVE, most=2**16), metavar="D", help="dimensions of the embedding"
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class ImageNetPretraining(PretrainingSettings):
     val_batch_size: int = option(
         128,
         "-vb",
-        limit=POSITIVE,
+        limit=BATCH_SIZE,
         metavar="IMAGES",
         help="images of a batch when measuring, in total over all GPUs",
     )

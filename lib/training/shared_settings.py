@@ -9,7 +9,16 @@ from typing import ClassVar
 from datasets import DATASETS
 from lib.loading.batches import LOADERS
 from lib.runtime.devices import PRECISIONS
-from lib.runtime.option import NOT_NEGATIVE, POSITIVE, SEED, invariant, option
+from lib.runtime.option import (
+    BATCH_SIZE,
+    NOT_NEGATIVE,
+    NUM_WORKERS,
+    POSITIVE,
+    SEED,
+    SIDE,
+    invariant,
+    option,
+)
 from lib.runtime.profiling import COMPILE_MODES, WARM_UP
 from lib.training.cuda_graph import CHOICES
 from lib.training.optimizer import SCHEDULES
@@ -30,13 +39,11 @@ class Data:
         "label, DIR/unlabeled/**",
     )
     data_dir: str = option("./data", metavar="DIR", help="folder of the data set")
-    image_size: int = invariant(
-        32, limit=POSITIVE, metavar="PIXELS", help="side of the square images"
-    )
+    image_size: int = invariant(32, limit=SIDE, metavar="PIXELS", help="side of the square images")
     num_workers: int = option(
         2,
         "-j",
-        limit=NOT_NEGATIVE,
+        limit=NUM_WORKERS,
         metavar="N",
         help="processes on each machine that decode image files, or that augment with --loader workers; "
         "0: the training process does it",
@@ -72,7 +79,7 @@ class Optimization:
     batch_size: int = invariant(
         128,
         "-b",
-        limit=POSITIVE,
+        limit=BATCH_SIZE,
         metavar="IMAGES",
         help="images of a batch, in total over all GPUs",
     )
@@ -159,5 +166,6 @@ class Stopping:
         limit=NOT_NEGATIVE,
         metavar="STEPS",
         help="save and stop after so many steps of this start; --resume auto continues. 0: train to the end. "
-        "SIGTERM and Ctrl-C stop a run in the same way, after the current step",
+        "SIGTERM, Ctrl-C, SIGHUP and a closed output stop a run in the same way, after the current step; a "
+        "log that cannot be written is told once and left out",
     )

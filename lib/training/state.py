@@ -17,7 +17,7 @@ from lib.files import checkpoint, description, provenance, weights
 from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
 from lib.files.published import Names, accuracies, class_names, is_metric
 from lib.objectives.objective import Objective
-from lib.runtime.distributed import is_main, print_main, share_buffers
+from lib.runtime.distributed import broadcast_object, is_main, print_main, share_buffers
 from lib.training.step import DIVERGED, Step
 
 
@@ -260,6 +260,28 @@ class Checkpoints:
             name = self.numbered.format(epoch=state.epoch)
             checkpoint.save(entries, self.folder / name)
         checkpoint.save(entries, self.last_file)
+
+    def complete(self, state: TrainState, source: str | Path) -> None:
+        """Write what a save that was killed between its files had not come to.
+
+        `state` was resumed from `source`. If that is the best or the numbered copy, and the last one is
+        older or cannot be read, then the other files that were due with it are written at once: the run may
+        be finished, and would never write them.
+        """
+        file = Path(source)
+        own = file.name in (self.best, self.numbered.format(epoch=state.epoch))
+        in_folder = file.resolve().parent == self.folder.resolve()
+        cut_short = is_main() and own and in_folder and self._last_is_behind(file)
+        if broadcast_object(cut_short):
+            print_main(f"{self.last_file} is behind {file}: a save was cut short, and is completed")
+            self.save(state, end_of_epoch=True)
+
+    def _last_is_behind(self, other: Path) -> bool:
+        try:
+            checkpoint.load_dict(self.last_file)
+        except ValueError:  # missing or damaged; `newest_readable` says so
+            return True
+        return self.last_file.stat().st_mtime_ns <= other.stat().st_mtime_ns
 
     @property
     def last_file(self) -> Path:

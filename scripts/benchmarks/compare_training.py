@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="highest learning rate of both phases (one-cycle)",
     )
     parser.add_argument(
-        "-b", "--batch-size", type=declared.positive_int, default=128, help="images per step"
+        "-b", "--batch-size", type=declared.batch_size, default=128, help="images per step"
     )
     parser.add_argument(
         "--output-dir", default="checkpoint/compare", metavar="DIR", help="logs, picture, numbers"

@@ -60,12 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="photographs to make without --data-dir",
     )
     parser.add_argument(
-        "-b", "--batch-size", type=declared.positive_int, default=64, help="images at a time"
+        "-b", "--batch-size", type=declared.batch_size, default=64, help="images at a time"
     )
     parser.add_argument(
         "-j",
         "--num-workers",
-        type=declared.not_negative_int,
+        type=declared.num_workers,
         default=0,
         help="processes on either side",
     )

@@ -192,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="scripts whose step is counted",
     )
     parser.add_argument(
-        "-b", "--batch-size", type=declared.positive_int, default=128, help="images of a step"
+        "-b", "--batch-size", type=declared.batch_size, default=128, help="images of a step"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     return parser

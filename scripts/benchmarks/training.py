@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=declared.positive_int, default=5, help="visits of each variant, in turns"
     )
     parser.add_argument(
-        "-j", "--num-workers", type=declared.not_negative_int, default=2, help="processes that read"
+        "-j", "--num-workers", type=declared.num_workers, default=2, help="processes that read"
     )
     parser.add_argument("--output", default="", metavar="FILE", help="JSON file for the numbers")
     declared.add_options(parser, Compute)

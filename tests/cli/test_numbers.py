@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import load_script
+from runs import actions, load_script
+
+from lib.cli import start
 
 TOP = ("*.py", "unsupervised/*.py", "scripts/**/*.py", "lib/**/*.py")
 
@@ -56,16 +59,54 @@ def test_the_parsers_of_all_phases_are_among_them():
     assert len(CASES) > 100
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
+REFUSED = ("nan", "inf", "-inf", "-1", "1e309", "", "1e30", "1" + 30 * "0")
+
+
 @pytest.mark.parametrize(("parser", "option"), CASES)
-def test_a_number_that_is_not_finite_or_is_negative_is_refused(parser, option, value, capsys):
+def test_a_number_that_is_not_finite_or_is_negative_or_absurd_is_refused(parser, option, capsys):
+    for value in REFUSED:
+        with pytest.raises(SystemExit) as exit_:
+            parser.parse_args([f"{option}={value}"])
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1
+        assert f"{option}: " in error
+        assert value in error
+
+
+# what zero means is in the help of each: none, never, or the script's own choice
+ZERO = {
+    *("--images", "--momentum", "--nce-k", "--nce-m", "--num-workers", "--workers", "--power"),
+    *("--print-freq", "--profile", "--pseudo-ratio", "--rng-seed", "--save-freq", "--start-epoch"),
+    *("--steps", "--stop-after", "--wd", "--batch-size"),
+}
+
+
+@pytest.mark.parametrize(("parser", "option"), CASES)
+def test_zero_is_refused_but_where_it_means_something(parser, option):
+    if option not in ZERO:
+        with pytest.raises(argparse.ArgumentTypeError, match="not 0"):
+            actions(parser)[option].type("0")
+
+
+@pytest.mark.parametrize("name", [name for name in PARSERS if "semi" in name or "unsup" in name])
+def test_zero_trains_nothing_by_mistake(name):
+    for option in ("--epochs", "--max-iters", "--batch-size", "--num-labeled", "--eval-freq"):
+        action = actions(PARSERS[name]).get(option)
+        if action is not None:
+            with pytest.raises(argparse.ArgumentTypeError, match="must be positive, not 0"):
+                action.type("0")
+
+
+@pytest.mark.parametrize("gpus", ["nan", "-1", "", ",", "0.5", "1e9", "cpu,0", "0,0", "gpu", "inf"])
+@pytest.mark.parametrize("name", [n for n, p in PARSERS.items() if "--gpus" in actions(p)])
+def test_a_list_of_devices_that_is_none_is_refused_before_any_work(name, gpus, monkeypatch, capsys):
+    required = {"scripts/predict.py": ["--checkpoint", "x", "--images", "x"]}.get(name, [])
+    monkeypatch.setattr(sys, "argv", [name, *required, f"--gpus={gpus}"])
     with pytest.raises(SystemExit) as exit_:
-        parser.parse_args([f"{option}={value}"])
+        start.run(lambda args: pytest.fail("began"), PARSERS[name])
     assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("error:") == 1
-    assert f"{option}: " in error
-    assert value in error
+    assert capsys.readouterr().err.count("error:") == 1
 
 
 @pytest.mark.parametrize(
@@ -84,6 +125,15 @@ def test_a_number_that_is_not_finite_or_is_negative_is_refused(parser, option, v
         ("unsupervised/imagenet.py", "--save-freq", "-1", "must be at least 0"),
         ("unsupervised/imagenet.py", "--iter-size", "0", "must be positive"),
         ("unsupervised/imagenet.py", "--momentum", "1", "must lie in [0, 1)"),
+        ("unsupervised/cifar.py", "--low-dim", "1000000000", "must be at most 65,536"),
+        ("unsupervised/cifar.py", "--epochs", "1000000000000", "must be at most 1,000,000,000"),
+        ("unsupervised/imagenet.py", "--image-size", "1000000000", "must be at most 10,000"),
+        ("cifar-semi.py", "--batch-size", "1000000000000", "must be at most 1,000,000"),
+        ("imagenet-semi.py", "--num-workers", "100000", "must be at most 1,024"),
+        ("scripts/propagate.py", "--degree", "1000000", "must be at most 10,000"),
+        ("scripts/propagate.py", "--power", "1000000", "must be at most 10,000"),
+        ("scripts/propagate.py", "--time", "1000000", "must be at most 10,000"),
+        ("scripts/predict.py", "--batch-size", "1000000000000", "must be at most 1,000,000"),
     ],
 )
 def test_a_number_beyond_its_limit_is_refused(name, option, value, rule, capsys):

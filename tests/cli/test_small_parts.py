@@ -4,17 +4,18 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from contextlib import closing
 
 import pytest
 import torch
-from tensorboardX import SummaryWriter
+from faults import block_logs
+from runs import scalars
 
 from lib.files import checkpoint, provenance
 from lib.runtime import devices, distributed
 from lib.runtime.devices import Device
-from lib.training import log
 from lib.training.log import RunLog
 from lib.training.state import AverageMeter
 from models import build_model
@@ -204,19 +205,35 @@ def test_each_line_is_on_the_disk_before_the_next_step(tmp_path):
         assert len(strict_lines(tmp_path)) == 1
 
 
-def test_tensorboard_gets_the_numbers_of_events_with_a_step(tmp_path, monkeypatch):
-    scalars = []
-
-    class Board(SummaryWriter):
-        def add_scalar(self, name, value, step):
-            scalars.append((name, value, step))
-
-    monkeypatch.setattr(log, "SummaryWriter", Board)
+def test_tensorboard_gets_the_numbers_of_events_with_a_step(tmp_path):
     with closing(RunLog(tmp_path)) as run:
         run.write("start", first=0)
         run.write("epoch", 7, loss=2.5, best=math.nan, flag=True, name="x")
-    assert scalars == [("epoch/loss", 2.5, 7)]
-    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert scalars(tmp_path) == {"epoch/loss": [(7, 2.5)]}
+
+
+def test_half_a_line_of_an_earlier_run_is_cut_off(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"event": "epoch", "step": 1}\n{"event": "ep')
+    with closing(RunLog(tmp_path)) as run:
+        run.write("epoch", 2, loss=1.0)
+    assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("full", ["log.jsonl", "events"])
+def test_a_log_that_takes_no_more_is_told_once_and_the_other_one_goes_on(tmp_path, capsys, full):
+    block_logs(tmp_path, full)
+    with closing(RunLog(tmp_path)) as run:
+        for step in range(300):  # more than the buffer of a file holds
+            run.write("epoch", step, loss=1.0)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1
+    assert re.search(
+        rf"cannot write {tmp_path}/{full}.*: No space left on device; training goes", said
+    )
+    if full == "events":
+        assert len(strict_lines(tmp_path)) == 300
+    else:
+        assert len(scalars(tmp_path)["epoch/loss"]) == 300
 
 
 def test_a_log_folder_that_cannot_be_made_is_a_message(tmp_path):

@@ -1,6 +1,8 @@
 """Copies of decoded folders: used for the same files alone, written whole, and never needed."""
 
+import io
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +135,34 @@ def test_a_cache_folder_that_takes_no_file_is_told_and_the_images_are_there(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(folder.read_or_load(paths, 16, 0).images) == 4
     assert "decodes all images again" in capsys.readouterr().err
+
+
+class Attack:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
+
+
+def header(shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    described = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["objects", "pickle", "archive", "larger than memory"])
+def test_a_copy_that_somebody_else_wrote_runs_nothing(paths, reads, tmp_path, kind):
+    first = folder.read_or_load(paths, 16, 0)
+    (file,) = copies()
+    attack, buffer = Attack(tmp_path / "owned"), io.BytesIO()
+    if kind == "objects":
+        np.save(buffer, np.array([attack], dtype=object), allow_pickle=True)
+    elif kind == "archive":
+        np.savez(buffer, np.array([attack], dtype=object))
+    written = {"pickle": pickle.dumps(attack), "larger than memory": header((2**50,))}
+    file.write_bytes(written.get(kind, buffer.getvalue()))
+    assert same(first, folder.read_or_load(paths, 16, 0))
+    assert reads == [4, 4]
+    assert not (tmp_path / "owned").exists()

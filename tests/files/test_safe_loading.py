@@ -256,6 +256,50 @@ def test_only_one_module_loads_with_torch_and_never_with_the_stock_unpickler():
     assert all("weights_only=True" in call for call in calls["checkpoint.py"])
 
 
+# Calls that run what a file holds. `ctypes.CDLL(None)` is the process itself.
+FORBIDDEN = re.compile(
+    r"(c?pickle|dill|cloudpickle|joblib|marshal|shelve|yaml)\.(load|loads|open|Unpickler|unsafe_load)\("
+    r"|(ctypes\.)?(CDLL|PyDLL|cdll\.LoadLibrary)\((?!None\))"
+    r"|torch\.(hub|jit|package|classes|ops)\.(load|load_library|PackageImporter)\("
+    r"|(runpy\.|\b)(run_path|eval|exec|execfile)\("
+    r"|.*(cpp_extension|load_inline)|.*allow_pickle=(?!False)|.*weights_only=(?!True)"
+)
+
+
+def forbidden_calls(source):
+    """The calls in a module that could run what a file holds."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call | ast.Import | ast.ImportFrom):
+            text = ast.unparse(node)
+            if FORBIDDEN.match(text) or "cpp_extension" in text:
+                yield text
+
+
+def test_no_module_calls_what_could_run_a_file():
+    folders = ("lib", "datasets", "models", "scripts", "unsupervised")
+    paths = [p for folder in folders for p in (ROOT / folder).rglob("*.py")]
+    found = {}
+    for path in [*paths, *ROOT.glob("*.py")]:
+        if calls := list(forbidden_calls(path.read_text(encoding="utf-8"))):
+            found[path.name] = calls
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("pickle.load(f)", "joblib.load('x')", "shelve.open('x')", "marshal.loads(b)"),
+        *("ctypes.CDLL('x.so')", "CDLL(path)", "ctypes.cdll.LoadLibrary(p)", "torch.jit.load(p)"),
+        *("torch.hub.load(a, b)", "torch.ops.load_library(p)", "eval(text)", "runpy.run_path(p)"),
+        *("np.load(p, allow_pickle=True)", "torch.load(p, weights_only=False)", "exec(code)"),
+        *("import torch.utils.cpp_extension", "from torch.utils.cpp_extension import load"),
+        "torch.utils.cpp_extension.load_inline('x', [])",
+    ],
+)
+def test_such_a_call_would_be_found(call):
+    assert len(list(forbidden_calls(call))) == 1
+
+
 # ---------------------------------------------------------------------------------------- memory and time
 
 

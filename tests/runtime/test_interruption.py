@@ -1,5 +1,6 @@
 """Stopping early: signals and --stop-after lose nothing, and what continues ends in the same bits."""
 
+import io
 import os
 import random
 import signal
@@ -25,13 +26,15 @@ from runs import (
 from lib.cli import start
 from lib.files import checkpoint
 from lib.files.checkpoint import newest_readable
-from lib.runtime import interruption
+from lib.runtime import interruption, terminal
 from lib.training.state import Checkpoints
 
 NAMES = ("ckpt.pth.tar", "best.pth.tar")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_waits_for_the_step_to_end_and_decides_the_exit_code(number, code):
     before = signal.getsignal(number)
     with interruption.watch() as stop:
@@ -43,6 +46,71 @@ def test_a_signal_waits_for_the_step_to_end_and_decides_the_exit_code(number, co
     with pytest.raises(SystemExit) as exit_:
         stop.exit()
     assert exit_.value.code == code
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruption.watch() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def print_to_a_pipe(patch):
+    """Make standard output a pipe, and hand back its two ends."""
+    reader, writer = os.pipe()
+    file = terminal._Output(writer, "stdout")
+    patch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(file)))
+    return reader, writer
+
+
+def test_an_output_that_nobody_reads_asks_a_run_to_end_once(monkeypatch, capsys):
+    reader, _ = print_to_a_pipe(monkeypatch)
+    with interruption.watch() as stop:
+        print("read", flush=True)
+        assert not stop.requested()
+        os.close(reader)
+        print("not read", flush=True)
+        assert stop.requested()
+        print("nor this", flush=True)
+    assert stop.reason == "SIGPIPE"
+    assert capsys.readouterr().err.count("stdout is lost") == 1
+    with pytest.raises(SystemExit) as exit_:
+        stop.exit()
+    assert exit_.value.code == 141
+
+
+def test_an_output_that_nobody_reads_ends_what_has_nothing_to_save(monkeypatch):
+    reader, _ = print_to_a_pipe(monkeypatch)
+    os.close(reader)
+    with pytest.raises(terminal.ClosedOutputError):
+        print("not read", flush=True)
+    print("nor this", flush=True)  # as the interpreter does at its end
+
+
+def test_an_output_on_a_full_disk_is_lost_and_the_run_goes_on(monkeypatch, capsys):
+    _, writer = print_to_a_pipe(monkeypatch)
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer)
+    with interruption.watch() as stop:
+        for _ in range(3):
+            print("lost", flush=True)
+        assert not stop.requested()
+    said = capsys.readouterr().err
+    assert said == "stdout is lost (No space left on device); the run goes on without it\n"
+
+
+def test_outputs_that_were_closed_from_the_start_or_are_not_pythons_own_are_no_obstacle(
+    monkeypatch,
+):
+    own = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", own)
+    terminal.guard_outputs()
+    print("nowhere", flush=True)
+    assert sys.stderr is own
 
 
 def test_the_first_signal_decides_and_the_same_one_passed_on_is_no_second_one():

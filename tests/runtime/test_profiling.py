@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_ok, assert_refused, run_script
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.images import CIFAR10_STATS, ImageSet
@@ -214,6 +217,25 @@ def test_without_a_compiler_compile_is_refused_before_anything_else(tmp_path):
     result = run_script("unsupervised/cifar.py", *words, PATH=str(tmp_path), CXX="")
     assert_refused(result, "--compile", "g++")
     assert not (tmp_path / "new").exists()
+
+
+def test_compiled_code_is_loaded_from_a_folder_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "given back after the test")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    profiling.prepare_training(nn.Linear(2, 2), "default")
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_relative_to(tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_dir() == str(folder)  # torch agrees
+    for mode in (0o777, 0o1777, 0o770, 0o702):  # /tmp is 1777
+        folder.chmod(mode)
+        with pytest.raises(ValueError, match=f"loads code from {folder}, which others can write"):
+            profiling.prepare_training(nn.Linear(2, 2), "default")
+    folder.chmod(0o755)
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)  # somebody else made it
+    with pytest.raises(ValueError, match="name a folder of your own in TORCHINDUCTOR_CACHE_DIR"):
+        profiling.prepare_training(nn.Linear(2, 2), "default")
 
 
 @pytest.mark.slow

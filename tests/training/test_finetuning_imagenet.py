@@ -1,5 +1,6 @@
 """imagenet-semi.py: its options, starting weights, chunks of pseudo-labels, resuming with images in files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runs import (
     deterministic,
     fake_venv,
     finetuning,
+    interrupted,
     load_script,
     log_lines,
     make_folder,
@@ -344,6 +346,22 @@ def test_pseudo_labels_of_other_class_names_are_refused(world, tmp_path):
     )
     with pytest.raises(ValueError, match=r"made for other classes: 0 a / blue, 2 b / green"):
         examples_of(world, "--pseudo-file", tmp_path / "x.pth.tar")
+
+
+def test_a_run_killed_while_it_was_tested_is_tested_when_it_is_resumed(finetune, capsys):
+    line = ("--finetune", "--max-iters", 2, "--eval-freq", 2)
+    whole = finetune(*line, name="whole")
+    with interrupted(shared, "evaluate", 1):
+        finetune(*line, name="cut")
+    folder = whole.parent / "cut"
+    assert math.isnan(last(folder)["acc"])
+    finetune(*line, "--resume", "auto", name="cut")
+    assert_same(without_meta(last(whole)), without_meta(last(folder)))
+    lines = [deterministic(log_lines(each / "log" / "e"), "test") for each in (whole, folder)]
+    assert lines[0] == lines[1]
+    before = contents(folder / "e")
+    finetune(*line, "--resume", "auto", name="cut")
+    assert contents(folder / "e") == before
 
 
 def test_a_last_checkpoint_that_cannot_be_read_is_said_and_the_best_one_named_or_taken(

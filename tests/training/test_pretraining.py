@@ -2,7 +2,9 @@
 
 import math
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,8 +143,8 @@ def test_best_and_last_are_both_kept_and_the_best_is_the_best_of_the_log(pretrai
 
 
 def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatch):
-    # cut off between the two, a resume from the older last repeats the epoch; the other way round the
-    # best would be lost for good
+    # cut off between the two, what resumes from the best writes the others; the other way round the best
+    # would be lost for good
     written = []
     monkeypatch.setattr(state.checkpoint, "save", lambda _, path: written.append(path.name))
     monkeypatch.setattr(state.TrainState, "state_dict", lambda _: {})
@@ -153,6 +155,48 @@ def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatc
     run.epoch = 3
     files.save(run, is_best=False, end_of_epoch=True)
     assert written == ["best", "2", "last", "last"]
+
+
+@pytest.mark.parametrize("source", ["best", "2", "last", "4", "other"])
+@pytest.mark.parametrize("last", ["older", "newer", "missing", "damaged"])
+def test_a_save_that_was_cut_short_is_completed_from_the_newer_file(
+    tmp_path, monkeypatch, source, last
+):
+    for name in {source, "last"} - ({"last"} if last == "missing" else set()):
+        checkpoint.save({}, tmp_path / name)
+        os.utime(tmp_path / name, (1000, 1000))
+    if source != "last" and last != "missing":
+        age = 999 if last == "older" else 1001
+        os.utime(tmp_path / "last", (age, age))
+    if last == "damaged":
+        (tmp_path / "last").write_bytes(b"")
+    written = []
+    monkeypatch.setattr(state.checkpoint, "save", lambda _, path: written.append(path.name))
+    monkeypatch.setattr(state.TrainState, "state_dict", lambda _: {})
+    files = Checkpoints(tmp_path, "last", "best", numbered="{epoch}", save_freq=2)
+    network = torch.nn.Linear(2, 2)
+    run = state.TrainState(network, network, None, None, None, {}, epoch=2)
+    replace(files, folder=tmp_path / "new").complete(run, tmp_path / source)
+    assert written == []  # a run that goes on in another folder
+    files.complete(run, tmp_path / source)
+    own = source in (
+        "best",
+        "2",
+    )  # no file of this save: a copy of another epoch, and a foreign one
+    assert written == (["2", "last"] if own and last != "newer" else [])
+
+
+def test_a_run_killed_between_the_files_of_its_last_save_ends_with_the_last_one(pretrain, capsys):
+    folder = pretrain("--epochs", 1)
+    finished = without_meta(last(folder))
+    file, best = folder / "ckpt.cifar.pth.tar", folder / "ckpt.cifar.best.pth.tar"
+    before = pretrain("--epochs", 1, "--stop-after", 3, name="before") / file.name
+    os.utime(shutil.copy(before, file), ns=(0, best.stat().st_mtime_ns - 1))
+    pretrain("--epochs", 1, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert f"{file} is behind {best}" in said
+    assert "already finished" in said
+    assert_same(finished, without_meta(last(folder)))
 
 
 def test_a_finished_run_has_nothing_left_to_train(pretrain, capsys):
