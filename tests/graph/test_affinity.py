@@ -91,10 +91,37 @@ def test_sorting_as_on_a_gpu_makes_the_same_graph_as_transposing(kind, at_once):
         assert torch.equal(expected, found)
 
 
+def literal_graph(features, preset):
+    """Dense version of the notebooks nc (`cifar`) and nc-colorization (`local-scale`), in float64.
+
+    Both take the 20 smallest distances of each row, its own among them. The first only has weights on a fixed
+    scale; the second divides by the last of the 20, and then leaves out the first.
+    """
+    products = features.double() @ features.double().T
+    distances, places = ((1 - products) / 2).topk(20, largest=False)
+    if preset == "cifar":
+        weights = torch.exp(-2 * distances / 0.2)
+    else:
+        weights = torch.exp(-2 * distances / distances[:, -1:])[:, 1:]
+        places = places[:, 1:]
+    directed = torch.zeros_like(products).scatter_(1, places, weights)
+    return (
+        (directed + directed.T) / 2 if preset == "cifar" else directed.maximum(directed.T)
+    ).numpy()
+
+
+@pytest.mark.parametrize("preset", ["cifar", "local-scale"])
+def test_presets_give_the_graphs_of_the_published_notebooks(preset):
+    features, _ = blobs(4, 30)
+    W, expected = build_graph(features, preset).toarray(), literal_graph(features, preset)
+    np.testing.assert_allclose(W, expected, atol=2e-5)
+    assert (W > 0).tolist() == (expected > 0).tolist()
+
+
 def test_presets_have_the_published_numbers():
     assert {
         "cifar": GraphPreset(20, True, 2.0, 0.2, 0, "mean"),
-        "local-scale": GraphPreset(20, False, 2.0, None, 20, "max"),
+        "local-scale": GraphPreset(19, False, 2.0, None, 19, "max"),
         "imagenet": GraphPreset(500, False, 1.0, None, 5000, "mean"),
     } == PRESETS
 
