@@ -11,7 +11,8 @@ graph without eigenvectors; `auto` chooses among all of them by cross-validation
 alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar` is written per count, for
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
-From a feature file instead of a checkpoint: --features FILE. Images are read at the size that the checkpoint
+From a feature file instead of a checkpoint: --features FILE, whose rows are scaled to unit length unless
+--normalize off. Images are read at the size that the checkpoint
 was trained on, or at --image-size.
 
 Through a network from elsewhere: --arch torchvision:NAME, torchvision:NAME@WEIGHTS or, with timm installed,
@@ -84,6 +85,9 @@ def check_options(args: argparse.Namespace) -> None:
     if external:
         why = "with a network from elsewhere, which has its own"
         checks.warn_unused(args, build_parser(), why, "image_size")
+    if not args.features:
+        why = "without --features: a network's embeddings are unit vectors"
+        checks.warn_unused(args, build_parser(), why, "normalize")
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
     check_parameters(args.method, method_parameters(args))
@@ -280,6 +284,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
         found = extraction.load_or_extract(
             features=args.features,
+            normalize=args.normalize == "on",
             checkpoint_file=args.checkpoint,
             architecture=args.architecture,
             dataset=args.dataset,

@@ -10,6 +10,7 @@ from datasets.images import UNKNOWN
 from lib.graph.spectrum import Spectrum
 from lib.report.curves import Curve
 from lib.runtime.seeding import generator
+from models.layers import l2_normalize
 
 SAMPLE = 1000  # images in the picture of a matrix: a screen does not show more
 SAMPLE_CLASSES = 20  # classes in it: among a thousand, no two of the images would share one
@@ -32,7 +33,8 @@ def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
 def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
     """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares."""
     chosen, borders = _sample_by_class(targets)
-    matrix = ((features[chosen] @ features[chosen].T - 1) / temperature).exp()
+    rows = l2_normalize(features[chosen])
+    matrix = ((rows @ rows.T - 1) / temperature).exp()
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
     # The diagonal is 1 by definition: scaled to it, the rest would be dark.
