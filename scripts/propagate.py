@@ -64,7 +64,7 @@ from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
-from lib.report.curves import Curve, accuracy_coverage
+from lib.report.curves import HEADS, Curve, accuracy_coverage, table_row
 from lib.runtime import devices, distributed
 
 MIB = 2**20
@@ -247,9 +247,8 @@ def write_report(
 
 def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
     """Format a line of the table."""
-    shown = "       ?%      ?%" if curve is None else f"{curve.overall:8.2f}%  {curve.auc:5.2f}%"
     chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
-    line = f"{len(pseudo.labeled):6d}  {shown}  {seconds:7.1f}  {file}"
+    line = f"{table_row(len(pseudo.labeled), curve)}  {seconds:7.1f}  {file}"
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
@@ -262,7 +261,7 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
         graph.affinity  # noqa: B018 - made here, so that the table shows the time of the labels alone
-    print("labels  precision     AUC  seconds  file")
+    print(f"{HEADS}  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
         pseudo, file = label(args, graph, n, found, meta)
@@ -272,6 +271,7 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
         if curve is not None:
             curves[len(pseudo.labeled)] = curve
             results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
+            results[str(n)] |= {"auc_by_entropy": curve.auc_by_entropy}
         print(row(args, n, pseudo, curve, seconds, file), flush=True)
     return done, curves, results
 

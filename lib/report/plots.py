@@ -68,14 +68,23 @@ def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) 
 
 
 def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
-    """Plot the precision of the most confident share, one line per number of labels."""
+    """Plot the precision of the most confident share, by confidence and, dashed, by entropy.
+
+    There is a color for each number of labels.
+    """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    for n, curve in sorted(curves.items()):
+    for place, (n, curve) in enumerate(sorted(curves.items())):
         label = f"{n} labels: {curve.overall:.1f}% of all, AUC {curve.auc:.1f}%"
         # The precision of a few images is all or nothing, and tells more about luck than confidence.
         start = min(len(curve.precision) // 100, len(curve.precision) - 1)
-        axes.plot(100 * curve.coverage[start:], 100 * curve.precision[start:], label=label)
+        shown, color = 100 * curve.coverage[start:], f"C{place}"
+        if curve.precision_by_entropy is not None:
+            label += f", by entropy {curve.auc_by_entropy:.1f}%"
+            axes.plot(
+                shown, 100 * curve.precision_by_entropy[start:], "--", color=color, linewidth=1
+            )
+        axes.plot(shown, 100 * curve.precision[start:], color=color, label=label)
     axes.set(
         title=title,
         xlabel="most confident share of the pseudo-labels (%)",
@@ -84,7 +93,8 @@ def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
         ylim=(0, 101),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small")
+    legend = "solid: by confidence, dashed: by entropy"
+    axes.legend(loc="lower left", fontsize="small", title=legend, title_fontsize="small")
     return figure
 
 
