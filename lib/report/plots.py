@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -30,20 +31,44 @@ def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, targets[chosen].diff().nonzero()[:, 0] + 1
 
 
-def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
-    """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares."""
-    chosen, borders = _sample_by_class(targets)
-    rows = l2_normalize(features[chosen])
-    matrix = ((rows @ rows.T - 1) / temperature).exp()
-    figure = Figure(figsize=(6, 5.4), layout="constrained")
-    axes = figure.subplots()
+def _pairs(axes: Axes, matrix: Tensor, borders: Tensor, title: str, label: str) -> None:
+    """Draw a matrix of similarities on the axes, with lines between the classes and a color bar."""
     # The diagonal is 1 by definition: scaled to it, the rest would be dark.
     picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
     for place in borders.tolist():
         axes.axhline(place - 0.5, color="white", linewidth=0.4)
         axes.axvline(place - 0.5, color="white", linewidth=0.4)
-    axes.set(title="Similarity of the metric", xlabel="images, by class", ylabel="images, by class")
-    figure.colorbar(picture, label=f"exp((cos - 1) / {temperature})")
+    axes.set(title=title, xlabel="images, by class", ylabel="images, by class")
+    axes.figure.colorbar(picture, ax=axes, label=label)
+
+
+def spectral_cosines(spectrum: Spectrum, images: Tensor) -> Tensor:
+    """Compute the cosines of the rows of U diag(1 / sqrt(lambda)) at some images: M x M, as published.
+
+    Their products are those of the pseudo-inverse of L, which the normalized cut spreads labels by.
+    """
+    scale = torch.from_numpy(spectrum.values).float().rsqrt()
+    rows = l2_normalize(spectrum.vectors[images.to(spectrum.device)].cpu() * scale)
+    return rows @ rows.T
+
+
+def similarity_matrix(
+    features: Tensor, targets: Tensor, temperature: float = 0.1, spectrum: Spectrum | None = None
+) -> Figure:
+    """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares.
+
+    With a `spectrum`, the cosines of the same images in its embedding stand beside it.
+    """
+    chosen, borders = _sample_by_class(targets)
+    rows = l2_normalize(features[chosen.to(features.device)].cpu())
+    matrix = ((rows @ rows.T - 1) / temperature).exp()
+    figure = Figure(figsize=(6 if spectrum is None else 12, 5.4), layout="constrained")
+    axes = figure.subplots(1, 1 if spectrum is None else 2, squeeze=False)[0]
+    label = f"exp((cos - 1) / {temperature})"
+    _pairs(axes[0], matrix, borders, "Similarity of the metric", label)
+    if spectrum is not None:
+        cosines = spectral_cosines(spectrum, chosen)
+        _pairs(axes[1], cosines, borders, "Similarity in the spectral embedding", "cos")
     return figure
 
 

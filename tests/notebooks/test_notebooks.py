@@ -177,7 +177,7 @@ def test_the_table_holds_the_precision_of_the_files(executed, name):
 def test_pictures_are_written_and_shown(executed, name):
     folder, notebook = executed[name]
     expected = {"similarity.png", "accuracy_coverage.png"}
-    expected |= {"spectral.png"} if name == "nc" else set()
+    expected |= {"spectral.png", "similarity_spectral.png"} if name == "nc" else set()
     assert {path.name for path in folder.glob("*.png")} == expected
     for path in folder.glob("*.png"):
         assert_picture(path)
@@ -272,7 +272,8 @@ def test_without_true_labels_curves_are_left_out_and_files_written(unlabeled, tm
     words += ["-y", "num_labeled: [8, all]"]
     output = assert_ok(run_shell("propagate_cifar10.sh", name, *words, VENV=str(venv)))
     assert f"{name}: pseudo-labels, pictures and the executed notebook are in {out}" in output
-    pictures = {"similarity.png"} | ({"spectral.png"} if name == "nc" else set())
+    pictures = {"similarity.png"}
+    pictures |= {"spectral.png", "similarity_spectral.png"} if name == "nc" else set()
     files = {"8.pth.tar", "all.pth.tar", f"{name}.ipynb"}
     assert {path.name for path in out.iterdir()} == files | pictures
     notebook = json.loads((out / f"{name}.ipynb").read_text())
