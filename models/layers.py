@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-8  # lower bound of the norm, so that a zero vector stays zero instead of NaN
+UNIT_SLACK = (
+    1e-3  # how far from 1 the norm of a unit vector may be: those stored in 16 bits are rounded
+)
 
 
 def l2_normalize(vectors: Tensor) -> Tensor:
@@ -16,6 +19,12 @@ def l2_normalize(vectors: Tensor) -> Tensor:
     "unit" vector would be off by up to a percent, and with it every cosine of the metric.
     """
     return F.normalize(vectors.float(), dim=1, eps=NORM_EPS)
+
+
+def off_unit_sphere(vectors: Tensor) -> Tensor:
+    """Tell which rows of `vectors` (N x D, float32) are neither of unit length nor zero: N, bool."""
+    norms = vectors.norm(dim=1)
+    return ((norms - 1).abs() > UNIT_SLACK) & (norms > NORM_EPS)
 
 
 def init_he(module: nn.Module) -> None:

@@ -11,7 +11,8 @@ graph without eigenvectors; `auto` chooses among all of them by cross-validation
 alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar` is written per count, for
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
-From a feature file instead of a checkpoint: --features FILE. Images are read at the size that the checkpoint
+From a feature file instead of a checkpoint: --features FILE, whose rows are scaled to unit length unless
+--normalize off. Images are read at the size that the checkpoint
 was trained on, or at --image-size.
 
 Through a network from elsewhere: --arch torchvision:NAME, torchvision:NAME@WEIGHTS or, with timm installed,
@@ -63,7 +64,7 @@ from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
-from lib.report.curves import Curve, accuracy_coverage
+from lib.report.curves import HEADS, Curve, accuracy_coverage, table_row
 from lib.runtime import devices, distributed, terminal
 
 MIB = 2**20
@@ -84,6 +85,9 @@ def check_options(args: argparse.Namespace) -> None:
     if external:
         why = "with a network from elsewhere, which has its own"
         checks.warn_unused(args, build_parser(), why, "image_size")
+    if not args.features:
+        why = "without --features: a network's embeddings are unit vectors"
+        checks.warn_unused(args, build_parser(), why, "normalize")
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
     check_parameters(args.method, method_parameters(args))
@@ -245,9 +249,8 @@ def write_report(
 
 def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
     """Format a line of the table."""
-    shown = "       ?%      ?%" if curve is None else f"{curve.overall:8.2f}%  {curve.auc:5.2f}%"
     chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
-    line = f"{len(pseudo.labeled):6d}  {shown}  {seconds:7.1f}  {file}"
+    line = f"{table_row(len(pseudo.labeled), curve)}  {seconds:7.1f}  {file}"
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
@@ -260,7 +263,7 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
         graph.affinity  # noqa: B018 - made here, so that the table shows the time of the labels alone
-    print("labels  precision     AUC  seconds  file")
+    print(f"{HEADS}  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
         pseudo, file = label(args, graph, n, found, meta)
@@ -270,6 +273,7 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
         if curve is not None:
             curves[len(pseudo.labeled)] = curve
             results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
+            results[str(n)] |= {"auc_by_entropy": curve.auc_by_entropy}
         print(row(args, n, pseudo, curve, seconds, file), flush=True)
     return done, curves, results
 
@@ -282,6 +286,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
         found = extraction.load_or_extract(
             features=args.features,
+            normalize=args.normalize == "on",
             checkpoint_file=args.checkpoint,
             architecture=args.architecture,
             dataset=args.dataset,

@@ -46,6 +46,12 @@ class _Embedding(Network):
         help="checkpoint of phase 1; with a network from elsewhere its weights (default: the library's own)",
     )
     features: str = option("", metavar="FILE", help="feature file, in place of --checkpoint")
+    normalize: str = option(
+        "on",
+        choices=("on", "off"),
+        help="whether the rows of --features are scaled to unit length; off takes them as they are, and "
+        "their products in place of cosines, as the published code does",
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lib.runtime.distributed import (
     progress_bar,
     shard,
 )
-from models.layers import l2_normalize
+from models.layers import l2_normalize, off_unit_sphere
 
 KEPT = Path("checkpoint/backbones")  # cached features of torchvision's and timm's networks
 PREFIXES = ("train_", "", "val_")  # of the published names
@@ -67,8 +67,17 @@ def extract(
     return all_gather_rows(torch.cat(rows), len(data))
 
 
-def check(features: Tensor, num_images: int | None = None, *, source: str = "features") -> Tensor:
-    """Return N x D float32 unit vectors; ValueError if they are not finite, or not one row per image."""
+def check(
+    features: Tensor,
+    num_images: int | None = None,
+    *,
+    source: str = "features",
+    normalize: bool = True,
+) -> Tensor:
+    """Return N x D float32 unit vectors; ValueError if they are not finite, or not one row per image.
+
+    Without `normalize` the rows keep their lengths.
+    """
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{source}: expected a matrix of floats, one row per image")
     if not features.numel():
@@ -82,14 +91,15 @@ def check(features: Tensor, num_images: int | None = None, *, source: str = "fea
             f"{source}: {int(bad.sum())} rows hold NaN or infinity, the first is row "
             f"{int(bad.int().argmax())}"
         )
-    return l2_normalize(features)
+    return l2_normalize(features) if normalize else features
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """The features (N x D float32 unit vectors) and labels (N int64 or `UNKNOWN`) for propagation.
+    """The features (N x D float32) and labels (N int64 or `UNKNOWN`) for propagation.
 
-    The digest of the data set and the class names may be empty.
+    The features are unit vectors, or the rows of a file as they are. The digest of the data set and the class
+    names may be empty.
     """
 
     features: Tensor
@@ -112,24 +122,26 @@ class FeatureSet:
         }
 
 
-def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def read(
+    path: str | Path, *, normalize: bool = True
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Read N x D unit-norm features, N labels or None, and the `meta` record of a file.
 
     It holds `train_features`/`train_labels` (CIFAR), `features`/`labels`, `val_features`/`val_labels`
-    (ImageNet) or one bare N x D tensor (colorization).
+    (ImageNet) or one bare N x D tensor (colorization). Without `normalize` the rows keep their lengths.
 
     Raises:
         ValueError: if it is missing, holds no features, or not one label per row.
     """
     state = checkpoint.load(path)
     if isinstance(state, Tensor):
-        return check(state, source=str(path)), None, {}
+        return check(state, source=str(path), normalize=normalize), None, {}
     state = state if isinstance(state, dict) else {}
     prefix = next((prefix for prefix in PREFIXES if f"{prefix}features" in state), None)
     if prefix is None:
         raise ValueError(f"{path} holds no features (train_features, features or val_features)")
     schema.require(state, SCHEMA, path)
-    features = check(state[f"{prefix}features"], source=str(path))
+    features = check(state[f"{prefix}features"], source=str(path), normalize=normalize)
     labels, meta = state.get(f"{prefix}labels"), state.get("meta", {})
     if labels is None:
         return features, None, meta
@@ -145,11 +157,29 @@ def read(path: str | Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     return features, labels.long(), meta
 
 
-def _from_file(path: str | Path, reading: dict[str, Any]) -> FeatureSet:
-    features, targets, meta = read(path)
+def _report_lengths(features: Tensor, path: str | Path, normalize: bool) -> None:
+    """Print how many rows are off the unit sphere, how far, and what becomes of them; nothing if none is."""
+    off = off_unit_sphere(features)
+    if off.any() and is_main():
+        low, high = features[off].norm(dim=1).aminmax()
+        done = (
+            "scaled to unit length" if normalize else "left as they are, similarities are products"
+        )
+        print(
+            f"{path}: {int(off.sum())} of {len(features)} rows are off the unit sphere, of norms "
+            f"{low:.4g} to {high:.4g}; {done}",
+            flush=True,
+        )
+
+
+def _from_file(path: str | Path, reading: dict[str, Any], normalize: bool) -> FeatureSet:
+    features, targets, meta = read(path, normalize=False)
+    _report_lengths(features, path, normalize)
+    if normalize:
+        features = l2_normalize(features)
     if targets is None:  # the data set gives the labels, if it has as many images as there are rows
         data, _ = build_datasets(in_memory=False, **reading)
-        check(features, len(data), source=str(path))
+        check(features, len(data), source=str(path), normalize=False)
         digest = data.portable_digest
         return FeatureSet(features, data.targets, data.num_classes, digest, data.classes)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
@@ -202,6 +232,7 @@ def _of_backbone(path: str | Path, architecture: str, reading: dict[str, Any]) -
 def load_or_extract(
     *,
     features: str | Path = "",
+    normalize: bool = True,
     checkpoint_file: str | Path = "",
     architecture: str = "",
     dataset: str = "cifar10",
@@ -218,6 +249,7 @@ def load_or_extract(
 
     Args:
         features: feature file, which skips extraction.
+        normalize: scale the rows of that file to unit length; a network's embeddings always are.
         checkpoint_file: checkpoint of phase 1, or weights of a library's network (empty: the published ones).
         architecture: network of phase 1, if the file does not name it; or a library's network, as in
             `lib.features.backbones`: `torchvision:resnet50`, `timm:...`.
@@ -230,7 +262,7 @@ def load_or_extract(
     num_workers = own_workers(num_workers)
     reading = {"name": dataset, "data_dir": data_dir, "num_workers": num_workers}
     if features:
-        return _from_file(features, {**reading, "image_size": image_size or SMALL_SIZE})
+        return _from_file(features, {**reading, "image_size": image_size or SMALL_SIZE}, normalize)
     if backbones.is_external(architecture):
         wanted = _of_backbone(checkpoint_file, architecture, reading)
     elif checkpoint_file:

@@ -33,7 +33,8 @@ class GraphPreset:
 
 PRESETS = {
     "cifar": GraphPreset(20, True, 2.0, 0.2, 0, "mean"),
-    "local-scale": GraphPreset(20, False, 2.0, None, 20, "max"),
+    # published as 20 nearest with the image itself, which is then dropped
+    "local-scale": GraphPreset(19, False, 2.0, None, 19, "max"),
     "imagenet": GraphPreset(500, False, 1.0, None, 5000, "mean"),
 }
 
@@ -43,6 +44,10 @@ def affinity_matrix(neighbors: Neighbors, preset: GraphPreset) -> Tensor:
 
     At its peak this takes 32 bytes for each of the N K neighbors on a CPU, 36 and a block of edges on a GPU,
     beside the neighbors themselves.
+
+    Raises:
+        ValueError: for an unknown symmetrization, or an infinite weight: products of features that are far
+            off the unit sphere make negative distances.
     """
     if preset.scale is None:
         scale = (1 - neighbors.scale_similarities[:, None]) / 2
@@ -51,8 +56,13 @@ def affinity_matrix(neighbors: Neighbors, preset: GraphPreset) -> Tensor:
     weights = 1 - neighbors.similarities
     weights *= -preset.factor / 2
     # Where even the neighbor that sets the scale is a duplicate, all distances are about 0, all weights 1.
-    weights /= scale.clamp(min=LEAST_SCALE)
+    weights /= torch.where(scale.abs() < LEAST_SCALE, LEAST_SCALE, scale)
     weights.exp_()
+    if not weights.amax().isfinite():
+        raise ValueError(
+            "weights of the graph are infinite, as the features are far off the unit sphere: scale their "
+            "rows to unit length (--normalize on), or by one number"
+        )
     if preset.symmetrize not in SYMMETRIZE:
         known = " or ".join(SYMMETRIZE)
         raise ValueError(f"unknown symmetrization {preset.symmetrize!r}: take {known}")

@@ -1,4 +1,4 @@
-"""Weighted nearest-neighbor classification on unit vectors, by blocks."""
+"""Weighted nearest-neighbor classification by the products of vectors, by blocks."""
 
 from collections.abc import Iterator
 
@@ -58,7 +58,7 @@ def classify(
     """Compute class probabilities of `queries` from their nearest rows of `bank` (Wu et al. 2018, eq. 9).
 
     Args:
-        queries, bank: Q x D and M x D unit vectors.
+        queries, bank: Q x D and M x D, unit vectors for votes by cosine.
         bank_labels: M class numbers; rows labeled `UNKNOWN` have no vote.
         k: neighbors that vote; all of them where the bank has fewer.
         own_vote: whether row i of the bank votes on query i.

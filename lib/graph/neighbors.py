@@ -13,6 +13,7 @@ from lib.graph.cells import CELLS_PER_ROOT, search_cells
 from lib.graph.search import FIRST, exact_search
 from lib.runtime.devices import has_fast_bf16
 from lib.runtime.seeding import generator
+from models.layers import off_unit_sphere
 
 METHODS = ("auto", "exact", "ivf", "faiss")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -22,20 +23,22 @@ LEAST_OF_HALF = 0.995  # recall below which "auto" does not take bfloat16
 KEPT_BYTES = 2**30  # bound of the neighbors held if only the first and the last of them are wanted
 SAMPLED_ROWS = 512  # rows whose exact neighbors the recall is measured against
 FAISS_PROBES = 32
-TIE = 1e-6  # cosines that differ by less are equal in float32
+TIE = 1e-6  # products that differ by less, relative to those above 1, are equal in float32
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Nearest neighbors by cosine, falling, of the R rows that were asked for."""
+    """Nearest neighbors of the R rows that were asked for, by cosine (by product off the unit sphere)."""
 
     indexes: Tensor  # R x K, int32
-    similarities: Tensor  # R x K, float32
+    similarities: Tensor  # R x K, float32, falling
     scale_similarities: Tensor  # R, of the neighbor that sets the local scale; empty if none does
     recall: float = 1.0  # share of the exact neighbors found, on a sample of rows
 
 
-def _by_faiss(features: Tensor, k: int, rows: slice, own_value: float) -> tuple[Tensor, Tensor]:
+def _by_faiss(
+    features: Tensor, k: int, rows: slice, own_value: float | None
+) -> tuple[Tensor, Tensor]:
     """Search by an inverted file of FAISS where there are many rows, by its flat index otherwise."""
     try:
         import faiss
@@ -57,7 +60,8 @@ def _by_faiss(features: Tensor, k: int, rows: slice, own_value: float) -> tuple[
     values, indexes = torch.from_numpy(values), torch.from_numpy(indexes)
     values[indexes < 0] = -torch.inf  # fewer were found
     own = torch.arange(rows.start, rows.stop)[:, None]
-    values[indexes == own] = own_value
+    if own_value is not None:
+        values[indexes == own] = own_value
     if own_value == FIRST:  # among many duplicates it may not be there
         missing = ~(indexes == own).any(dim=1)
         values[missing, -1], indexes[missing, -1] = own_value, own[missing, 0]
@@ -71,7 +75,9 @@ def _sampled(rows: slice) -> Tensor:
     return order[:SAMPLED_ROWS] + rows.start
 
 
-def _recall(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: int) -> float:
+def _recall(
+    features: Tensor, ids: Tensor, values: Tensor, own_value: float | None, k: int
+) -> float:
     """Measure the share of exact neighbors among the first k found for the rows `ids`, without themselves."""
     queries = features[ids.to(features.device)]
     exact, _ = exact_search(queries, features, k, own=ids, own_value=own_value)
@@ -79,10 +85,11 @@ def _recall(features: Tensor, ids: Tensor, values: Tensor, own_value: float, k: 
     if first == k:
         return 1.0
     # Cosines are compared, as equally near neighbors replace each other.
-    return float((values[:, first:k] >= exact[:, -1:] - TIE).float().mean())
+    least = exact[:, -1:] - TIE * exact[:, -1:].abs().clamp(min=1)
+    return float((values[:, first:k] >= least).float().mean())
 
 
-def _precision_for(precision: str, features: Tensor, k: int, own_value: float) -> str:
+def _precision_for(precision: str, features: Tensor, k: int, own_value: float | None) -> str:
     """Choose the precision; `auto` tries bfloat16 on a sample of all rows, the same in every process."""
     if precision != "auto":
         return precision
@@ -114,7 +121,7 @@ def _by_blocks(
 
 
 def _checked(
-    features: Tensor, k: int, method: str, precision: str, rows: slice | None
+    features: Tensor, k: int, method: str, precision: str, rows: slice | None, unit: bool
 ) -> tuple[str, slice]:
     """Refuse what cannot be searched; return the method, and the rows to find neighbors for."""
     n = len(features)
@@ -131,7 +138,9 @@ def _checked(
         raise ValueError(f"rows {rows} of {n} images: take a slice of one row at least, step 1")
     if method == "auto":
         least = EXACT_BELOW.get(features.device.type, EXACT_BELOW["cpu"])
-        method = "exact" if n < least else "ivf"
+        method = "exact" if n < least or not unit else "ivf"
+    if method == "ivf" and not unit:
+        raise ValueError("the search ivf needs features of unit length: take exact, or normalize")
     return method, slice(start, stop)
 
 
@@ -148,32 +157,37 @@ def nearest_neighbors(
 ) -> Neighbors:
     """Find the k nearest neighbors of every row among all rows, on the device of the features.
 
+    Rows off the unit sphere (`off_unit_sphere`) are compared by their products, as the published code does:
+    these may leave [-1, 1], and a row that is not among its own nearest is not its own neighbor.
+
     Args:
-        features: N x D unit vectors (float32), on any device.
+        features: N x D (float32), on any device.
         k: neighbors per row, at most N (N - 1 without the row itself).
-        include_self: put each row first among its own neighbors, whatever duplicates there are;
-            otherwise it is left out.
+        include_self: put each unit vector first among its own neighbors, whatever duplicates there are, and
+            let a row off the sphere compete; otherwise it is left out.
         scale_rank: also report the cosine of this neighbor (1-based, the row itself not counted).
         block_bytes: bound of the similarities that all threads hold together; None: `BLOCK_BYTES`.
         method: "exact"; "ivf", k-means cells of which each row searches the nearest (`lib.graph.cells`), or
-            exact where that is faster; "faiss"; "auto", exact below `EXACT_BELOW` rows.
+            exact where that is faster, for unit vectors; "faiss"; "auto", exact below `EXACT_BELOW` rows and
+            off the sphere.
         precision: of the products of the exact search: "fp32"; "bf16", with half as many candidates more,
             ranked in float32; "auto", bf16 from `HALF_FROM` rows on where the hardware multiplies it.
         rows: rows to find neighbors for, a slice of step 1; all if None.
 
     Raises:
         ValueError: for fewer than two rows, no neighbor, an unknown method or precision, no rows asked
-            for, more neighbors than memory holds, or FAISS where it is not installed.
+            for, more neighbors than memory holds, ivf off the sphere, or FAISS where it is not installed.
 
     Warns:
         UserWarning: where the measured recall stays below 0.95.
     """
-    method, rows = _checked(features, k, method, precision, rows)
+    unit = not off_unit_sphere(features).any()
+    method, rows = _checked(features, k, method, precision, rows, unit)
     features = features.detach()  # threads do not inherit no_grad
     most = len(features) - 1
     k, rank = min(k, most + include_self), min(scale_rank, most)
     wanted, column = max(k, rank + include_self), rank - 1 + include_self
-    own_value = FIRST if include_self else -torch.inf
+    own_value = -torch.inf if not include_self else FIRST if unit else None
     found, compared = None, wanted
     if method != "exact":
         needed = 8 * (rows.stop - rows.start) * wanted
@@ -203,8 +217,8 @@ def nearest_neighbors(
             warnings.warn(
                 f"{method} search found {recall:.1%} of the nearest neighbors", stacklevel=2
             )
-    scales = scales.clamp_(-1, 1) if rank else scales[:0]
+    scales = scales if rank else scales[:0]
     values, indexes = values[:, :k].contiguous(), indexes[:, :k].contiguous()
-    if include_self:
-        values[:, 0] = 1.0
-    return Neighbors(indexes, values.clamp_(-1, 1), scales, recall)
+    if unit:
+        scales, values = scales.clamp_(-1, 1), values.clamp_(-1, 1)  # FIRST becomes 1 here
+    return Neighbors(indexes, values, scales, recall)

@@ -79,7 +79,7 @@ def exact_search(
     k: int,
     *,
     own: Tensor | None = None,
-    own_value: float = FIRST,
+    own_value: float | None = FIRST,
     precision: str = "fp32",
     block_bytes: int | None = None,
     progress: str = "",
@@ -88,7 +88,7 @@ def exact_search(
 
     Args:
         queries, columns: Q x D and N x D.
-        own: column of each query whose product is replaced by `own_value`.
+        own: column of each query whose product is replaced by `own_value`; None replaces none.
         precision: "bf16" multiplies in bfloat16 and ranks half as many candidates more in float32.
         block_bytes: bound of the similarities that all threads hold together; None: `BLOCK_BYTES`.
         progress: title of the progress bar; no bar if empty.
@@ -96,6 +96,7 @@ def exact_search(
     Returns:
         Products, falling, and rows of `columns`, int32: Q x k each, on the device of `columns`.
     """
+    own = None if own_value is None else own
     half, device = precision == "bf16", columns.device
     block_bytes = block_bytes or BLOCK_BYTES[device.type]
     wanted = min(len(columns), k + max(MORE_CANDIDATES, k // 2)) if half else k

@@ -33,6 +33,11 @@ def margin_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     return -torch.expm1(-(first - second) / temperature)
 
 
+def entropy(scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return H(p) of each row in nats: N numbers from 0 to log C."""
+    return torch.special.entr(_softmax(scores, temperature)).sum(dim=1)
+
+
 def entropy_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     """Return 1 - H(p) / log C of each row: N numbers, 1 for a certain row, 0 for a uniform one.
 
@@ -41,8 +46,7 @@ def entropy_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
     >>> entropy_confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]).log())
     tensor([1., 0.])
     """
-    entropy = torch.special.entr(_softmax(scores, temperature)).sum(dim=1)
-    return (1 - entropy / math.log(scores.shape[1])).clamp(0, 1)
+    return (1 - entropy(scores, temperature) / math.log(scores.shape[1])).clamp(0, 1)
 
 
 def largest_confidence(scores: Tensor, temperature: float = 1.0) -> Tensor:
@@ -87,11 +91,13 @@ def from_scores(
     tiles = [slice(start, start + height) for start in range(0, count, height)]
     unlabeled = split.unlabeled.to(scores.device)
     weights, labels = scores.new_empty(count), torch.empty_like(unlabeled)
+    entropies = torch.empty_like(weights)
     top_classes = unlabeled.new_empty((count, min(TOP, num_classes)), dtype=torch.int32)
     for tile in tiles:
         rows = scores[unlabeled[tile]]
         weights[tile], labels[tile] = CONFIDENCES[confidence](rows, temperature), rows.argmax(dim=1)
         top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
+        entropies[tile] = entropy(rows, temperature)
     order = weights.argsort(descending=True, stable=True)
     indexes, probs = unlabeled[order], None
     if probabilities:
@@ -108,4 +114,5 @@ def from_scores(
         probs,
         meta or {},
         top_classes[order].cpu(),
+        entropies[order].cpu(),
     )

@@ -69,6 +69,9 @@ class PseudoLabels:
     meta: Mapping[str, Any] = field(default_factory=dict)  # record of what made them
     # The most probable classes of each image, best first: U x min(5, C), int32. Files do not hold them.
     top_classes: Tensor | None = None
+    entropy: Tensor | None = (
+        None  # of the probabilities of each image, U, in nats. Files do not hold it
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -234,6 +237,9 @@ def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
     probabilities = None
     if all(part.probabilities is not None for part in parts):
         probabilities = torch.cat([part.probabilities for part in parts])[order]
+    entropy = None
+    if all(part.entropy is not None for part in parts):
+        entropy = torch.cat([part.entropy for part in parts])[order]
     return PseudoLabels(
         torch.cat([part.indexes for part in parts])[order],
         torch.cat([part.labels for part in parts])[order],
@@ -242,6 +248,7 @@ def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
         torch.cat([part.unlabeled for part in parts]),
         probabilities,
         first.meta,
+        entropy=entropy,
     )
 
 

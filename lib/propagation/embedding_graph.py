@@ -71,7 +71,7 @@ class GraphCache:
 class EmbeddingGraph:
     """Features, and what is built from them: each once, however many algorithms and label counts ask."""
 
-    features: Tensor  # N x D unit vectors, on the device of the work
+    features: Tensor  # N x D, unit vectors or not (`nearest_neighbors`), on the device of the work
     graph: str | GraphPreset = "cifar"  # a name in `lib.graph.affinity.PRESETS`, or choices
     num_neighbors: int | None = None  # replaces the preset's number
     self_loops: str = "published"  # a key of `lib.graph.laplacian.SELF_LOOPS`

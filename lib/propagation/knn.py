@@ -28,7 +28,7 @@ def knn_probabilities(
     what the other labels say about it.
 
     Args:
-        features: V, N x D unit vectors.
+        features: V, N x D, unit vectors for votes by cosine.
         labeled, labels: L indexes of the labeled images and their classes.
         k: neighbors that vote, cut down to the number of labels.
         vote: `lib.graph.knn.classify`, or a function that does the same in several processes.

@@ -101,9 +101,9 @@ def write_page(
     parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]
     parts.append(html_table(("", ""), list(facts.items())))
     if curves:
-        rows = [(n, f"{c.overall:.2f}", f"{c.auc:.2f}") for n, c in sorted(curves.items())]
-        parts.append("<h2>Precision of the pseudo-labels</h2>")
-        parts.append(html_table(("labels", "precision %", "AUC %"), rows))
+        rows = [(n, *curve.figures()) for n, curve in sorted(curves.items())]
+        heads = ("labels", "precision %", "AUC by confidence %", "AUC by entropy %")
+        parts.append(html_table(heads, rows))
     for file, caption in pictures.items():
         parts.append(f'<p><img src="{escape(file)}" alt="{escape(caption)}"></p>')
     for n, classes in sheets.items():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from datasets.images import UNKNOWN
 from lib.graph.spectrum import Spectrum
 from lib.report.curves import Curve
 from lib.runtime.seeding import generator
+from models.layers import l2_normalize
 
 SAMPLE = 1000  # images in the picture of a matrix: a screen does not show more
 SAMPLE_CLASSES = 20  # classes in it: among a thousand, no two of the images would share one
@@ -29,19 +31,44 @@ def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, targets[chosen].diff().nonzero()[:, 0] + 1
 
 
-def similarity_matrix(features: Tensor, targets: Tensor, temperature: float = 0.1) -> Figure:
-    """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares."""
-    chosen, borders = _sample_by_class(targets)
-    matrix = ((features[chosen] @ features[chosen].T - 1) / temperature).exp()
-    figure = Figure(figsize=(6, 5.4), layout="constrained")
-    axes = figure.subplots()
+def _pairs(axes: Axes, matrix: Tensor, borders: Tensor, title: str, label: str) -> None:
+    """Draw a matrix of similarities on the axes, with lines between the classes and a color bar."""
     # The diagonal is 1 by definition: scaled to it, the rest would be dark.
     picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
     for place in borders.tolist():
         axes.axhline(place - 0.5, color="white", linewidth=0.4)
         axes.axvline(place - 0.5, color="white", linewidth=0.4)
-    axes.set(title="Similarity of the metric", xlabel="images, by class", ylabel="images, by class")
-    figure.colorbar(picture, label=f"exp((cos - 1) / {temperature})")
+    axes.set(title=title, xlabel="images, by class", ylabel="images, by class")
+    axes.figure.colorbar(picture, ax=axes, label=label)
+
+
+def spectral_cosines(spectrum: Spectrum, images: Tensor) -> Tensor:
+    """Compute the cosines of the rows of U diag(1 / sqrt(lambda)) at some images: M x M, as published.
+
+    Their products are those of the pseudo-inverse of L, which the normalized cut spreads labels by.
+    """
+    scale = torch.from_numpy(spectrum.values).float().rsqrt()
+    rows = l2_normalize(spectrum.vectors[images.to(spectrum.device)].cpu() * scale)
+    return rows @ rows.T
+
+
+def similarity_matrix(
+    features: Tensor, targets: Tensor, temperature: float = 0.1, spectrum: Spectrum | None = None
+) -> Figure:
+    """Plot exp((cos - 1) / T) of sampled images sorted by class: a good metric shows bright squares.
+
+    With a `spectrum`, the cosines of the same images in its embedding stand beside it.
+    """
+    chosen, borders = _sample_by_class(targets)
+    rows = l2_normalize(features[chosen.to(features.device)].cpu())
+    matrix = ((rows @ rows.T - 1) / temperature).exp()
+    figure = Figure(figsize=(6 if spectrum is None else 12, 5.4), layout="constrained")
+    axes = figure.subplots(1, 1 if spectrum is None else 2, squeeze=False)[0]
+    label = f"exp((cos - 1) / {temperature})"
+    _pairs(axes[0], matrix, borders, "Similarity of the metric", label)
+    if spectrum is not None:
+        cosines = spectral_cosines(spectrum, chosen)
+        _pairs(axes[1], cosines, borders, "Similarity in the spectral embedding", "cos")
     return figure
 
 
@@ -66,14 +93,23 @@ def spectral_matrix(spectrum: Spectrum, targets: Tensor, num_vectors: int = 40) 
 
 
 def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
-    """Plot the precision of the most confident share, one line per number of labels."""
+    """Plot the precision of the most confident share, by confidence and, dashed, by entropy.
+
+    There is a color for each number of labels.
+    """
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    for n, curve in sorted(curves.items()):
+    for place, (n, curve) in enumerate(sorted(curves.items())):
         label = f"{n} labels: {curve.overall:.1f}% of all, AUC {curve.auc:.1f}%"
         # The precision of a few images is all or nothing, and tells more about luck than confidence.
         start = min(len(curve.precision) // 100, len(curve.precision) - 1)
-        axes.plot(100 * curve.coverage[start:], 100 * curve.precision[start:], label=label)
+        shown, color = 100 * curve.coverage[start:], f"C{place}"
+        if curve.precision_by_entropy is not None:
+            label += f", by entropy {curve.auc_by_entropy:.1f}%"
+            axes.plot(
+                shown, 100 * curve.precision_by_entropy[start:], "--", color=color, linewidth=1
+            )
+        axes.plot(shown, 100 * curve.precision[start:], color=color, label=label)
     axes.set(
         title=title,
         xlabel="most confident share of the pseudo-labels (%)",
@@ -82,7 +118,8 @@ def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
         ylim=(0, 101),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", fontsize="small")
+    legend = "solid: by confidence, dashed: by entropy"
+    axes.legend(loc="lower left", fontsize="small", title=legend, title_fontsize="small")
     return figure
 
 

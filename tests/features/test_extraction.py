@@ -120,6 +120,29 @@ def test_every_published_kind_of_feature_file_is_read(tmp_path, prefix):
     assert meta == {}
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rows_off_the_unit_sphere_are_reported_and_scaled_unless_they_shall_stay(
+    tmp_path, capsys, normalize
+):
+    rows = torch.tensor([[0.6, 0.8], [1.5, 2.0], [0.0, 0.0], [0.0, 0.5], [1.0005, 0.0]])
+    path = tmp_path / "f.pth.tar"
+    checkpoint.save({"train_features": rows, "train_labels": torch.arange(5)}, path)
+    found = extraction.load_or_extract(features=path, normalize=normalize).features
+    said = capsys.readouterr().out
+    assert f"{path}: 2 of 5 rows are off the unit sphere, of norms 0.5 to 2.5; " in said
+    assert said.count("\n") == 1
+    if normalize:
+        expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+        torch.testing.assert_close(found, expected)
+        assert "scaled to unit length" in said
+    else:
+        assert torch.equal(found, rows)
+        assert "left as they are" in said
+    checkpoint.save({"train_features": found, "train_labels": torch.arange(5)}, path)
+    extraction.load_or_extract(features=path, normalize=normalize)
+    assert bool(capsys.readouterr().out) != normalize  # nothing to report of unit vectors
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_bare_tensor_of_features_is_read_without_labels(tmp_path, legacy):
     path, rows = tmp_path / "colorization_embedding_128.t7", torch.randn(6, 4)

@@ -23,6 +23,7 @@ from lib.graph.files import load_graph, save_graph
 from lib.graph.neighbors import Neighbors, nearest_neighbors
 from lib.graph.sparse import arrays, from_scipy, to_scipy
 from lib.propagation.embedding_graph import EmbeddingGraph, GraphCache
+from models.layers import l2_normalize
 
 
 def naive_affinity(features, k, *, include_self, factor, scale, rank, symmetrize):
@@ -91,10 +92,65 @@ def test_sorting_as_on_a_gpu_makes_the_same_graph_as_transposing(kind, at_once):
         assert torch.equal(expected, found)
 
 
+def literal_graph(features, preset):
+    """Dense version of the notebooks nc (`cifar`) and nc-colorization (`local-scale`), in float64.
+
+    Both take the 20 smallest distances of each row, its own among them. The first only has weights on a fixed
+    scale; the second divides by the last of the 20, and then leaves out the first.
+    """
+    products = features.double() @ features.double().T
+    distances, places = ((1 - products) / 2).topk(20, largest=False)
+    if preset == "cifar":
+        weights = torch.exp(-2 * distances / 0.2)
+    else:
+        weights = torch.exp(-2 * distances / distances[:, -1:])[:, 1:]
+        places = places[:, 1:]
+    directed = torch.zeros_like(products).scatter_(1, places, weights)
+    return (
+        (directed + directed.T) / 2 if preset == "cifar" else directed.maximum(directed.T)
+    ).numpy()
+
+
+@pytest.mark.parametrize("preset", ["cifar", "local-scale"])
+def test_presets_give_the_graphs_of_the_published_notebooks(preset):
+    features, _ = blobs(4, 30)
+    W, expected = build_graph(features, preset).toarray(), literal_graph(features, preset)
+    np.testing.assert_allclose(W, expected, atol=2e-5)
+    assert (W > 0).tolist() == (expected > 0).tolist()
+
+
+@pytest.mark.parametrize("preset", ["cifar", "local-scale"])
+def test_features_off_the_unit_sphere_give_the_published_graph_of_their_products(preset):
+    features, _ = blobs(4, 30, spread=0.1 if preset == "cifar" else 0.25)
+    # where lengths differ more, not every row is among its own nearest, which local-scale leaves out
+    lengths = (
+        torch.linspace(0.6, 1.4, 120) if preset == "cifar" else torch.linspace(0.97, 1.03, 120)
+    )
+    features *= lengths[:, None]
+    W, expected = build_graph(features, preset).toarray(), literal_graph(features, preset)
+    np.testing.assert_allclose(W, expected, rtol=1e-4, atol=2e-5)
+    assert (W > 0).tolist() == (expected > 0).tolist()
+    if preset == "cifar":
+        assert W.max() > 1  # a negative distance
+        assert 0 < np.count_nonzero(W.diagonal() == 0) < 60
+    assert not np.array_equal(W, build_graph(l2_normalize(features), preset).toarray())
+
+
+def test_infinite_weights_of_features_off_the_unit_sphere_are_refused():
+    with pytest.raises(ValueError, match="far off the unit sphere: scale"):
+        build_graph(100 * blobs(4, 30)[0], "cifar")
+
+
+def test_cells_are_not_searched_off_the_unit_sphere():
+    features = 1.1 * blobs(4, 30)[0]
+    with pytest.raises(ValueError, match="ivf needs features of unit length"):
+        nearest_neighbors(features, 5, include_self=False, method="ivf")
+
+
 def test_presets_have_the_published_numbers():
     assert {
         "cifar": GraphPreset(20, True, 2.0, 0.2, 0, "mean"),
-        "local-scale": GraphPreset(20, False, 2.0, None, 20, "max"),
+        "local-scale": GraphPreset(19, False, 2.0, None, 19, "max"),
         "imagenet": GraphPreset(500, False, 1.0, None, 5000, "mean"),
     } == PRESETS
 

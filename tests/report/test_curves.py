@@ -1,12 +1,14 @@
 """Precision over confidence against loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.labels.confidence import from_scores
-from lib.labels.pseudo_labels import PseudoLabels
+from lib.labels.pseudo_labels import PseudoLabels, merged
 from lib.labels.split import Split
 from lib.report.curves import Curve, accuracy_coverage, summary, top_k_hits
 
@@ -69,6 +71,45 @@ def test_no_known_target_gives_no_curve():
     assert accuracy_coverage(pseudo_of([]), torch.tensor([0, 1])) is None
 
 
+def published_auc(probabilities, correct):
+    """AUC of the published notebook nc in percent: the ranking is that of exp(-entropy), falling."""
+    entropy = -(probabilities * torch.log(probabilities + 1e-7)).sum(dim=1)
+    confidence = torch.exp(-entropy)
+    right, shares = 0, []
+    for k, i in enumerate(sorted(range(len(correct)), key=lambda i: -confidence[i]), start=1):
+        right += int(correct[i])
+        shares.append(right / k)
+    return 100 * sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize("confidence", ["margin", "largest", "entropy"])
+def test_auc_by_entropy_is_the_published_one_whatever_the_confidence(confidence):
+    rng = torch.Generator().manual_seed(0)
+    scores = 2 * torch.randn(300, 5, generator=rng).double()
+    true = torch.multinomial(scores.softmax(dim=1), 1, generator=rng)[:, 0]
+    true[::7] = -1
+    split = Split(torch.arange(10), torch.arange(10, 300))
+    pseudo = from_scores(scores, split, confidence=confidence)
+    known = true[pseudo.indexes] != -1
+    probabilities = scores.softmax(dim=1)[pseudo.indexes][known]
+    expected = published_auc(probabilities, (pseudo.labels == true[pseudo.indexes])[known])
+    curve = accuracy_coverage(pseudo, true)
+    assert curve.auc_by_entropy == pytest.approx(expected, abs=1e-9)
+    assert curve.precision_by_entropy[-1] == curve.precision[-1]
+    assert (curve.auc == pytest.approx(curve.auc_by_entropy)) == (confidence == "entropy")
+    # a file holds the probabilities alone, a large run only the entropy, and chunks are put together
+    from_file = replace(pseudo, entropy=None)
+    assert accuracy_coverage(from_file, true).auc_by_entropy == pytest.approx(expected, abs=1e-9)
+    halves = [Split(split.labeled, part) for part in split.unlabeled.split(145)]
+    parts = [
+        from_scores(scores, half, confidence=confidence, probabilities=False) for half in halves
+    ]
+    whole = accuracy_coverage(merged(parts), true)
+    assert whole.auc_by_entropy == pytest.approx(expected, abs=1e-9)
+    neither = accuracy_coverage(replace(pseudo, entropy=None, probabilities=None), true)
+    assert neither.figures()[2] == "?"
+
+
 @pytest.mark.parametrize("k", [1, 2, 5, 9])
 def test_top_k_hits_equal_the_naive_ranking(k):
     probabilities = torch.rand(40, 6, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
@@ -84,16 +125,16 @@ def test_top_k_hits_equal_the_naive_ranking(k):
 
 
 def test_summary_shows_top_5_where_it_is_known():
-    half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]))
+    half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.5]))
     heads, row = summary({50: half}, {50: torch.tensor([True, True, False])}).splitlines()
     assert heads.endswith("top-5 precision")
-    assert row.split() == ["50", "50.00%", "75.00%", "66.67%"]
+    assert row.split() == ["50", "50.00%", "75.00%", "25.00%", "66.67%"]
 
 
 def test_summary_has_one_line_per_number_of_labels_in_rising_order():
     half = Curve(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5]))
     lines = summary({250: half, 50: half}).splitlines()
     assert [line.split() for line in lines[1:]] == [
-        ["50", "50.00%", "75.00%"],
-        ["250", "50.00%", "75.00%"],
+        ["50", "50.00%", "75.00%", "?%"],
+        ["250", "50.00%", "75.00%", "?%"],
     ]

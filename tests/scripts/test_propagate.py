@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_ok, assert_refused, run_script
+from conftest import ROOT, assert_ok, assert_refused, blobs, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -199,6 +199,41 @@ def test_graph_and_eigenvectors_are_kept_and_used_again_for_the_same_bytes(
     for change in (("--self-loops", "keep"), ("--solver", "block"), ("--graph", "local-scale")):
         call(*nc, *change)
         assert "11 eigenvectors: computed" in capsys.readouterr().out, change
+
+
+def test_features_off_the_unit_sphere_are_as_published_and_mix_with_no_others(tmp_path, capsys):
+    rows, targets = blobs(5, 60)
+    rows *= 0.9 + 0.2 * torch.rand(300, 1, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "features.pth.tar"
+    checkpoint.save({"train_features": rows, "train_labels": targets}, path)
+    words = ("--features", path, "--num-labeled", 50, "--work-dir", tmp_path / "work")
+
+    def run(method: str, normalize: str) -> pseudo_labels.PseudoLabels:
+        more = ("--num-eigenvectors", 30) if method == "nc" else ()
+        folder = tmp_path / f"{method}-{normalize}"
+        call(*words, "--method", method, *more, "--normalize", normalize, "--save-path", folder)
+        return pseudo_files.load(folder / "50.pth.tar")
+
+    for normalize in ("on", "off", "on", "off"):
+        run("nc", normalize)
+    said = capsys.readouterr().out
+    # each kind has files of its own, which the second run of the kind reads
+    assert said.count("graph of 300 images: built") == said.count("images: read from") == 2
+    assert said.count("29 eigenvectors: computed") == said.count("eigenvectors: read from") == 2
+    pseudo = run("knn", "off")
+    products = rows[pseudo.indexes].double() @ rows[pseudo.labeled].double().T
+    near, places = products.topk(50)
+    votes = torch.zeros(250, 5, dtype=torch.float64)
+    votes.scatter_add_(1, targets[pseudo.labeled][places], (near / 0.1).exp())
+    expected = votes / votes.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(pseudo.probabilities.double(), expected, rtol=0, atol=1e-5)
+    assert not torch.equal(pseudo.indexes, run("knn", "on").indexes)
+
+
+def test_normalize_is_of_no_use_without_a_feature_file(capsys, tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        call("--checkpoint", tmp_path / "missing", "--normalize", "off", "--save-path", tmp_path)
+    assert "--normalize has no effect without --features" in capsys.readouterr().err
 
 
 def test_a_damaged_file_in_the_work_folder_is_named(features, tmp_path):
