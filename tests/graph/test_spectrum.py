@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
 import scipy.sparse as sp
 import torch
@@ -336,6 +337,51 @@ def test_block_solver_finds_all_copies_of_an_eigenvalue_that_repeats_more_often_
     np.testing.assert_allclose(np.abs(spectrum.vectors[:400]).max(), 0, atol=1e-3)
 
 
+def flat_spectrum_agreement() -> float:
+    """Share of 2000 labels that the block solver leaves as exact eigenvectors give them.
+
+    300 near-equal eigenvalues, 1e-6 apart, lie on both sides of the 75th, and the others far below. The exact
+    eigenvectors are cosines.
+    """
+    n, k = 2000, 75
+    rng = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [0.73 - 0.0003 * torch.linspace(0, 1, 300), 0.6 * torch.rand(n - 300, generator=rng) - 0.3]
+    )
+
+    def product(x):
+        weighted = values[:, None].numpy() * scipy.fft.dct(x.numpy(), norm="ortho", axis=0)
+        return torch.from_numpy(scipy.fft.idct(weighted, norm="ortho", axis=0))
+
+    start = torch.randn(n, 32, generator=rng)
+    found, vectors, _ = largest_eigenvectors(product, lambda x: x, start, k, rank=n)
+    constraints = torch.randn(n, 10, generator=rng).double()
+    basis = torch.from_numpy(scipy.fft.idct(np.eye(n, k), norm="ortho", axis=0))
+    exact = (basis / (1 - values[:k].double())) @ (basis.T @ constraints)
+    ours = (vectors.double() / (1 - found)) @ (vectors.double().T @ constraints)
+    return float((ours.argmax(dim=1) == exact.argmax(dim=1)).double().mean())
+
+
+def test_labels_of_a_flat_spectrum_are_those_of_the_exact_eigenvectors(monkeypatch):
+    assert flat_spectrum_agreement() > 0.995
+    monkeypatch.setattr(eigensolver, "MIXING", 1.0)  # residuals alone
+    assert flat_spectrum_agreement() < 0.8
+
+
+def test_vectors_that_cannot_be_told_apart_in_time_are_reported(monkeypatch):
+    monkeypatch.setattr(eigensolver, "RESTARTS", 1)
+    with pytest.warns(UserWarning, match="not told from those beyond the last one .mixing 0"):
+        flat_spectrum_agreement()
+
+
+def test_mixing_is_a_bound_by_residuals_and_gaps():
+    values, norms = np.array([3.0, 2.0, 1.5, 1.0]), np.array([0.2, 0.3])
+    expected = np.sqrt(((0.2 / 1.5) ** 2 + (0.3 / 0.5) ** 2) / 2)
+    assert eigensolver._mixing(values, norms) == pytest.approx(expected)
+    assert eigensolver._mixing(values[:2], norms) == pytest.approx(np.sqrt((0.05**2 + 0.1**2) / 2))
+    assert eigensolver._mixing(np.array([1.0, 1.0]), np.array([0.5])) == 1
+
+
 def test_block_solver_takes_any_product_in_place_of_the_matrix():
     W = build_graph(blobs(5, 100)[0], num_neighbors=12)
     S = normalized_affinity(from_scipy(W), self_loops=False)
@@ -431,6 +477,7 @@ def test_products_in_another_order_are_the_same_products():
 def test_eigenvectors_that_are_not_accurate_are_announced(monkeypatch):
     monkeypatch.setattr(eigensolver, "RESTARTS", 0)
     graph = build_graph(blobs(5, 200, spread=2.0)[0], "cifar", num_neighbors=5)
-    with pytest.warns(UserWarning, match="known to a residual of"):
+    told = pytest.warns(UserWarning, match="not told from those")
+    with told, pytest.warns(UserWarning, match="known to a residual of"):
         found = laplacian_spectrum(graph, 60, solver="block", basis_bytes=1)
     assert found.residual > lib.graph.spectrum.LARGE_RESIDUAL
