@@ -105,14 +105,12 @@ def learning_rate(
         steps_per_epoch: the first cycle of `cosine-with-restart` lasts 10 epochs, and `multi-step` has its
             own milestones at 600 epochs.
         drops: milestones of `multi-step`; None takes the published ones of CIFAR.
-        by_epoch: whether the schedule counts epochs, so that the rate is constant within each; `one-cycle`,
-            which is not published, counts steps anyway.
+        by_epoch: whether an epoch has the rate of its first step throughout; `one-cycle`, which is not
+            published, changes it at every step anyway.
 
     Raises:
         ValueError: if the name is unknown.
     """
-    unit = steps_per_epoch if by_epoch and name != "one-cycle" else 1
-    total, steps_per_epoch = total // unit, steps_per_epoch // unit
     if drops is None:
         drops = CIFAR_600_DROPS if total / steps_per_epoch == 600 else CIFAR_DROPS
     first_cycle = 10 * steps_per_epoch
@@ -124,4 +122,5 @@ def learning_rate(
     }
     if name not in choices:
         raise ValueError(f"unknown schedule {name!r}: take one of {', '.join(SCHEDULES)}")
-    return lambda step: choices[name](step // unit)
+    held = steps_per_epoch if by_epoch and name != "one-cycle" else 1  # steps with one rate
+    return lambda step: choices[name](step - step % held)

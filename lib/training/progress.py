@@ -163,5 +163,5 @@ class RunProgress(_Progress):
         lap = self.throughput.lap()
         self.write("train", self.state.step, **means, lr=step.lr, **lap)
         line = f"step {self.state.step:6d}/{self.max_iters}  loss {means['loss']:.4f}"
-        line += f"  accuracy {means['top1']:.2f}%" if "top1" in means else ""
+        line += f"  training accuracy {means['top1']:.2f}%" if "top1" in means else ""
         print_main(f"{line}  lr {step.lr:.5f}  {speed(lap)}{self._left(self.state.step)}")

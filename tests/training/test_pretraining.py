@@ -225,15 +225,16 @@ def test_the_log_holds_the_chance_level_and_what_made_the_run(pretrain):
     start, epoch = log_lines(folder / "log")
     assert (start["event"], epoch["event"]) == ("start", "epoch")
     assert start["meta"]["options"]["nce_k"] == 8
-    assert epoch["chance"] == pytest.approx(-math.log(1 / 9) - 8 * math.log(8 / 9))
+    every, noise = 9 / 52 + 1e-7, 8 / 52  # P + K/N and the published epsilon, at P = 1/N
+    assert epoch["chance"] == pytest.approx(math.log(52 * every) - 8 * math.log(noise / every))
     plain = pretrain("--epochs", 1, name="softmax")
     assert log_lines(plain / "log")[1]["chance"] == pytest.approx(math.log(52))
 
 
 def test_multi_step_works_for_any_number_of_epochs(pretrain):
     folder = pretrain("--epochs", 5, "--lr-scheduler", "multi-step", "--lr", 0.5)
-    # x0.2 at 30%, 60% and 80% of 5 epochs, rounded down
-    expected = [0.5, 0.5 * 0.2, 0.5 * 0.2, 0.5 * 0.2**2, 0.5 * 0.2**3]
+    # x0.2 at 30%, 60% and 80% of 5 epochs, in the first epoch that begins then
+    expected = [0.5, 0.5, 0.5 * 0.2, 0.5 * 0.2**2, 0.5 * 0.2**3]
     assert [x["lr"] for x in log_lines(folder / "log")[1:]] == pytest.approx(expected)
 
 

@@ -180,6 +180,15 @@ def test_imagenet_pretraining_scales_its_drops_with_the_length(epochs, milestone
     ]
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7])
+def test_no_drop_comes_before_its_share_of_a_short_run(epochs):
+    lengths = epochs * 391, 391
+    rate = learning_rate("multi-step", 1.0, *lengths, IMAGENET_INSTANCE_DROPS, by_epoch=True)
+    for epoch in range(epochs):
+        passed = sum(epoch >= share * epochs for share in (0.6, 0.8))
+        assert rate(epoch * 391) == rate(epoch * 391 + 390) == pytest.approx(0.1**passed)
+
+
 def test_an_unknown_schedule_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"step-wise.*multi-step.*cosine-with-restart"):
         learning_rate("step-wise", base=0.1, total=10)

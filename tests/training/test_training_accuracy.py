@@ -83,7 +83,7 @@ def test_a_line_of_the_log_and_the_terminal_has_that_of_the_steps_since_the_last
     lines = [seen[start * iter_size : (start + 3) * iter_size] for start in (0, 3, 6)]
     expected = [100 * sum(map(sum, line)) / sum(map(len, line)) for line in lines]
     assert accuracies(tmp_path) == pytest.approx(expected, rel=1e-9)
-    said = re.findall(r"step .*  accuracy ([\d.]+)%  lr", capsys.readouterr().out)
+    said = re.findall(r"step .*  training accuracy ([\d.]+)%  lr", capsys.readouterr().out)
     assert list(map(float, said)) == pytest.approx(expected, abs=0.006)
 
 
