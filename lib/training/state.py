@@ -226,7 +226,7 @@ def naming(source: str | Path) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source} cannot be continued, its content does not fit this run: {error}"
+            f"{source} cannot be continued, its content does not fit this run: {' '.join(str(error).split())}"
         ) from error
 
 

@@ -47,23 +47,24 @@ RECORDED = {
         *("acc", "best_acc"),  # published names of what `accuracies` holds
     ),
     "features": ("meta.checkpoint", "meta.image_size"),
-    "pseudo-labels": ("meta.propagation",),
+    "pseudo-labels": ("meta.propagation", "meta.confidence"),
     "graph": ("meta",),
     "spectrum": ("meta",),
 }
 # Readers of nothing but a network, and the entries that they do not read.
 NETWORK_ONLY = ("measure phase 1", "extract", "start phase 3", "predict")
-OF_TRAINING = ("optimizer", "sums", "accuracies", "criterion", "lemniscate")
+OF_TRAINING = ("step", "epoch", "optimizer", "sums", "accuracies", "criterion", "lemniscate")
 
 
+# How many entries stand for all of a dict.
 FEW = {
     "net": 3,
     "state": 2,
-    "options": 2,
+    "options": 1,
     "versions": 1,
-}  # entries that stand for all of their kind
+}
 
-GROUP, OF_GROUP = ("param_groups", 0), ("lr", "momentum", "foreach", "params")
+GROUP, OF_GROUP = ("param_groups", 0), ("lr", "params")
 
 
 def fields(state, path=()):
@@ -93,8 +94,10 @@ def is_harmless(reader, path, value, wrong):
     recorded = (*RECORDED[""], *RECORDED.get(reader, ()))
     if name.startswith(recorded) and path[-1] != "params":
         return True
-    if isinstance(value, str):
-        return isinstance(wrong, str)  # another name
+    if isinstance(value, str | bool):
+        return type(wrong) is type(value)  # another name, or the other answer
+    if isinstance(value, list) and not value and isinstance(wrong, list):
+        return wrong == value
     if isinstance(value, list) and wrong == []:
         return path[-1] == "classes"  # no names
     if is_dict:
@@ -228,4 +231,6 @@ def test_some_wrong_values_end_in_one_message(files, reader):
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_every_wrong_value_of_every_entry_ends_in_one_message(files, reader):
-    check(files, reader, 1)
+    check(
+        files, reader, 3 if reader in NETWORK_ONLY else 1
+    )  # those read the files of phases 1 and 3 again
