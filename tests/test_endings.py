@@ -63,7 +63,7 @@ def close_after_a_line(run, pipe):
 def test_a_terminal_that_goes_away_loses_nothing(name, world, tmp_path, capsys):
     folder, output = tmp_path / "cut", tmp_path / "output"
     line = [*words(name, world, folder), *endless(name), "--resume", "auto"]
-    times = 3 if "imagenet" in name else 10  # of each: their networks are larger
+    times = 2 if "imagenet" in name else 10  # of each: their networks are larger
     rng, steps = random.Random(0), [0]
     os.mkfifo(output)
     for i in range(2 * times):

@@ -101,7 +101,8 @@ def _sums(value: Any, name: str) -> Iterator[str]:
 
 _WEIGHTS = dict_of(tensor(None, (*FLOATS, *INTEGERS)))
 _MOMENTA = entries({"momentum_buffer": optional(tensor(None))})
-_GROUP = entries({"params": list_of(whole(0, 2**64))})  # its other options are those of the run
+# Its other options are those of the run.
+_GROUP = entries({"params": list_of(whole(0, 2**64)), "lr": number(0, MOST)})
 _ACCURACY = number(0, 100, or_nan=True)
 META = {"options": record({}), "data_digest": text}
 SCHEMA = {

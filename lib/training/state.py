@@ -199,10 +199,10 @@ class TrainState:
     def _load_momenta(self, saved: Mapping[str, Any], *, expected: bool) -> None:
         """Restore the momenta alone, each in the memory order of its weight, as a fused optimizer needs them.
 
-        Learning rate, weight decay and all other options stay those of this run.
+        Weight decay and all other options stay those of this run; the learning rate is set at every step.
         """
         options = [
-            {k: v for k, v in group.items() if k != "params"}
+            {k: v for k, v in group.items() if k not in ("params", "lr")}
             for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(saved)

@@ -23,7 +23,6 @@ WRONG = {
     "None": None,
     "true": True,
     "-1": -1,
-    "a fraction": 0.123,
     "2^62": 2**62,
     "1e300": 1e300,
     "NaN": math.nan,
@@ -33,7 +32,6 @@ WRONG = {
     "empty list": [],
     "list of None": [None],
     "empty dict": {},
-    "dict of None": {"a": None},
     "integers": torch.arange(3),
     "NaN matrix": torch.full((2, 2), math.nan),
     "complex": torch.zeros(2, dtype=torch.complex64),
@@ -43,7 +41,6 @@ RECORDED = {
     "": (
         *("meta.git_commit", "meta.versions"),
         "meta.options",  # those that matter to a run are compared with it
-        "optimizer.param_groups.0",  # all but `params`: a run has its own options
         *("acc", "best_acc"),  # published names of what `accuracies` holds
     ),
     "features": ("meta.checkpoint", "meta.image_size"),
@@ -92,7 +89,7 @@ def is_harmless(reader, path, value, wrong):
     name = ".".join(map(str, path))
     is_dict = isinstance(value, dict) and isinstance(wrong, dict)
     recorded = (*RECORDED[""], *RECORDED.get(reader, ()))
-    if name.startswith(recorded) and path[-1] != "params":
+    if name.startswith(recorded):
         return True
     if isinstance(value, str | bool):
         return type(wrong) is type(value)  # another name, or the other answer
