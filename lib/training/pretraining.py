@@ -72,10 +72,11 @@ def resume(state: TrainState, source: str, epochs: int, steps_per_epoch: int) ->
     else:
         _take_over(state, entries, {**own, **progress}, source)
     within = state.step - state.epoch * steps_per_epoch
-    if not 0 <= state.epoch <= epochs or not 0 <= within <= steps_per_epoch:
+    fewest = 0 if "meta" in entries else 1  # the published scripts saved after whole epochs alone
+    if not fewest <= state.epoch <= epochs or not 0 <= within <= steps_per_epoch:
         raise ValueError(
             f"{source} is of epoch {state.epoch} and step {state.step}, which do not fit a run of {epochs} "
-            f"epochs of {steps_per_epoch} steps; it was made with other options, or is damaged"
+            f"epochs of {steps_per_epoch} steps; it is damaged, or was made with other options (--epochs)"
         )
     place = f" and {within} steps" if within else ""
     print_main(f"continuing after epoch {state.epoch}{place} (best so far {state.best:.2f}%)")

@@ -6,6 +6,7 @@ import itertools
 import math
 from functools import partial
 
+import published
 import pytest
 import torch
 from runs import call, finetuning, make_folder, pretraining
@@ -13,6 +14,7 @@ from runs import call, finetuning, make_folder, pretraining
 from lib.cli.start import load_script
 from lib.files import checkpoint
 from lib.propagation.embedding_graph import KINDS
+from models import build_model
 
 predict, propagate = load_script("scripts/predict.py"), load_script("scripts/propagate.py")
 # the graph of 52 pictures falls apart, and small changes of a file make other labels
@@ -43,6 +45,7 @@ RECORDED = {
         "meta.options",  # those that matter to a run are compared with it
         *("acc", "best_acc"),  # published names of what `accuracies` holds
     ),
+    "published phase 1": ("lemniscate.params", "lemniscate.nLem"),
     "features": ("meta.checkpoint", "meta.image_size"),
     "pseudo-labels": ("meta.propagation", "meta.confidence"),
     "graph": ("meta",),
@@ -51,7 +54,6 @@ RECORDED = {
 # Readers of nothing but a network, and the entries that they do not read.
 NETWORK_ONLY = ("measure phase 1", "extract", "start phase 3", "predict")
 OF_TRAINING = ("step", "epoch", "optimizer", "sums", "accuracies", "criterion", "lemniscate")
-
 
 # How many entries stand for all of a dict.
 FEW = {
@@ -128,10 +130,7 @@ def files(tmp_path_factory):
     phase3 = (*phase3, "--model-root", root / "c", "--log-root", root / "log")
     phase2 = ("--num-labeled", LABELS, "--save-path", root / "p", "--num-neighbors", 6)
     phase2 = (*phase2, "--num-eigenvectors", 8)
-    for script in (
-        pretraining,
-        finetuning,
-    ):  # the arithmetic of a step is the same for all these runs
+    for script in (pretraining, finetuning):  # all these runs have the same steps
         patch.setattr(script, "step_arithmetic", computed_once(script.step_arithmetic))
     call(pretraining, *phase1)
     call(propagate, *data, "--checkpoint", metric, *phase2)
@@ -145,9 +144,14 @@ def files(tmp_path_factory):
         0,
     )
     graph, spectrum = (next((root / "p" / "work").glob(f"{kind}-*")) for kind in KINDS)
+    released = root / "released.pth.tar"
+    network = build_model("wrn-10-1", 8, normalize=True)
+    published.cifar_checkpoint(released, network, torch.randn(52, 8))
+    checkpoint.save(checkpoint.load(released) | {"epoch": EPOCHS - 1}, released)
     again = partial(call, propagate, "--features", features, *phase2)
     readers = {
         "resume phase 1": (metric, partial(call, pretraining, *phase1, "--resume")),
+        "published phase 1": (released, partial(call, pretraining, *phase1, "--resume")),
         "measure phase 1": (metric, partial(call, pretraining, *phase1, "--test-only", "--resume")),
         "extract": (metric, partial(call, propagate, *data, *phase2, "--checkpoint")),
         "resume phase 3": (
@@ -216,7 +220,7 @@ def check(files, reader, every):
 
 READERS = (
     *("resume phase 1", "measure phase 1", "extract", "resume phase 3", "start phase 3", "predict"),
-    *("features", "pseudo-labels", *KINDS),
+    *("published phase 1", "features", "pseudo-labels", *KINDS),
 )
 
 
@@ -228,6 +232,5 @@ def test_some_wrong_values_end_in_one_message(files, reader):
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_every_wrong_value_of_every_entry_ends_in_one_message(files, reader):
-    check(
-        files, reader, 3 if reader in NETWORK_ONLY else 1
-    )  # those read the files of phases 1 and 3 again
+    # those of a network alone read the files of phases 1 and 3 again
+    check(files, reader, 3 if reader in NETWORK_ONLY else 1)
