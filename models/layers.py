@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-8  # lower bound of the norm, so that a zero vector stays zero instead of NaN
 UNIT_SLACK = (
-    1e-3  # how far from 1 the norm of a unit vector may be: those stored in 16 bits are rounded
+    1e-3  # how far from 1 the norm of a unit vector may be, as those in 16 bits are rounded
 )
 
 

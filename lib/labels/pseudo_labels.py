@@ -69,9 +69,8 @@ class PseudoLabels:
     meta: Mapping[str, Any] = field(default_factory=dict)  # record of what made them
     # The most probable classes of each image, best first: U x min(5, C), int32. Files do not hold them.
     top_classes: Tensor | None = None
-    entropy: Tensor | None = (
-        None  # of the probabilities of each image, U, in nats. Files do not hold it
-    )
+    # The entropy of the probabilities of each image in nats, U. Files do not hold it.
+    entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
         problems = [

@@ -259,10 +259,9 @@ def begin(state: TrainState, settings: Settings, resume: str, *, own_only: bool 
     Raises:
         ValueError: if a file does not fit or belongs to another run, listing the differences.
     """
+    # an external network was built with those weights
     external = backbones.is_external(state.description.architecture)
-    pretrained = (
-        "" if external else settings.pretrained
-    )  # an external one was built with those weights
+    pretrained = "" if external else settings.pretrained
     entries = read_start(resume) if resume else {}
     if is_own_run(entries):
         _resume(state, resume, entries, settings.max_iters)

@@ -109,9 +109,8 @@ class RunLog:
             why = error.strerror or str(error)
             said = f"warning: cannot write {file.path}: {why}; training goes on without this log"
             print(said, file=sys.stderr, flush=True)
-            with contextlib.suppress(
-                OSError
-            ):  # the same error again, of what is still to be written
+            # the same error again, of what is still to be written
+            with contextlib.suppress(OSError):
                 file.close()
 
 

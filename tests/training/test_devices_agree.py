@@ -56,9 +56,8 @@ def test_a_batch_is_augmented_as_its_images_are_one_by_one_on_the_cpu(ops):
 def test_forward_and_backward_are_those_of_float64(name):
     exact = build_model(name, 10).double()
     for layer in exact.modules():
-        if isinstance(
-            layer, nn.Conv2d
-        ):  # large beside the epsilon of BatchNorm, as after some training
+        # large beside the epsilon of BatchNorm, as after some training
+        if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     model = FLOAT32.prepare(build_model(name, 10))
     model.load_state_dict(exact.state_dict())

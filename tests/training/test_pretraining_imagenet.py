@@ -94,9 +94,8 @@ def test_every_published_option_has_its_names_and_default():
             assert actions[name].default == default, name
     assert len({actions[name] for names in PUBLISHED for name in names.split()}) == len(PUBLISHED)
     assert "--data-dir" in actions
-    assert (
-        actions["--gpus"].default == "all"
-    )  # the published script has no such option and takes them all
+    # the published script has no such option and takes them all
+    assert actions["--gpus"].default == "all"
 
 
 def test_a_run_leaves_the_published_keys_and_the_last_the_best_and_the_numbered_files(finished):
