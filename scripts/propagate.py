@@ -32,6 +32,7 @@ again, and a run with another method or number of labels uses them too.
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -223,10 +224,15 @@ def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
 
 
 def write_report(
-    args, folder: Path, done: dict[str, PseudoLabels], curves, meta: dict, data: DataSet | None
+    args,
+    graph: EmbeddingGraph,
+    done: dict[str, PseudoLabels],
+    curves,
+    meta: dict,
+    data: DataSet | None,
 ) -> None:
     """Write the curve, contact sheets where there are images, and report.html."""
-    pictures, sheets = {}, {}
+    folder, pictures, sheets = Path(args.save_path), {}, {}
     if curves:
         plots.accuracy_coverage(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
@@ -236,6 +242,10 @@ def write_report(
             sheets[name] = [(c, f"sheets_{name}/{file}", n) for c, file, n in written]
     facts = {"method": args.method, "graph": args.graph, "git commit": meta["git_commit"]}
     facts |= {"data digest": meta["data_digest"], "seed of the split": args.rng_seed}
+    if not math.isnan(
+        graph.residual
+    ):  # each chunk has eigenvectors of its own, whose line is printed
+        facts["largest residual of an eigenvector"] = f"{graph.residual:.1e}"
     page.write_page(
         folder / "report.html",
         title="Pseudo-labels",
@@ -313,7 +323,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         record = {"results": results, "meta": meta}
         write_whole(json.dumps(record, indent=1).encode(), folder / "results.json")
         if args.report:
-            write_report(args, folder, done, curves, meta, images_of(args, found))
+            write_report(args, graph, done, curves, meta, images_of(args, found))
         return results
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -176,6 +177,11 @@ class EmbeddingGraph:
         )
         self._largest[:] = [(num_vectors, found)]
         return found
+
+    @property
+    def residual(self) -> float:
+        """Largest residual |L v - lambda v| of the eigenvectors made so far; NaN where there are none."""
+        return self._largest[0][1].residual if self._largest else math.nan
 
 
 def digest(*arrays: Tensor) -> str:

@@ -103,6 +103,7 @@ def write_page(
     if curves:
         rows = [(n, *curve.figures()) for n, curve in sorted(curves.items())]
         heads = ("labels", "precision %", "AUC by confidence %", "AUC by entropy %")
+        parts.append("<h2>Precision of the pseudo-labels</h2>")
         parts.append(html_table(heads, rows))
     for file, caption in pictures.items():
         parts.append(f'<p><img src="{escape(file)}" alt="{escape(caption)}"></p>')

@@ -1,6 +1,7 @@
 """Phase 2 from the shell: files, table, chunks, graph file, report."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -406,6 +407,14 @@ def test_images_that_the_features_are_not_of_are_not_shown(features, tmp_path, c
     assert "no contact sheets: the features are not of this data set" in capsys.readouterr().err
     assert (tmp_path / "report.html").is_file()
     assert list(tmp_path.glob("sheets_*")) == []
+
+
+def test_the_report_states_the_residual_of_the_eigenvectors(features, tmp_path, capsys):
+    words = ("--features", features, "--method", "nc", "--num-labeled", 50, "--report")
+    call(*words, "--save-path", tmp_path, "--dataset", "folder", "--data-dir", tmp_path / "nowhere")
+    (residual,) = re.findall(r"eigenvectors: .*; residual (\S+)", capsys.readouterr().out)
+    page = (tmp_path / "report.html").read_text()
+    assert re.search(rf"largest residual of an eigenvector</td><td[^>]*>{residual}<", page)
 
 
 def test_graph_options_are_said_to_be_useless_without_a_graph(features, tmp_path, capsys):
