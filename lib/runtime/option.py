@@ -35,6 +35,7 @@ OPEN_FRACTION = Limit("must lie between 0 and 1", lambda number: 0 < number < 1)
 POSITIVE_FRACTION = Limit("must lie in (0, 1]", lambda number: 0 < number <= 1)
 MOMENTUM = Limit("must lie in [0, 1)", lambda number: 0 <= number < 1)
 SEED = Limit("must be at least 0 and below 2**63", lambda number: 0 <= number < 2**63, 2**63)
+RATE = replace(POSITIVE, most=1e38)  # a float32; training ends by itself where it diverges
 SIDE = replace(POSITIVE, most=10_000)  # pixels
 BATCH_SIZE = replace(POSITIVE, most=10**6)
 NUM_WORKERS = replace(NOT_NEGATIVE, most=1024)

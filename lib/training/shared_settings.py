@@ -14,6 +14,7 @@ from lib.runtime.option import (
     NOT_NEGATIVE,
     NUM_WORKERS,
     POSITIVE,
+    RATE,
     SEED,
     SIDE,
     invariant,
@@ -65,7 +66,7 @@ class Optimization:
 
     lr: float = invariant(
         0.03,
-        limit=POSITIVE,
+        limit=RATE,
         metavar="RATE",
         help="learning rate at its highest, which --lr-scheduler lowers",
     )

@@ -59,7 +59,7 @@ def test_the_parsers_of_all_phases_are_among_them():
     assert len(CASES) > 100
 
 
-REFUSED = ("nan", "inf", "-inf", "-1", "1e309", "", "1e30", "1" + 30 * "0")
+REFUSED = ("nan", "inf", "-inf", "-1", "1e309", "", "1e39", "1" + 39 * "0")
 
 
 @pytest.mark.parametrize(("parser", "option"), CASES)

@@ -577,7 +577,7 @@ def test_divergence_stops_on_the_step_and_keeps_the_old_checkpoint(finetune):
 def test_weights_that_a_last_step_blew_up_are_not_saved(finetune, tmp_path):
     # the loss of the only step is finite, what it leaves is not
     with pytest.raises(FloatingPointError, match="not finite after step 1"):
-        finetune("--max-iters", 1, "--lr", 1e35, "--weight-decay", 1e10)
+        finetune("--max-iters", 1, "--lr", 1e35, "--weight-decay", 1e9)
     assert not list((tmp_path / "run" / "e").iterdir())
 
 
