@@ -34,7 +34,7 @@ def _sample_by_class(targets: Tensor) -> tuple[Tensor, Tensor]:
 def _pairs(axes: Axes, matrix: Tensor, borders: Tensor, title: str, label: str) -> None:
     """Draw a matrix of similarities on the axes, with lines between the classes and a color bar."""
     # The diagonal is 1 by definition: scaled to it, the rest would be dark.
-    picture = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
+    picture = axes.imshow(matrix.numpy(), cmap="viridis", vmin=0, vmax=float(matrix.quantile(0.99)))
     for place in borders.tolist():
         axes.axhline(place - 0.5, color="white", linewidth=0.4)
         axes.axvline(place - 0.5, color="white", linewidth=0.4)
