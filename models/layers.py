@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-8  # lower bound of the norm, so that a zero vector stays zero instead of NaN
-UNIT_SLACK = (
-    1e-3  # how far from 1 the norm of a unit vector may be, as those in 16 bits are rounded
-)
+UNIT_SLACK = 1e-3  # distance from 1 that the norm of a unit vector stored in 16 bits may have
 
 
 def l2_normalize(vectors: Tensor) -> Tensor:

@@ -12,8 +12,7 @@ alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar`
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
 From a feature file instead of a checkpoint: --features FILE, whose rows are scaled to unit length unless
---normalize off. Images are read at the size that the checkpoint
-was trained on, or at --image-size.
+--normalize off. Images are read at the size that the checkpoint was trained on, or at --image-size.
 
 Through a network from elsewhere: --arch torchvision:NAME, torchvision:NAME@WEIGHTS or, with timm installed,
 timm:NAME. --checkpoint FILE is then a local file of its weights; without one they are the library's own,
@@ -242,9 +241,8 @@ def write_report(
             sheets[name] = [(c, f"sheets_{name}/{file}", n) for c, file, n in written]
     facts = {"method": args.method, "graph": args.graph, "git commit": meta["git_commit"]}
     facts |= {"data digest": meta["data_digest"], "seed of the split": args.rng_seed}
-    if not math.isnan(
-        graph.residual
-    ):  # each chunk has eigenvectors of its own, whose line is printed
+    # each chunk has eigenvectors of its own, whose line is printed
+    if not math.isnan(graph.residual):
         facts["largest residual of an eigenvector"] = f"{graph.residual:.1e}"
     page.write_page(
         folder / "report.html",

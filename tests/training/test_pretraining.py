@@ -142,15 +142,21 @@ def test_best_and_last_are_both_kept_and_the_best_is_the_best_of_the_log(pretrai
     assert last(folder)["accuracies"] == {"last": accuracies[-1], "best": max(accuracies)}
 
 
-def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatch):
-    # cut off between the two, what resumes from the best writes the others; the other way round the best
-    # would be lost for good
+def recorded_saves(folder, monkeypatch):
+    """The files of a run after its second epoch, and the names of those that it writes from now on."""
     written = []
     monkeypatch.setattr(state.checkpoint, "save", lambda _, path: written.append(path.name))
     monkeypatch.setattr(state.TrainState, "state_dict", lambda _: {})
-    files = Checkpoints(tmp_path, "last", "best", numbered="{epoch}", save_freq=2)
+    files = Checkpoints(folder, "last", "best", numbered="{epoch}", save_freq=2)
     network = torch.nn.Linear(2, 2)
     run = state.TrainState(network, network, None, None, None, {}, epoch=2)
+    return files, run, written
+
+
+def test_the_best_checkpoint_is_written_before_the_last_one(tmp_path, monkeypatch):
+    # cut off between the two, what resumes from the best writes the others; the other way round the best
+    # would be lost for good
+    files, run, written = recorded_saves(tmp_path, monkeypatch)
     files.save(run, is_best=True, end_of_epoch=True)
     run.epoch = 3
     files.save(run, is_best=False, end_of_epoch=True)
@@ -170,19 +176,12 @@ def test_a_save_that_was_cut_short_is_completed_from_the_newer_file(
         os.utime(tmp_path / "last", (age, age))
     if last == "damaged":
         (tmp_path / "last").write_bytes(b"")
-    written = []
-    monkeypatch.setattr(state.checkpoint, "save", lambda _, path: written.append(path.name))
-    monkeypatch.setattr(state.TrainState, "state_dict", lambda _: {})
-    files = Checkpoints(tmp_path, "last", "best", numbered="{epoch}", save_freq=2)
-    network = torch.nn.Linear(2, 2)
-    run = state.TrainState(network, network, None, None, None, {}, epoch=2)
+    files, run, written = recorded_saves(tmp_path, monkeypatch)
     replace(files, folder=tmp_path / "new").complete(run, tmp_path / source)
     assert written == []  # a run that goes on in another folder
     files.complete(run, tmp_path / source)
-    own = source in (
-        "best",
-        "2",
-    )  # no file of this save: a copy of another epoch, and a foreign one
+    # no file of this save: a copy of another epoch, and a foreign one
+    own = source in ("best", "2")
     assert written == (["2", "last"] if own and last != "newer" else [])
 
 
