@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Generator, Tensor
 from torchvision import transforms
+from torchvision.transforms.functional import solarize
 
 from datasets.images import Stats
 
@@ -85,18 +86,19 @@ def _replaced(
 
 
 class RandomResizedCrop:
-    """Crop of a fraction of the area, with aspect ratio 3/4 to 4/3, resized (bilinear) to full size.
+    """Crop of a fraction of the area, of aspect ratio 1 / `ratio` to `ratio`, resized (bilinear).
 
     torchvision draws up to ten candidates until one fits, and else takes the largest central crop of an
-    allowed ratio. Here all ten are drawn at once, and the first that fits is taken.
+    allowed ratio (3/4 to 4/3 here, whatever the ratio). Here all ten are drawn at once, and the first that
+    fits is taken.
     """
 
     tries = 10
 
-    def __init__(self, min_scale: float, max_scale: float = 1.0) -> None:
+    def __init__(self, min_scale: float, max_scale: float = 1.0, ratio: float = RATIO) -> None:
         if not 0 < min_scale <= max_scale <= 1:
             raise ValueError(f"crop scale {min_scale} ... {max_scale}: must lie in (0, 1]")
-        self.min_scale, self.max_scale = min_scale, max_scale
+        self.min_scale, self.max_scale, self.ratio = min_scale, max_scale, ratio
 
     def sample_params(self, n: int, generator: Generator) -> Tensor:
         """Draw n x 22: top and left as fractions of the free room, then heights and widths of ten candidates.
@@ -105,7 +107,7 @@ class RandomResizedCrop:
         """
         area = torch.rand(n, self.tries, generator=generator)
         area = self.min_scale + area * (self.max_scale - self.min_scale)
-        log_ratio = (2 * torch.rand(n, self.tries, generator=generator) - 1) * math.log(RATIO)
+        log_ratio = (2 * torch.rand(n, self.tries, generator=generator) - 1) * math.log(self.ratio)
         place = torch.rand(n, 2, generator=generator)
         width = (area * torch.exp(log_ratio)).sqrt()
         height = (area * torch.exp(-log_ratio)).sqrt()
@@ -169,7 +171,7 @@ class RandomResizedCrop:
         return F.grid_sample(images, grid, align_corners=True, padding_mode="border")
 
     def pil_transform(self, size: int) -> Transform:
-        scale, ratio = (self.min_scale, self.max_scale), (1 / RATIO, RATIO)
+        scale, ratio = (self.min_scale, self.max_scale), (1 / self.ratio, self.ratio)
         return transforms.RandomResizedCrop(size, scale=scale, ratio=ratio)
 
 
@@ -285,12 +287,14 @@ class ColorJitter:
         adjust_hue,
     )
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, strength: float, hue: float | None = None) -> None:
+        self.strength, self.hue = strength, strength if hue is None else hue
 
     def sample_params(self, n: int, generator: Generator) -> Tensor:
         """Draw n x 8: the four factors, then the adjustment to apply first, second, third, fourth."""
-        factors = (2 * torch.rand(n, 4, generator=generator) - 1) * self.strength
+        factors = 2 * torch.rand(n, 4, generator=generator) - 1
+        factors[:, :3] *= self.strength
+        factors[:, 3] *= self.hue
         factors[:, :3] += 1
         order = torch.rand(n, 4, generator=generator).argsort(dim=1)
         return torch.cat([factors, order], dim=1)
@@ -330,7 +334,69 @@ class ColorJitter:
         return images
 
     def pil_transform(self, _: int) -> Transform:
-        return transforms.ColorJitter(*[self.strength] * 4)
+        return transforms.ColorJitter(*[self.strength] * 3, self.hue)
+
+
+class GaussianBlur:
+    """Blur by a Gaussian of 0.1 to 2 pixels, over a tenth of the side and 3 pixels at least, as in SimCLR."""
+
+    sigmas = 0.1, 2.0
+
+    @staticmethod
+    def kernel_size(side: int) -> int:
+        return max(3, side // 10 // 2 * 2 + 1)
+
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
+        """Draw n x 1: the standard deviation in pixels."""
+        low, high = self.sigmas
+        return low + (high - low) * torch.rand(n, 1, generator=generator)
+
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
+        n, channels, h, w = images.shape
+        half = self.kernel_size(min(h, w)) // 2
+        places = _constant(range(-half, half + 1), images.device)
+        kernels = (-0.5 * (places / params) ** 2).exp()
+        kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
+        planes = images.reshape(1, n * channels, h, w)
+        padded = F.pad(planes, (half, half, half, half), mode="reflect")
+        rows = F.conv2d(padded, kernels[:, None, :, None], groups=n * channels)
+        return F.conv2d(rows, kernels[:, None, None, :], groups=n * channels).view_as(images)
+
+    def pil_transform(self, size: int) -> Transform:
+        return transforms.GaussianBlur(self.kernel_size(size), self.sigmas)
+
+
+class Solarize:
+    """Inversion of every value that is not below half of the range."""
+
+    threshold = 128  # of bytes
+
+    def sample_params(self, n: int, _: Generator) -> Tensor:
+        return torch.empty(n, 0)
+
+    def __call__(self, images: Tensor, _: Tensor) -> Tensor:
+        return torch.where(images * 255 < self.threshold, images, 1 - images)
+
+    def pil_transform(self, _: int) -> Transform:
+        return partial(solarize, threshold=self.threshold)
+
+
+class RandomApply:
+    """Another operation, applied to an image with the given probability."""
+
+    def __init__(self, op: Op, probability: float) -> None:
+        self.op, self.probability = op, probability
+
+    def sample_params(self, n: int, generator: Generator) -> Tensor:
+        """Draw n x (1 + k): whether it is applied, and the k numbers of the operation."""
+        chance = torch.rand(n, 1, generator=generator)
+        return torch.cat([chance, self.op.sample_params(n, generator)], dim=1)
+
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
+        return _replaced(images, params[:, 0] < self.probability, self.op, params[:, 1:])
+
+    def pil_transform(self, size: int) -> Transform:
+        return transforms.RandomApply([self.op.pil_transform(size)], self.probability)
 
 
 def _empty_channels_last(shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
@@ -403,20 +469,41 @@ class Augmentation:
         return (x - mean).div_(std)
 
 
-def instance_ops(
-    crop: str = "RandomResizedCrop", scale: float = 0.2, *, gray_first: bool = False
-) -> list[Op]:
+CROPS = ("RandomResizedCrop", "PadCrop")
+
+
+def _first_op(crop: str, scale: float) -> Op:
+    if crop not in CROPS:
+        raise ValueError(f"unknown crop {crop!r}: take {' or '.join(CROPS)}")
+    return RandomResizedCrop(scale) if crop == CROPS[0] else PadCrop()
+
+
+def instance_ops(crop: str = CROPS[0], scale: float = 0.2, *, gray_first: bool = False) -> list[Op]:
     """Return the published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip.
 
     Args:
+        crop: one of `CROPS`.
+        scale: smallest share of the area that RandomResizedCrop keeps.
         gray_first: whether gray comes before the jitter, as published for ImageNet; a gray image then gets
             only the jitter of brightness and contrast.
     """
-    if crop not in ("RandomResizedCrop", "PadCrop"):
-        raise ValueError(f"unknown crop {crop!r}: take RandomResizedCrop or PadCrop")
-    first = RandomResizedCrop(scale) if crop == "RandomResizedCrop" else PadCrop()
     colors: list[Op] = [ColorJitter(0.4), RandomGrayscale(0.2)]
-    return [first, *(colors[::-1] if gray_first else colors), RandomHorizontalFlip()]
+    colors = colors[::-1] if gray_first else colors
+    return [_first_op(crop, scale), *colors, RandomHorizontalFlip()]
+
+
+def two_view_ops(crop: str = CROPS[0], scale: float = 0.2) -> list[Op]:
+    """Return an augmentation of SimCLR for small images (Chen et al. 2020): no blur, little gray."""
+    colors = [RandomApply(ColorJitter(0.4, hue=0.1), 0.8), RandomGrayscale(0.1)]
+    return [_first_op(crop, scale), RandomHorizontalFlip(), *colors]
+
+
+def patch_ops(scale: float = 0.25) -> list[Op]:
+    """Return the augmentation of EMP-SSL (Tong et al. 2023): square crops of one share of the area."""
+    crop = RandomResizedCrop(scale, scale, ratio=1)
+    colors = [RandomApply(ColorJitter(0.4, hue=0.2), 0.8), RandomGrayscale(0.2)]
+    rare = [RandomApply(GaussianBlur(), 0.1), RandomApply(Solarize(), 0.1)]
+    return [crop, RandomHorizontalFlip(), *colors, *rare]
 
 
 def finetune_ops() -> list[Op]:

@@ -26,7 +26,8 @@ def build_model(
 
     Args:
         architecture: `wrn-D-K` or `resnetD`; see `SMALL_ARCHITECTURES`.
-        out_features: embedding dimensions (phase 1) or number of classes (phase 3).
+        out_features: embedding dimensions (phase 1) or number of classes (phase 3); 0 leaves out the head,
+            so that the embedding is the network's pooled activations.
         in_channels: 3, or 1 for gray images.
         normalize: whether outputs are scaled to the unit sphere.
         imagenet: whether to take the ResNet with the 7x7 stem and torchvision's names.

@@ -36,24 +36,46 @@ def init_he(module: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
-class EmbeddingNet(nn.Module):
-    """Base of every network: a trunk, global pooling, one linear head, optional unit norm.
+def linear_head(width: int, out_features: int) -> nn.Module:
+    """Return the last layer of a network; with no `out_features` it hands its input on."""
+    if out_features:
+        return nn.Linear(width, out_features)
+    head = nn.Identity()
+    head.out_features = width
+    return head
+
+
+class Embedding:
+    """Common part of every network: the output of its head, on the unit sphere where it is a metric.
 
     Attributes:
-        head_name: name of the last linear layer in the state dict.
+        head_name: name of the last layer, which has an attribute `out_features`.
         normalize: True in phase 1 (the output is a point on the unit sphere), False in phase 3.
     """
 
     head_name: str
     normalize: bool
+    training: bool
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs for an image."""
+        return getattr(self, self.head_name).out_features
 
     def pooled(self, images: Tensor) -> Tensor:
         """Compute B x F activations before the head from B x C x H x W images."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        output = getattr(self, self.head_name)(self.pooled(images))
-        return l2_normalize(output) if self.normalize else output
+        head = getattr(self, self.head_name)
+        output = head(self.pooled(images))
+        # the projection head of an objective reads the activations as they are
+        raw = isinstance(head, nn.Identity) and self.training
+        return l2_normalize(output) if self.normalize and not raw else output
+
+
+class EmbeddingNet(Embedding, nn.Module):
+    """Base of the networks for small images: a trunk, global pooling, one linear head, optional unit norm."""
 
 
 def global_pool(maps: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Parameter names are those of the published `ckpt_instance_cifar10_resnet18`: `co
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import EmbeddingNet, global_pool
+from models.layers import EmbeddingNet, global_pool, linear_head
 
 
 def _shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Sequential:
@@ -90,7 +90,7 @@ class SmallResNet(EmbeddingNet):
                 blocks.append(block(width, planes, 2 if stage > 0 and i == 0 else 1))
                 width = planes * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(width, out_features)
+        self.linear = linear_head(width, out_features)
 
     def pooled(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))

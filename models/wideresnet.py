@@ -7,7 +7,7 @@ Parameter names are those of the published checkpoints: `conv1`, `block{1,2,3}.l
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import EmbeddingNet, global_pool, init_he
+from models.layers import EmbeddingNet, global_pool, init_he, linear_head
 
 
 class PreActBlock(nn.Module):
@@ -49,7 +49,7 @@ class WideResNet(EmbeddingNet):
     Args:
         depth: 6 n + 4 layers, n blocks in each of the three stages.
         widen_factor: K; the stages are 16 K, 32 K and 64 K channels wide.
-        out_features: outputs of the head: embedding dimensions, or classes.
+        out_features: outputs of the head: embedding dimensions, or classes; 0: there is no head.
         in_channels: 3, or 1 for gray images.
         normalize: whether outputs are scaled to the unit sphere (phase 1).
 
@@ -82,9 +82,10 @@ class WideResNet(EmbeddingNet):
         self.block2 = Stage(num_blocks, widths[1], widths[2], stride=2)
         self.block3 = Stage(num_blocks, widths[2], widths[3], stride=2)
         self.bn1 = nn.BatchNorm2d(widths[3])
-        self.fc = nn.Linear(widths[3], out_features)
+        self.fc = linear_head(widths[3], out_features)
         init_he(self)
-        nn.init.zeros_(self.fc.bias)
+        if out_features:
+            nn.init.zeros_(self.fc.bias)
 
     def pooled(self, images: Tensor) -> Tensor:
         maps = self.block3(self.block2(self.block1(self.conv1(images))))

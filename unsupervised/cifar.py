@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
+    declared.take_presets(parser, args)
     checks.check_pretraining(args, parser)
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
@@ -81,26 +82,29 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train, test = build_datasets(
             args.dataset, args.data_dir, image_size=args.image_size, num_workers=workers
         )
-    monitor = pretraining.Monitor(train, test, device, args.nce_t, workers)
+    temperature = pretraining.temperature(settings)
+    monitor = pretraining.Monitor(train, test, device, temperature, workers)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; --test-only measures it and ends here
     folder, log_folder = Path(args.model_dir), Path(args.log_dir)
     source = newest_readable(folder, (LAST, BEST)) if args.resume == "auto" else args.resume
     torch.manual_seed(args.rng_seed)
+    dim = pretraining.dimensions(settings)
     described = describe(
-        METRIC, args.architecture, train, args.low_dim, imagenet=False, temperature=args.nce_t
+        METRIC, args.architecture, train, dim, imagenet=False, temperature=temperature
     )
     model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.test_only:
         return monitor.measure_file(source, model)
 
     # 3. Objective and optimizer, or the run to resume
-    objective = pretraining.build_objective(settings, len(train), device)
+    objective = pretraining.build_objective(settings, len(train), device, model.out_features)
     optimizer = sgd(
         [*model.parameters(), *objective.parameters()],
         args.lr,
         args.weight_decay,
+        kind=args.optimizer,
         momentum=args.momentum,
         nesterov=args.momentum > 0,
     )
@@ -116,7 +120,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         files.complete(state, source)
 
     # 4. Train; test and save after each epoch
-    ops = instance_ops(args.transform_crop, args.transform_scale)
+    crop = args.transform_crop, args.transform_scale
+    ops = pretraining.augmentation(args.objective, instance_ops(*crop), *crop)
     batches = Batches(
         train,
         [Augmentation(ops, train.stats)] * objective.views,

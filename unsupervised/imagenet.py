@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
+    declared.take_presets(parser, args)
     checks.check_pretraining(args, parser)
     checks.check_imagenet(args, "unsupervised/cifar.py")
     if args.auto_resume and args.resume not in ("", "auto"):
@@ -100,7 +101,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             num_workers=workers,
             in_memory=False,
         )
-    monitor = pretraining.Monitor(train, test, device, args.nce_t, workers, args.val_batch_size)
+    temperature = pretraining.temperature(settings)
+    monitor = pretraining.Monitor(train, test, device, temperature, workers, args.val_batch_size)
     print_main(f"{device}; {args.dataset}: {len(train)} images, {train.num_classes} classes")
 
     # 2. Network; --evaluate and --test-only measure it and end here
@@ -109,19 +111,21 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     automatic = args.auto_resume or args.resume == "auto"
     source = checkpoint.newest_readable(folder, names) if automatic else args.resume
     torch.manual_seed(args.rng_seed)
+    dim = pretraining.dimensions(settings)
     described = describe(
-        METRIC, args.architecture, train, args.low_dim, imagenet=True, temperature=args.nce_t
+        METRIC, args.architecture, train, dim, imagenet=True, temperature=temperature
     )
     model = device.prepare(build_model(args.architecture, **described.arguments))
     if args.evaluate or args.test_only:
         return monitor.measure_file(source, model, stored=args.evaluate)
 
     # 3. Objective and optimizer; initial weights, or the run to resume
-    objective = pretraining.build_objective(settings, len(train), device)
+    objective = pretraining.build_objective(settings, len(train), device, model.out_features)
     optimizer = sgd(
         [*model.parameters(), *objective.parameters()],
         args.lr,
         args.weight_decay,
+        kind=args.optimizer,
         momentum=args.momentum,
         nesterov=False,
     )
@@ -143,9 +147,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         files.complete(state, source)
 
     # 4. Train; test and save after each epoch
+    ops = pretraining.augmentation(args.objective, instance_ops(gray_first=True))
     batches = Batches(
         train,
-        [Augmentation(instance_ops(gray_first=True), train.stats)] * objective.views,
+        [Augmentation(ops, train.stats)] * objective.views,
         device,
         batch_size=args.batch_size,
         seed=args.rng_seed,

@@ -40,7 +40,11 @@ def check_common(args: argparse.Namespace) -> None:
 def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Check the options of phase 1, and warn of options that have no effect."""
     check_common(args)
-    if args.nce_k == 0:
+    if args.objective != "instance":
+        unused = ("low_dim", "nce_k", "nce_m", "nce_loss", "nce_z")
+        unused += () if args.objective == "two-view" else ("nce_t",)
+        warn_unused(args, parser, f"with --objective {args.objective}", *unused)
+    elif args.nce_k == 0:
         warn_unused(args, parser, "without --nce-k", "nce_loss", "nce_z")
     elif args.nce_loss != "nce":
         warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")

@@ -2,8 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 from lib.runtime.option import (
@@ -66,15 +68,48 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser in which the value of an option may choose the defaults of others.
+
+    `presets` maps the name of an option, its value and the name of another option to a default.
+    """
+
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.presets:
+            take_presets(self, super().parse_known_args(args, copy(namespace))[0])
+        return super().parse_known_args(args, namespace)
+
+
+def take_presets(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Give a parser of `parser` the defaults that go with the options in `args`."""
+    for name, values in getattr(parser, "presets", {}).items():
+        parser.set_defaults(**values.get(getattr(args, name), {}))
+
+
 def parser(manual: str | None, settings: type | None = None) -> argparse.ArgumentParser:
     """Return a parser that shows the script's docstring `manual`; it does not guess abbreviated options.
 
     The options are those that the dataclass `settings` declares; without one the script adds its own.
     """
-    made = argparse.ArgumentParser(description=manual, formatter_class=_Help, allow_abbrev=False)
+    made = _Parser(description=manual, formatter_class=_Help, allow_abbrev=False)
     if settings is not None:
         add_options(made, settings)
+        made.presets = presets_of(settings)
     return made
+
+
+def presets_of(kind: type) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the `PRESETS` of a dataclass of options, of those options that it has."""
+    known = options_of(kind)
+    return {
+        choosing: {
+            value: {name: default for name, default in defaults.items() if name in known}
+            for value, defaults in values.items()
+        }
+        for choosing, values in getattr(kind, "PRESETS", {}).items()
+    }
 
 
 def add_dummy(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +145,15 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> dict[str, argpar
         names = (*short, flag(name), *long)
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
+        others = [
+            f"--{choosing} {value}: {defaults[name]}"
+            for choosing, values in presets_of(kind).items()
+            for value, defaults in values.items()
+            if name in defaults
+        ]
+        text = f"{option.help} ({', '.join(others)})" if others else option.help
         groups[option.group].add_argument(
-            *names, dest=name, default=field.default, help=option.help, **keywords
+            *names, dest=name, default=field.default, help=text, **keywords
         )
     return groups
 

@@ -28,7 +28,7 @@ from datasets.transforms import Augmentation
 from lib.files import checkpoint
 from lib.files.weights import load_weights, model_weights
 from lib.runtime.distributed import main_first
-from models.layers import EmbeddingNet
+from models.layers import EmbeddingNet, linear_head
 
 LIBRARIES = ("torchvision", "timm")
 # Networks without a linear last layer, or that refuse weights without torch's version record.
@@ -66,8 +66,7 @@ class PooledFeatures(EmbeddingNet):
 
     def __init__(self, trunk: nn.Module, out_features: int) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, nn.Identity()
-        self.head.out_features = out_features
+        self.trunk, self.head = trunk, linear_head(out_features, 0)
 
     def pooled(self, images: Tensor) -> Tensor:
         return self.trunk(images)

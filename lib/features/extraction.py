@@ -57,7 +57,7 @@ def extract(
     augmentation = preprocessing or Augmentation((), data.stats)
     batches = in_order(data, augmentation, device, batch_size=batch_size, num_workers=num_workers)
     mine = shard(len(data))
-    rows = [torch.empty(0, getattr(model, model.head_name).out_features)]
+    rows = [torch.empty(0, model.out_features)]
     bar = progress_bar(total=mine.stop - mine.start, desc="features", unit="img")
     with evaluation_mode(model), bar:
         for batch in batches:

@@ -24,7 +24,7 @@ LARGEST, MOST_PIXELS = 2**20, 2**13
 class Description:
     """A network, the images that it was trained on, and the meaning of its outputs."""
 
-    kind: str  # `METRIC` (phase 1, the last layer is an embedding) or `CLASSIFIER` (phase 3)
+    kind: str  # `METRIC` (phase 1, the output is an embedding) or `CLASSIFIER` (phase 3)
     architecture: str  # for `build_model` or `lib.features.backbones`; may be empty if published
     arguments: Mapping[str, Any]  # `out_features`, `in_channels`, `normalize`, `imagenet`
     mean: tuple[float, float, float]  # of red, green and blue in [0, 1]
@@ -63,7 +63,7 @@ class Description:
 
 
 ARGUMENTS = {
-    "out_features": whole(1, LARGEST),
+    "out_features": whole(0, LARGEST),
     "in_channels": whole(1, LARGEST),
     "normalize": flag,
     "imagenet": flag,
@@ -89,6 +89,8 @@ def check(entry: Any, name: str) -> Iterator[str]:
     yield from wrong
     if wrong:
         return
+    if entry["kind"] == CLASSIFIER and entry["arguments"].get("out_features") == 0:
+        yield f"{name} is a classifier without outputs"
     if entry["resize"] < entry["image_size"]:
         yield f"{name}.resize is below image_size"
     is_gray, luma = entry["arguments"].get("in_channels") == 1, entry.get("luma", ())

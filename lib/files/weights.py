@@ -104,8 +104,8 @@ def load_weights(
     if set(report.missing) - allowed or report.unexpected or report.mismatched:
         raise ValueError(
             f"{source} does not fit this network: {report}. Was it trained with another "
-            "--architecture, for another number of classes or --low-dim, or on gray images "
-            "(--input-gray)?"
+            "--architecture or --objective, for another number of classes or --low-dim, or on gray "
+            "images (--input-gray)?"
         )
     model.load_state_dict({name: given[name] for name in report.loaded}, strict=False)
     return report

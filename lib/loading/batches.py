@@ -92,6 +92,11 @@ class Batch:
         """The first view; computed whenever it is read."""
         return self._view(0)
 
+    @property
+    def stacked(self) -> Tensor:
+        """All V views one below the other, V B x C x S x S; computed whenever it is read."""
+        return torch.cat(self.views) if len(self.pixels) > 1 else self.images
+
     def _view(self, number: int) -> Tensor:
         if not self.augmentations:
             return self.pixels[number]
@@ -123,9 +128,16 @@ class _Plan(NamedTuple):  # a whole batch before its images are read
     positions: Tensor | None = None
 
 
-class _View(NamedTuple):  # the way to images: random numbers, source, augmentation that remains
+class _Views(NamedTuple):  # the way to the images of views that are augmented alike
+    numbers: list[int]
     draw: Callable[[int, torch.Generator], list[Tensor]]
     source: Source
+    remaining: Remaining
+
+
+class _Read(NamedTuple):  # a view of a batch whose images are read
+    job: Job
+    pixels: Tensor
     remaining: Remaining
 
 
@@ -145,9 +157,9 @@ class Batches:
     interruptions of the run. Each of `LOADERS` has random numbers of its own, of the same distribution.
 
     Args:
-        augmentations: one for each view of an image.
+        augmentations: one for each view of an image; views with the same one share its workers.
         batch_size: total over all processes.
-        num_workers: workers of this process, divided among the views.
+        num_workers: workers of this process, divided among the augmentations.
         stream: number of this stream of batches; each has an order and random numbers of its own.
     """
 
@@ -172,21 +184,24 @@ class Batches:
         self.device, self.batch_size, self.seed, self.stream = device, batch_size, seed, stream
         self.length = len(data)
         self.waited_s = 0.0  # seconds spent waiting for images so far, augmentation not included
-        self._views: list[_View] = []
         self.in_memory = loader == "device" and data.in_memory  # whether no worker reads them
         if self.in_memory:  # uploaded once for all views
             in_memory = from_memory(data.images.to(device.torch_device))
-        workers = -(-num_workers // len(augmentations))
-        for one in augmentations:
+        numbers: dict[Augmentation, list[int]] = {}
+        for number, one in enumerate(augmentations):
+            numbers.setdefault(one, []).append(number)
+        workers = -(-num_workers // len(numbers))
+        self._views: list[_Views] = []
+        for one, own in numbers.items():
             if loader == "workers":
                 source = FromWorkers(PilReader(data, one), True, device, workers)
-                view = _View(_seeds, source, _channels_last)
+                views = _Views(own, _seeds, source, _channels_last)
             elif self.in_memory:
-                view = _View(one.sample_params, in_memory, one)
+                views = _Views(own, one.sample_params, in_memory, one)
             else:
                 source = FromWorkers(data.for_workers(), one.starts_with_crop, device, workers)
-                view = _View(one.sample_params, source, one.without_crop())
-            self._views.append(view)
+                views = _Views(own, one.sample_params, source, one.without_crop())
+            self._views.append(views)
 
     @property
     def per_epoch(self) -> int:
@@ -212,39 +227,43 @@ class Batches:
     def _batches(self, plans: Iterator[_Plan]) -> Iterator[Batch]:
         plans, *copies = itertools.tee(plans, 1 + len(self._views))
         items = [
-            view.source(self._jobs(copy, number))
-            for number, (view, copy) in enumerate(zip(self._views, copies, strict=True))
+            views.source(self._jobs(copy, views))
+            for views, copy in zip(self._views, copies, strict=True)
         ]
         for plan in plans:
             start = time.perf_counter()
-            views = [next(item) for item in items]
+            found: dict[int, _Read] = {}
+            for views, item in zip(self._views, items, strict=True):
+                for number in views.numbers:
+                    found[number] = _Read(*next(item), views.remaining)
             self.waited_s += time.perf_counter() - start
-            yield self._on_device(len(plan.indexes), views)
+            yield self._on_device(len(plan.indexes), [found[number] for number in sorted(found)])
         for item in items:  # a source must reach its end before its workers begin the next epoch
             if next(item, None) is not None:
                 raise RuntimeError("a source gave more images than it was asked for")
 
-    def _jobs(self, plans: Iterator[_Plan], view: int) -> Iterator[Job]:
-        """Yield this process's shard of each batch, with the random numbers of one view."""
+    def _jobs(self, plans: Iterator[_Plan], views: _Views) -> Iterator[Job]:
+        """Yield this process's shard of each batch, with the random numbers of each of the views."""
         for plan in plans:
             total = len(plan.indexes)
-            place = address(plan.step, self.stream, view)
-            drawn = self._views[view].draw(total, generator(self.seed, "augmentation", *place))
             mine = shard(total)
             positions = None if plan.positions is None else plan.positions[mine]
-            yield Job(plan.indexes[mine], [params[mine] for params in drawn], positions)
+            for number in views.numbers:
+                place = address(plan.step, self.stream, number)
+                drawn = views.draw(total, generator(self.seed, "augmentation", *place))
+                yield Job(plan.indexes[mine], [params[mine] for params in drawn], positions)
 
-    def _on_device(self, total: int, views: Sequence[tuple[Job, Tensor]]) -> Batch:
+    def _on_device(self, total: int, views: Sequence[_Read]) -> Batch:
         move = self.device.to_device
-        job = views[0][0]
+        job = views[0].job
         return Batch(
-            tuple(move(pixels) for _, pixels in views),
+            tuple(move(view.pixels) for view in views),
             move(job.indexes),
             shard(total).start,
             total,
             None if job.positions is None else move(job.positions),
-            tuple(tuple(map(move, job.params)) for job, _ in views),
-            tuple(view.remaining for view in self._views),
+            tuple(tuple(map(move, view.job.params)) for view in views),
+            tuple(view.remaining for view in views),
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.loading.batches import Batch
-from lib.objectives.objective import Network, Objective
+from lib.objectives.objective import Network, Objective, at_least_float32
 
 
 class Classification(Objective):
@@ -34,8 +34,3 @@ class Classification(Objective):
         losses = self.criterion(outputs, labels) * self.weights[batch.positions]
         hits = (outputs.argmax(dim=1) == labels).sum(dtype=torch.float64)
         return {"loss": losses.sum() / batch.total, "top1": hits * (100 / batch.total)}, None
-
-
-def at_least_float32(outputs: Tensor) -> Tensor:
-    """Cast outputs of lower precision to float32, so that a loss can be computed on them."""
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

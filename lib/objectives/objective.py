@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lib.loading.batches import Batch
@@ -61,3 +62,8 @@ class Objective(nn.Module):
         """Restore the memory; KeyError or RuntimeError if an entry is missing or does not fit."""
         if self.state_dict():
             self.load_state_dict(state["objective"])
+
+
+def at_least_float32(outputs: Tensor) -> Tensor:
+    """Cast outputs of lower precision to float32, so that a loss can be computed on them."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))

@@ -82,6 +82,23 @@ def all_gather_rows(x: Tensor, total: int) -> Tensor:
     return torch.cat([block[:length] for block, length in zip(blocks, lengths, strict=True)])
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: int) -> Tensor:
+        ctx.total = total
+        return all_gather_rows(x, total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # every process has the gradient of its own part of the loss with respect to all rows
+        return all_reduce_sum(gradient.clone())[shard(ctx.total)], None
+
+
+def all_gather_rows_with_gradient(x: Tensor, total: int) -> Tensor:
+    """Concatenate rows as `all_gather_rows` does; the gradients of all processes reach the rows of each."""
+    return x if world_size() == 1 else _GatherRows.apply(x, total)
+
+
 def wrap_ddp(model: nn.Module) -> nn.Module:
     """Wrap the model so that backward averages its gradients over the processes."""
     if world_size() == 1:

@@ -25,7 +25,8 @@ from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import expected_count, labeled_split
 from lib.loading.batches import in_order
-from lib.objectives.classification import Classification, at_least_float32
+from lib.objectives.classification import Classification
+from lib.objectives.objective import at_least_float32
 from lib.runtime.devices import Device
 from lib.runtime.distributed import all_reduce_sum, evaluation_mode, own_workers, print_main
 from lib.training.log import Writer

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 ETA_MIN = 1e-5
 ROUNDING = 1e-6  # of a product of steps
+TRUST = 0.005  # largest step of LARS, as a share of the norm of the weights
 SCHEDULES = ("multi-step", "cosine", "cosine-with-restart", "one-cycle")
 
 
@@ -34,6 +35,35 @@ IMAGENET_INSTANCE_DROPS = Drops((120 / 200, 160 / 200), 0.1)
 IMAGENET_FINETUNE_DROPS = Drops((3 / 7, 6 / 7), 0.1)
 
 
+class LARS(torch.optim.SGD):
+    """SGD with a rate for each matrix of weights (You et al. 2017, arXiv 1708.03888), for large batches.
+
+    With decay the gradient of a matrix w is g + decay w. It is scaled down to the length that makes the
+    step at most `TRUST` |w|, and never up: the rate is min(lr, TRUST |w| / (|g| + decay |w|)), as in LARC.
+    Biases and the parameters of normalizations follow plain SGD, without decay.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = 0.0
+            for weight in group["params"]:
+                if weight.grad is None or weight.ndim < 2:
+                    continue
+                size = weight.norm()
+                trusted = TRUST * size / (weight.grad.norm() + decay * size)
+                scale = torch.where(trusted > 0, trusted / group["lr"], 1).clamp(max=1)
+                weight.grad.add_(weight, alpha=decay).mul_(scale)
+        loss = super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        return loss
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "lars": LARS}
+
+
 def sgd(
     parameters: Iterable[nn.Parameter],
     lr: float,
@@ -41,13 +71,14 @@ def sgd(
     *,
     momentum: float = 0.9,
     nesterov: bool = True,
+    kind: str = "sgd",
 ) -> Optimizer:
-    """Build the published SGD: momentum 0.9, and Nesterov's for small images.
+    """Build the published SGD, momentum 0.9 and Nesterov's for small images, or another of `OPTIMIZERS`.
 
     It is fused: one kernel updates all parameters, to the same bits as a loop over them.
     """
     decay = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-    return torch.optim.SGD(parameters, lr=lr, fused=True, **decay)
+    return OPTIMIZERS[kind](parameters, lr=lr, fused=True, **decay)
 
 
 def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:

@@ -49,7 +49,7 @@ def load_classifier(path: str | Path, architecture: str = "") -> Classifier:
             "imagenet-semi.py"
         )
     model, found = load_network(state, path, architecture)
-    num_classes = getattr(model, model.head_name).out_features
+    num_classes = model.out_features
     classes = found.classes or tuple(map(str, range(num_classes)))
     if len(classes) != num_classes:
         raise ValueError(f"{path}: {len(classes)} class names for {num_classes} outputs")

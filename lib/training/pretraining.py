@@ -1,37 +1,67 @@
 """Parts of phase 1: its objective, its kNN monitor, how a run resumes, and its progress lines."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from datasets import UNKNOWN, DataSet
+from datasets.transforms import Op, patch_ops, two_view_ops
 from lib.features.extraction import extract
 from lib.files import checkpoint, published, weights
-from lib.files.description import METRIC, NUM_NEIGHBORS
+from lib.files.description import METRIC, NUM_NEIGHBORS, TEMPERATURE
 from lib.files.published import BANK, bank_rows, is_metric
 from lib.graph import knn
+from lib.objectives.coding_rate import ManyPatches
 from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
+from lib.objectives.objective import Objective
+from lib.objectives.two_view import TwoViews
 from lib.runtime.devices import Device
 from lib.runtime.distributed import print_main, world_size
 from lib.training.progress import speed
+from lib.training.settings import INSTANCE, PATCHES_TCR, TWO_VIEW
 from lib.training.settings import PretrainingSettings as Settings
 from lib.training.state import TrainState, load_network, naming
 
 Z_MOMENTUM = 0.99  # momentum of NCE's normalizer
 
 
-def build_objective(settings: Settings, num_images: int, device: Device) -> InstanceDiscrimination:
-    """Build instance discrimination over `num_images` images with the options of a run.
+def dimensions(settings: Settings) -> int:
+    """Return the size of the embedding; 0, that of the network's activations, for a projection head."""
+    return settings.low_dim if settings.objective == INSTANCE else 0
+
+
+def temperature(settings: Settings) -> float:
+    """Return the temperature of the kNN monitor."""
+    return settings.nce_t if settings.objective == INSTANCE else TEMPERATURE
+
+
+def build_objective(
+    settings: Settings, num_images: int, device: Device, width: int = 0
+) -> Objective:
+    """Build the objective that the options of a run ask for.
+
+    Args:
+        width: size of the network's output, for an objective with a projection head.
 
     Raises:
-        ValueError: if there are fewer than two images, or not more images than negatives.
+        ValueError: if there are fewer than two images, not more images than negatives, or a number of views
+            that the objective does not take.
     """
     if num_images < 2:
-        raise ValueError(f"{num_images} training images: instance discrimination needs at least 2")
+        raise ValueError(
+            f"{num_images} training images: an image is compared with others, 2 at least"
+        )
+    if settings.objective == TWO_VIEW:
+        if settings.views != 2:
+            raise ValueError(f"--views {settings.views}: --objective two-view compares exactly 2")
+        sizes = {"temperature": settings.nce_t, "batch_size": settings.batch_size}
+        return TwoViews(width, device, **sizes).to(device.torch_device)
+    if settings.objective == PATCHES_TCR:
+        return ManyPatches(width, device, views=settings.views).to(device.torch_device)
     if settings.nce_k >= num_images:
         raise ValueError(
             f"--nce-k {settings.nce_k}: an image has only {num_images - 1} others to draw from; take "
@@ -46,7 +76,17 @@ def build_objective(settings: Settings, num_images: int, device: Device) -> Inst
         bf16=device.bf16,
     )
     bank = MemoryBank(num_images, settings.low_dim, settings.nce_m, settings.rng_seed)
-    return InstanceDiscrimination(bank, loss).to(device.torch_device)
+    return InstanceDiscrimination(bank, loss, settings.views).to(device.torch_device)
+
+
+def augmentation(objective: str, published: Sequence[Op], *crop: Any) -> Sequence[Op]:
+    """Return the operations on each view: the `published` ones for instance discrimination, or others.
+
+    `crop` are the first arguments of `datasets.transforms.two_view_ops`.
+    """
+    if objective == TWO_VIEW:
+        return two_view_ops(*crop)
+    return patch_ops(*crop[1:]) if objective == PATCHES_TCR else published
 
 
 def resume(state: TrainState, source: str, epochs: int, steps_per_epoch: int) -> None:
@@ -187,7 +227,7 @@ class Monitor:
         """Return the N x D memory bank in a checkpoint; ValueError if it holds none of these images."""
         bank, digest = bank_rows(state, source), self.train.digest
         recorded = state.get("meta", {}).get("data_digest", digest)
-        dim = getattr(model, model.head_name).out_features
+        dim = model.out_features
         if bank.shape != (len(self.train), dim) or recorded != digest:
             raise ValueError(
                 f"{source} holds a memory bank of {_shape(bank)} numbers that is not of "

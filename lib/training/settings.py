@@ -6,7 +6,7 @@ their command lines from these classes (`lib.cli.declared`).
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lib.labels.split import parse_num_labeled
 from lib.objectives.memory_bank import LOSSES
@@ -21,10 +21,33 @@ from lib.runtime.option import (
     option,
     redeclared,
 )
+from lib.training.optimizer import OPTIMIZERS
 from lib.training.shared_settings import Data, Network, Optimization, Stopping, TrainingCompute
 from models import IMAGENET_ARCHITECTURES
 
+INSTANCE, TWO_VIEW, PATCHES_TCR = OBJECTIVES = ("instance", "two-view", "patches-tcr")
 # ------------------------------------------------------------------ phase 1
+
+
+@dataclass(frozen=True)
+class Objective:
+    GROUP: ClassVar[str] = "objective"
+
+    objective: str = invariant(
+        INSTANCE,
+        choices=OBJECTIVES,
+        help="what the metric learns from. instance: each image against the rows of all others in a memory "
+        "bank, as published; two-view: two augmentations of an image against the rest of a large batch "
+        "(SimCLR); patches-tcr: many small crops of an image that agree, while images spread out (EMP-SSL), "
+        "which learns most in few epochs. The last two train through a projection head that is not kept; "
+        "the embedding is what the network gives before it",
+    )
+    views: int = invariant(
+        1,
+        limit=replace(POSITIVE, most=256),
+        metavar="K",
+        help="augmentations of each image in a step; with instance, its row moves by their mean",
+    )
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,11 @@ class MetricNetwork(Network):
 
 @dataclass(frozen=True)
 class PretrainingOptimization(Optimization):
+    optimizer: str = invariant(
+        "sgd",
+        choices=tuple(OPTIMIZERS),
+        help="lars: SGD with a rate for each layer, for large batches",
+    )
     momentum: float = invariant(
         0.9, limit=MOMENTUM, metavar="SHARE", help="momentum of the gradients"
     )
@@ -60,8 +88,8 @@ class InstanceDiscrimination:
         0.1,
         limit=POSITIVE,
         metavar="T",
-        help="temperature that cosine similarities are divided by, in the loss and the kNN monitor; a "
-        "checkpoint is measured with its own",
+        help="temperature that cosine similarities are divided by in the loss and, with --objective "
+        "instance, in the kNN monitor, which takes 0.1 otherwise; a checkpoint is measured with its own",
     )
     nce_m: float = invariant(
         0.5,
@@ -85,11 +113,32 @@ class InstanceDiscrimination:
 
 @dataclass(frozen=True)
 class PretrainingSettings(
-    Data, MetricNetwork, PretrainingOptimization, InstanceDiscrimination, TrainingCompute, Stopping
+    Data,
+    Objective,
+    MetricNetwork,
+    PretrainingOptimization,
+    InstanceDiscrimination,
+    TrainingCompute,
+    Stopping,
 ):
     """Options of phase 1, with the defaults of `unsupervised/cifar.py`."""
 
     GROUP: ClassVar[str] = "files"
+    # defaults that go with the value of an option
+    PRESETS: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "objective": {
+            TWO_VIEW: {"views": 2, "batch_size": 512, "lr": 0.12, "nce_t": 0.5, "epochs": 100},
+            PATCHES_TCR: {
+                "views": 20,
+                "batch_size": 100,
+                "optimizer": "lars",
+                "lr": 0.3,
+                "weight_decay": 1e-4,
+                "epochs": 30,
+                "transform_scale": 0.25,
+            },
+        }
+    }
 
     model_dir: str = option(
         "./checkpoint/instance_cifar10",
@@ -136,7 +185,8 @@ class CifarPretraining(PretrainingSettings):
         0.2,
         limit=POSITIVE_FRACTION,
         metavar="SHARE",
-        help="smallest share of the area that RandomResizedCrop keeps",
+        help="smallest share of the area that RandomResizedCrop keeps; the share of every crop with "
+        "patches-tcr",
     )
 
 

@@ -65,8 +65,8 @@ def load_network(
     """
     tensors, said, keep = weights.model_weights(state, source), "", True
     if start_of is not None:
-        name = f"{model.head_name}.weight"
-        fits = name in tensors and tensors[name].shape == model.state_dict()[name].shape
+        name, own = f"{model.head_name}.weight", model.state_dict()
+        fits = name in tensors and name in own and tensors[name].shape == own[name].shape
         keep = fits and is_metric(state) == (start_of.kind == METRIC)
     if start_of is not None and start_of.kind == CLASSIFIER:
         keep = class_names(state) in ([], list(start_of.classes)) and keep

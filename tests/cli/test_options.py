@@ -55,6 +55,9 @@ FINETUNING = {
 }
 # of ours: these must not disappear either
 PRETRAINING_OURS = {
+    "--objective": "instance",
+    "--views": 1,
+    "--optimizer": "sgd",
     "--dataset": "cifar10",
     "--image-size": 32,
     "-j --num-workers --workers": 2,
@@ -132,6 +135,8 @@ def test_there_is_no_option_that_the_tables_do_not_name(script, published, ours)
         (pretraining, "--arch", ("resnet18", "wrn-28-2", "wrn-28-10")),
         (pretraining, "--transform-crop", ("RandomResizedCrop", "PadCrop")),
         (pretraining, "--nce-loss", ("nce", "infonce")),
+        (pretraining, "--objective", ("instance", "two-view", "patches-tcr")),
+        (pretraining, "--optimizer", ("sgd", "lars")),
     ],
 )
 def test_published_choices_are_accepted(script, option, published):
@@ -171,6 +176,32 @@ def test_options_that_change_the_mathematics_are_compared_on_resuming(script):
     free |= {"start_epoch"}  # it places a new run, and a resumed one ignores it
     free |= {"pseudo_file", "pseudo_dir", "pretrained"}  # its content is compared, not its path
     assert {k: v for k, v in known.items() if k not in free} == script.RESUME_INVARIANTS
+
+
+PRESETS = [
+    ("two-view", {"views": 2, "batch_size": 512, "lr": 0.12, "nce_t": 0.5, "weight_decay": 5e-4}),
+    ("patches-tcr", {"views": 20, "batch_size": 100, "lr": 0.3, "optimizer": "lars", "epochs": 30}),
+    ("instance", {"views": 1, "batch_size": 128, "lr": 0.03, "nce_t": 0.1, "optimizer": "sgd"}),
+]
+
+
+@pytest.mark.parametrize(("objective", "defaults"), PRESETS)
+def test_an_objective_brings_its_own_defaults_which_the_user_overrides(objective, defaults, capsys):
+    parser = pretraining.build_parser()
+    args = vars(parser.parse_args(["--epochs", "7", "--lr", "0.5", "--objective", objective]))
+    given = {"epochs": 7, "lr": 0.5}
+    assert {name: args[name] for name in defaults} == defaults | {
+        name: value for name, value in given.items() if name in defaults
+    }
+    checks.check_pretraining(argparse.Namespace(**args), parser)
+    assert "has no effect" not in capsys.readouterr().err
+
+
+def test_help_names_the_defaults_of_each_objective():
+    output = " ".join(pretraining.build_parser().format_help().split())
+    assert "(--objective two-view: 512, --objective patches-tcr: 100) (default: 128)" in output
+    imagenet = load_script("unsupervised/imagenet.py").build_parser()
+    assert not hasattr(imagenet.parse_args(["--objective", "patches-tcr"]), "transform_scale")
 
 
 def test_num_labeled_takes_a_number_or_all_and_says_so(capsys):

@@ -18,10 +18,13 @@ from datasets.transforms import (
     LUMA,
     Augmentation,
     ColorJitter,
+    GaussianBlur,
     PadCrop,
+    RandomApply,
     RandomGrayscale,
     RandomHorizontalFlip,
     RandomResizedCrop,
+    Solarize,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
@@ -29,7 +32,9 @@ from datasets.transforms import (
     blend,
     finetune_ops,
     instance_ops,
+    patch_ops,
     to_gray,
+    two_view_ops,
 )
 from lib.cli.start import load_script
 
@@ -339,9 +344,48 @@ def test_flip_mirrors_left_and_right_for_half_of_the_images():
 @pytest.mark.parametrize("crop", ["RandomResizedCrop", "PadCrop"])
 def test_what_an_image_becomes_depends_on_its_row_alone(crop):
     images = pictures(6)
-    for op in instance_ops(crop):
+    for op in (*instance_ops(crop), *two_view_ops(), *patch_ops()):
         rows = op.sample_params(6, generator())
         assert torch.allclose(op(images, rows), in_a_batch(op, images, rows), atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(32, 3), (64, 7), (224, 23)])
+def test_blur_is_torchvisions(size, kernel):
+    images, op = pictures(4, size=size), GaussianBlur()
+    rows = op.sample_params(4, generator())
+    assert bool((rows >= 0.1).all() & (rows <= 2).all())
+    for image, ours, (sigma,) in zip(images, op(images, rows), rows.tolist(), strict=True):
+        theirs = functional.gaussian_blur(image, [kernel, kernel], [sigma, sigma])
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_solarize_inverts_the_bright_half_of_the_bytes():
+    values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    ours = Solarize()(values / 255, torch.empty(1, 0))
+    theirs = functional.solarize(values, 128)
+    assert torch.equal((ours * 255).round().byte(), theirs)
+    picture = functional.to_pil_image(values[0])
+    assert torch.equal(functional.pil_to_tensor(Solarize().pil_transform(32)(picture)), theirs[0])
+
+
+def test_an_operation_is_applied_to_its_share_of_the_images():
+    images, op = pictures(200), RandomApply(ColorJitter(0.4, hue=0.1), 0.8)
+    rows = op.sample_params(200, generator())
+    assert rows[:, 4].abs().max() <= 0.1  # turns of the hue
+    chosen = rows[:, 0] < 0.8
+    ours = op(images, rows)
+    assert torch.equal(ours[~chosen], images[~chosen])
+    assert torch.equal(ours[chosen], op.op(images[chosen], rows[chosen, 1:]))
+    share = (op.sample_params(20000, generator())[:, 0] < 0.8).float().mean()
+    assert share.item() == pytest.approx(0.8, abs=0.012)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 60)])
+def test_crops_of_one_share_and_ratio_are_squares_of_that_area(size):
+    crop = RandomResizedCrop(0.25, 0.25, ratio=1)
+    _, _, height, width = RandomResizedCrop.boxes(crop.sample_params(50, generator()), size).T
+    side = round((0.25 * size[0] * size[1]) ** 0.5)
+    assert set(height.tolist()) == set(width.tolist()) == {side}
 
 
 def test_the_published_chains():
@@ -364,6 +408,8 @@ CHAINS = {
     "phase 1": instance_ops(),
     "phase 1, gray first": instance_ops(gray_first=True),
     "phase 1, padded": instance_ops("PadCrop"),
+    "two views": two_view_ops(),
+    "patches": patch_ops(),
     "phase 3": finetune_ops(),
     "strong jitter": [ColorJitter(0.9), RandomGrayscale(0.5)],
 }
@@ -399,7 +445,14 @@ def test_jitter_in_any_order_passes_through_the_same_stations(monkeypatch):
 
 @pytest.mark.parametrize(
     ("chain", "most"),
-    [("phase 1", 150), ("phase 1, gray first", 150), ("phase 1, padded", 150), ("phase 3", 15)],
+    [
+        ("phase 1", 150),
+        ("phase 1, gray first", 150),
+        ("phase 1, padded", 150),
+        ("two views", 150),
+        ("patches", 180),
+        ("phase 3", 15),
+    ],
 )
 def test_a_gpu_augments_with_few_launches_and_neither_waits_nor_copies(chain, most):
     augmentation = Augmentation(CHAINS[chain], STATS)
@@ -449,6 +502,27 @@ GRAY, FLIP = transforms.RandomGrayscale(0.2), transforms.RandomHorizontalFlip()
                 JITTER,
                 GRAY,
                 FLIP,
+            ],
+        ),
+        (
+            two_view_ops(scale=0.3),
+            32,
+            [
+                transforms.RandomResizedCrop(32, scale=(0.3, 1.0)),
+                FLIP,
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+                transforms.RandomGrayscale(0.1),
+            ],
+        ),
+        (
+            patch_ops(0.25)[:-1],
+            64,
+            [
+                transforms.RandomResizedCrop(64, scale=(0.25, 0.25), ratio=(1.0, 1.0)),
+                FLIP,
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.2)], 0.8),
+                GRAY,
+                transforms.RandomApply([transforms.GaussianBlur(7, (0.1, 2.0))], 0.1),
             ],
         ),
         (

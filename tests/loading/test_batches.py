@@ -253,6 +253,18 @@ def test_the_number_of_workers_changes_nothing(in_files, held, loader):
     assert helped.waited_s > 0
 
 
+def test_views_that_are_augmented_alike_share_their_workers_and_are_the_same(data, loader):
+    one = Augmentation(instance_ops(), STATS)
+    words = {"batch_size": 5, "num_workers": 2, "loader": loader}
+    shared = Batches(data, [one] * 3, CPU, **words)
+    apart = Batches(data, [one, Augmentation(instance_ops(), STATS), one], CPU, **words)
+    assert (len(shared._views), len(apart._views)) == (1, 2)
+    for ours, theirs in zip(shared.epoch(1), apart.epoch(1), strict=True):
+        assert len(ours.views) == 3
+        assert torch.equal(ours.stacked, torch.cat(theirs.views))
+        assert not torch.equal(ours.views[0], ours.views[2])
+
+
 def test_the_number_of_workers_does_not_change_what_is_evaluated(in_files):
     plain = Augmentation((), STATS)
     assert_same(in_order(in_files, plain, CPU, 4, 1), in_order(in_files, plain, CPU, 4))

@@ -13,12 +13,14 @@ from runs import assert_same, call, pretraining
 from torch import nn
 
 from datasets.images import CIFAR10_STATS, ImageSet
-from datasets.transforms import Augmentation, finetune_ops, instance_ops
+from datasets.transforms import Augmentation, finetune_ops, patch_ops, two_view_ops
 from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
+from lib.objectives.coding_rate import ManyPatches
 from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.objectives.objective import Objective
+from lib.objectives.two_view import TwoViews
 from lib.runtime.devices import Device
 from lib.runtime.seeding import generator
 from lib.training import cuda_graph
@@ -49,16 +51,22 @@ class Run:
         targets = torch.arange(NUM_IMAGES) % 3
         data = ImageSet("random", images, targets, ("a", "b", "c"), CIFAR10_STATS)
         torch.manual_seed(0)
-        self.model = DEVICE.prepare(build_model("wrn-10-1", 12, normalize=task != "classifier"))
+        dim = 0 if task in ("two-view", "patches-tcr") else 12
+        self.model = DEVICE.prepare(build_model("wrn-10-1", dim, normalize=task != "classifier"))
         self.objective: Objective = Classification(targets, torch.ones(NUM_IMAGES))
-        if task != "classifier":
+        if task == "two-view":
+            self.objective = TwoViews(64, DEVICE, temperature=0.5, batch_size=BATCH_SIZE)
+        elif task == "patches-tcr":
+            self.objective = ManyPatches(64, DEVICE, views=3)
+        elif task != "classifier":
             loss = build_loss({"softmax": 0, "nce": 5}[task], 0.2, z_momentum=0.9)
-            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss)
+            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views=2)
         self.objective.to(DEVICE.torch_device)
-        self.optimizer = sgd(self.model.parameters(), 0.1, 5e-4)
-        ops = finetune_ops() if task == "classifier" else instance_ops()
-        augmentation = Augmentation(ops, CIFAR10_STATS)
-        self.batches = Batches(data, augmentation, DEVICE, batch_size=BATCH_SIZE)
+        learned = [*self.model.parameters(), *self.objective.parameters()]
+        self.optimizer = sgd(learned, 0.1, 5e-4, kind="lars" if task == "patches-tcr" else "sgd")
+        ops = {"classifier": finetune_ops(), "patches-tcr": patch_ops()}.get(task, two_view_ops())
+        views = [Augmentation(ops, CIFAR10_STATS)] * self.objective.views
+        self.batches = Batches(data, views, DEVICE, batch_size=BATCH_SIZE)
         self.repeats = task == "classifier"
 
     def state(self) -> dict[str, Any]:
@@ -134,7 +142,7 @@ def on_any_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("iter_size", [1, 2])
-@pytest.mark.parametrize("task", ["softmax", "nce", "classifier"])
+@pytest.mark.parametrize("task", ["softmax", "nce", "two-view", "patches-tcr", "classifier"])
 def test_replayed_steps_have_the_bits_of_eager_ones(task, iter_size, on_any_machine):
     eager, replayed = Run(task), Run(task)
     expected = eager.train(6, iter_size, None)

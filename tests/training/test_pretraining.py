@@ -19,6 +19,7 @@ from runs import (
     interrupted,
     kill_until_finished,
     last,
+    load_embedding,
     log_lines,
     make_folder,
     pretraining,
@@ -455,3 +456,70 @@ def test_momenta_numbered_in_another_order_reach_the_weights_of_their_name():
     turned = lib.training.pretraining._in_own_order(model, state, [*theirs, "0.running_mean"])
     found = [state["state"][n]["momentum_buffer"] for n in turned["param_groups"][0]["params"]]
     assert found == own
+
+
+OBJECTIVES = {
+    "two-view": ("--objective", "two-view", "-b", 16),
+    "patches-tcr": ("--objective", "patches-tcr", "--views", 3, "-b", 16),
+    "three-views": ("--views", 3),
+}
+
+
+@pytest.mark.parametrize("words", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_objective_gives_a_metric_and_resumes_to_the_same_bits(pretrain, words):
+    words = (*words, "--epochs", 2)
+    whole, cut = pretrain(*words, name="whole"), pretrain(*words, "--stop-after", 3, name="cut")
+    pretrain(*words, "--resume", "auto", name="cut")
+    assert_same(without_meta(last(cut)), without_meta(last(whole)))
+    state = last(whole)
+    assert ("lemniscate" in state) == ("--objective" not in words)
+    assert (
+        not [name for name in state["net"] if "head" in name or "fc" in name]
+        or "lemniscate" in state
+    )
+    log = deterministic(log_lines(whole / "log"), "epoch")
+    assert log[-1]["knn_top1"] > 25
+    found = load_embedding(whole / "ckpt.cifar.pth.tar").eval()
+    rows = found(torch.rand(4, 3, 16, 16))
+    assert rows.shape == (4, 128 if "lemniscate" in state else 64)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+
+
+def test_a_metric_without_a_head_is_measured_spread_and_finetuned(pretrain, pictures, tmp_path):
+    folder = pretrain(*OBJECTIVES["two-view"], "--epochs", 1)
+    file = folder / "ckpt.cifar.pth.tar"
+    data = ("--dataset", "folder", "--data-dir", pictures, "--image-size", 16)
+    scores = call(
+        *(pretraining, *data, *TINY[2:], "--objective", "two-view", "--test-only", "--resume", file)
+    )
+    assert scores["top1"] == last(folder)["accuracies"]["last"]
+    spread, finetuning = (
+        start.load_script(name) for name in ("scripts/propagate.py", "cifar-semi.py")
+    )
+    given = ("--num-labeled", 8)
+    call(spread, *data, "--checkpoint", file, "--method", "knn", *given, "--save-path", tmp_path)
+    runs = ("--model-root", tmp_path / "runs", "--log-root", tmp_path / "log")
+    more = ("--pseudo-file", tmp_path / "8.pth.tar", "--pretrained", file, "--max-iters", 2)
+    call(finetuning, *data, *TINY[2:], *given, *more, *runs)
+    assert len(list((tmp_path / "runs" / "exp").glob("*.pth.tar"))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--objective", "two-view", "--views", 3),
+            "--views 3: --objective two-view compares exactly 2",
+        ),
+        (("--objective", "patches-tcr", "--views", 1), "1 views: this objective compares views"),
+    ],
+)
+def test_views_that_an_objective_does_not_take_are_refused(pretrain, words, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(*words)
+
+
+def test_a_run_of_another_objective_is_not_continued(pretrain):
+    pretrain("--epochs", 1)
+    with pytest.raises(ValueError, match="objective"):
+        pretrain("--objective", "two-view", "-b", 16, "--epochs", 1, "--resume", "auto")
