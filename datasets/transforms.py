@@ -500,7 +500,7 @@ def two_view_ops(crop: str = CROPS[0], scale: float = 0.2) -> list[Op]:
 
 def patch_ops(scale: float = 0.25) -> list[Op]:
     """Return the augmentation of EMP-SSL (Tong et al. 2023): square crops of one share of the area."""
-    crop = RandomResizedCrop(scale, scale, ratio=1)
+    crop = RandomResizedCrop(scale, scale, ratio=1.0)
     colors = [RandomApply(ColorJitter(0.4, hue=0.2), 0.8), RandomGrayscale(0.2)]
     rare = [RandomApply(GaussianBlur(), 0.1), RandomApply(Solarize(), 0.1)]
     return [crop, RandomHorizontalFlip(), *colors, *rare]

@@ -1,11 +1,18 @@
-"""Phase 1: learn a metric of images without any label, by instance discrimination.
+"""Phase 1: learn a metric of images without any label.
 
-Every image is a class of its own: a network maps each one to the unit sphere, close to its own row of a
-memory bank and far from all others (Wu et al. 2018, arXiv 1805.01978).
+By instance discrimination, as published, every image is a class of its own: a network maps each one to the
+unit sphere, close to its own row of a memory bank and far from all others (Wu et al. 2018, arXiv 1805.01978).
+Two other objectives learn more in fewer image passes: two views of an image against a large batch, and many
+small crops of an image that agree. Each comes with the defaults of its recipe, which --help names.
 
 The published CIFAR-10 run (WRN-28-2, seven cosine cycles; kNN accuracy 82.12% published):
 
     python unsupervised/cifar.py --lr-scheduler cosine-with-restart --epochs 1270
+
+The other objectives, for a metric in a tenth of the passes or less:
+
+    python unsupervised/cifar.py --arch resnet18 --objective two-view
+    python unsupervised/cifar.py --arch resnet18 --objective patches-tcr
 
 Your own images, DIR/train/<class>/* and DIR/unlabeled/**:
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 ETA_MIN = 1e-5
 ROUNDING = 1e-6  # of a product of steps
 TRUST = 0.005  # largest step of LARS, as a share of the norm of the weights
+OPTIMIZERS = ("sgd", "lars")
 SCHEDULES = ("multi-step", "cosine", "cosine-with-restart", "one-cycle")
 
 
@@ -61,9 +62,6 @@ class LARS(torch.optim.SGD):
         return loss
 
 
-OPTIMIZERS = {"sgd": torch.optim.SGD, "lars": LARS}
-
-
 def sgd(
     parameters: Iterable[nn.Parameter],
     lr: float,
@@ -78,7 +76,7 @@ def sgd(
     It is fused: one kernel updates all parameters, to the same bits as a loop over them.
     """
     decay = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-    return OPTIMIZERS[kind](parameters, lr=lr, fused=True, **decay)
+    return (LARS if kind == "lars" else torch.optim.SGD)(parameters, lr=lr, fused=True, **decay)
 
 
 def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:

@@ -61,7 +61,7 @@ class MetricNetwork(Network):
 class PretrainingOptimization(Optimization):
     optimizer: str = invariant(
         "sgd",
-        choices=tuple(OPTIMIZERS),
+        choices=OPTIMIZERS,
         help="lars: SGD with a rate for each layer, for large batches",
     )
     momentum: float = invariant(

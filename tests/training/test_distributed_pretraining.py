@@ -83,25 +83,25 @@ def several_epochs(batches, num_batches):
     return (next(batches.epoch(epoch, first)) for epoch, first in place)
 
 
-def build(name):
+def build(name, dtype):
     if name == "two-view":
-        return TwoViews(8, CPU, temperature=0.5, batch_size=6)
+        return TwoViews(8, CPU, temperature=0.5, batch_size=6).to(dtype)
     if name == "patches-tcr":
         objective = ManyPatches(8, CPU, views=3)
         for place, layer in enumerate(objective.head):  # its statistics are those of each process
             if isinstance(layer, nn.BatchNorm1d):
                 objective.head[place] = nn.Identity()
-        return objective
+        return objective.to(dtype)
     views = 3 if name == "three views" else 1
     loss = build_loss(temperature=0.2, z_momentum=0.9, **LOSSES.get(name, LOSSES["nce"]))
-    return InstanceDiscrimination(MemoryBank(103, 8), loss, views)
+    return InstanceDiscrimination(MemoryBank(103, 8).to(dtype), loss, views)
 
 
 def train(loss, batch_size, iter_size, dtype, steps=STEPS, ops=None):
     """Some steps of an objective; weights, its memory or head, and losses afterwards."""
     torch.manual_seed(0)
     model = Frozen().to(dtype)
-    objective = build(loss).to(dtype)
+    objective = build(loss, dtype)
     optimizer = sgd([*model.parameters(), *objective.parameters()], 0.05, 5e-4)
     augmentation = Augmentation(instance_ops() if ops is None else ops, STATS)
     views = [augmentation] * objective.views
