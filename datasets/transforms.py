@@ -52,12 +52,12 @@ def to_gray(images: Tensor, luma: Sequence[float] = LUMA) -> Tensor:
     return (r * luma[0]).add_(g, alpha=luma[1]).add_(b, alpha=luma[2])
 
 
-def _column(values: Tensor) -> Tensor:
+def column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
 @cache
-def _constant(values: range | tuple[Any, ...], device: torch.device) -> Tensor:
+def constant(values: range | tuple[Any, ...], device: torch.device) -> Tensor:
     """Make a float32 tensor of `values`, uploaded once per device."""
     return torch.tensor(values, dtype=torch.float32).to(device)
 
@@ -67,7 +67,7 @@ def selects(images: Tensor) -> bool:
     return images.is_cuda
 
 
-def _replaced(
+def replaced(
     images: Tensor, chosen: Tensor, change: Callable[..., Tensor], *values: Tensor
 ) -> Tensor:
     """Replace the chosen images by `change(images, *values)`.
@@ -75,7 +75,7 @@ def _replaced(
     If all or none are chosen, as in a batch of one, a CPU copies nothing.
     """
     if selects(images):
-        return torch.where(_column(chosen), change(images, *values), images)
+        return torch.where(column(chosen), change(images, *values), images)
     members = chosen.nonzero()[:, 0]
     if len(members) == len(images):
         return change(images, *values)
@@ -143,7 +143,7 @@ class RandomResizedCrop:
         if len(params) < FEW and not selects(params):
             found = [cls.box(row, size) for row in params.tolist()]
             return torch.tensor(found, dtype=torch.float32).view(-1, 4)
-        limits = _constant(size, params.device)
+        limits = constant(size, params.device)
         places, sides = params.double().split([2, 2 * cls.tries], dim=1)
         sides = sides.unflatten(1, (2, cls.tries)) * math.sqrt(math.prod(size))
         sides = sides.round_().clamp_(min=1)
@@ -153,15 +153,15 @@ class RandomResizedCrop:
         room = limits - lengths
         starts = (places * (room + 1)).floor_().minimum(room)
         found = torch.cat([starts, lengths], dim=1).float()
-        central = _constant(cls._central(size), params.device)
+        central = constant(cls._central(size), params.device)
         return torch.where(fits.any(dim=1, keepdim=True), found, central)
 
     def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         h, w = images.shape[-2:]
         starts, lengths = self.boxes(params, (h, w))[:, :, None].split(2, dim=1)
-        sides = _constant((h, w), images.device)[:, None]
-        spans = _constant((max(h - 1, 1), max(w - 1, 1)), images.device)[:, None]
-        steps = _constant(range(max(h, w)), images.device) + 0.5  # pixel centers of both axes
+        sides = constant((h, w), images.device)[:, None]
+        spans = constant((max(h - 1, 1), max(w - 1, 1)), images.device)[:, None]
+        steps = constant(range(max(h, w)), images.device) + 0.5  # pixel centers of both axes
         # clamping at the border of the crop, not of the image, is a crop followed by a resize
         inside = (steps * lengths / sides - 0.5).clamp_(min=0).minimum(lengths - 1) + starts
         y, x = (2 * inside / spans - 1).unbind(1)
@@ -207,7 +207,7 @@ class RandomHorizontalFlip:
         return torch.rand(n, 1, generator=generator)
 
     def __call__(self, images: Tensor, params: Tensor) -> Tensor:
-        return _replaced(images, params[:, 0] < 0.5, lambda chosen: chosen.flip(3))
+        return replaced(images, params[:, 0] < 0.5, lambda chosen: chosen.flip(3))
 
     def pil_transform(self, _: int) -> Transform:
         return transforms.RandomHorizontalFlip()
@@ -222,23 +222,23 @@ class RandomGrayscale:
 
     def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         chosen = params[:, 0] < self.probability
-        return _replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
+        return replaced(images, chosen, lambda x: to_gray(x).expand_as(x))
 
     def pil_transform(self, _: int) -> Transform:
         return transforms.RandomGrayscale(self.probability)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * _column(factor)).clamp_(0, 1)
+    return (images * column(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     channels = images.mean(dim=(2, 3), keepdim=True)  # their luminance is the mean luminance
-    return (images * _column(factor)).add_(to_gray(channels) * _column(1 - factor)).clamp_(0, 1)
+    return (images * column(factor)).add_(to_gray(channels) * column(1 - factor)).clamp_(0, 1)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * _column(factor)).add_(to_gray(images).mul_(_column(1 - factor))).clamp_(0, 1)
+    return (images * column(factor)).add_(to_gray(images).mul_(column(1 - factor))).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -253,13 +253,13 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     sixths = (6 * turn + 3) % 6 - 3
     thirds = (sixths / 2).round()
     rest = sixths - 2 * thirds
-    own = (_constant(range(3), images.device) - thirds[:, None]).long() % 3
+    own = (constant(range(3), images.device) - thirds[:, None]).long() % 3
     other = (own + 1 + (rest <= 0)[:, None]) % 3  # two channels further is one back
     first = torch.arange(0, 3 * len(images), 3, device=images.device)[:, None]
     planes = images.flatten(0, 1)
     x, y = (planes[(first + order).flatten()].view_as(images) for order in (own, other))
     low, high = images.amin(dim=1, keepdim=True), images.amax(dim=1, keepdim=True)
-    d = (high - low) * _column(rest.abs())
+    d = (high - low) * column(rest.abs())
     difference = x - y
     raised = torch.clamp(difference + (low + d), x, high)
     lowered = torch.clamp(difference.add_(high - d), low, x)
@@ -273,8 +273,8 @@ def blend(images: Tensor, factor: Tensor, gray: Tensor, mean: Tensor) -> Tensor:
     """
     luminance = to_gray(images)
     average = luminance.mean(dim=(2, 3), keepdim=True)
-    added = (luminance * _column(gray)).addcmul_(average, _column(mean))
-    return added.addcmul(images, _column(factor)).clamp_(0, 1)
+    added = (luminance * column(gray)).addcmul_(average, column(mean))
+    return added.addcmul(images, column(factor)).clamp_(0, 1)
 
 
 class ColorJitter:
@@ -304,7 +304,7 @@ class ColorJitter:
             return self._through_all_stations(images, params)
         for chosen in params[:, 4:].long().unbind(1):
             for k in set(chosen.tolist()):
-                images = _replaced(images, chosen == k, self.adjustments[k], params[:, k])
+                images = replaced(images, chosen == k, self.adjustments[k], params[:, k])
         return images
 
     @staticmethod
@@ -354,7 +354,7 @@ class GaussianBlur:
     def __call__(self, images: Tensor, params: Tensor) -> Tensor:
         n, channels, h, w = images.shape
         half = self.kernel_size(min(h, w)) // 2
-        places = _constant(range(-half, half + 1), images.device)
+        places = constant(range(-half, half + 1), images.device)
         kernels = (-0.5 * (places / params) ** 2).exp()
         kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)
         planes = images.reshape(1, n * channels, h, w)
@@ -393,7 +393,7 @@ class RandomApply:
         return torch.cat([chance, self.op.sample_params(n, generator)], dim=1)
 
     def __call__(self, images: Tensor, params: Tensor) -> Tensor:
-        return _replaced(images, params[:, 0] < self.probability, self.op, params[:, 1:])
+        return replaced(images, params[:, 0] < self.probability, self.op, params[:, 1:])
 
     def pil_transform(self, size: int) -> Transform:
         return transforms.RandomApply([self.op.pil_transform(size)], self.probability)
@@ -465,7 +465,7 @@ class Augmentation:
         for op, values in zip(self.ops, params, strict=True):
             x = op(x, values)
         x = to_gray(x, self.luma) if self.luma else x
-        mean, std = _constant((self.mean, self.std), x.device)[:, None, :, None, None]
+        mean, std = constant((self.mean, self.std), x.device)[:, None, :, None, None]
         return (x - mean).div_(std)
 
 
