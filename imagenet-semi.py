@@ -35,12 +35,13 @@ from lib.files import provenance
 from lib.files.checkpoint import newest_readable
 from lib.files.description import CLASSIFIER
 from lib.files.published import CLASSIFIERS
-from lib.loading.batches import Batches, num_batches
+from lib.loading.batches import num_batches
 from lib.runtime import devices, distributed, interruption, profiling
 from lib.runtime.distributed import print_main
 from lib.runtime.option import resume_invariants
 from lib.training import finetuning
 from lib.training.cuda_graph import step_graph
+from lib.training.ema import MovingAverage
 from lib.training.finetuning import BEST, LAST, Settings, Tester
 from lib.training.log import main_log
 from lib.training.optimizer import IMAGENET_FINETUNE_DROPS, learning_rate, sgd, trainable
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    checks.check_finetuning(args, build_parser())
+    parser = build_parser()
+    declared.take_presets(parser, args)
+    checks.check_finetuning(args, parser)
     checks.check_imagenet(args, "cifar-semi.py", external_too=True)
 
 
@@ -97,34 +100,27 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # 3. Training images, objective, optimizer; initial weights, or the run to resume
     source = args.pseudo_file or args.pseudo_dir
     chosen = finetuning.choose_training_set(train, parts, settings, source=source)
-    objective = finetuning.build_objective(chosen, args.criterion, device)
+    objective = finetuning.build_objective(chosen, settings, device)
     parameters = trainable(model, head_only=args.finetune)
-    optimizer = sgd([*parameters, *objective.parameters()], args.lr, args.weight_decay)
+    optimizer = sgd(parameters, args.lr, args.weight_decay, decay_all=not args.consistency)
     meta, facts = provenance.record(vars(args), train.digest), {"examples": chosen.digest}
-    learning = model, objective, optimizer
-    state = TrainState(*learning, described, CLASSIFIERS, meta, RESUME_INVARIANTS, facts)
+    learning, average = (model, objective, optimizer), MovingAverage(model) if args.ema else None
+    state = TrainState(*learning, described, CLASSIFIERS, meta, RESUME_INVARIANTS, facts, average)
     finetuning.begin(state, settings, resume, own_only=True)
     print_main(f"{device}; {args.dataset}: {chosen} of {len(train)}, {train.num_classes} classes")
     files, is_new = Checkpoints(folder, LAST, BEST), not state.step
     start.open_run_folder("--model-root", folder, LAST, is_new=is_new)
     if not is_new:
         files.complete(state, resume)
+    elif args.head_init == "class-means":
+        finetuning.start_from_class_means(model, train, chosen, device, shown, workers)
 
     # 4. Train; test and save every --eval-freq steps
     ops = [RandomResizedCrop(SMALLEST_CROP), RandomHorizontalFlip()]
-    batches = Batches(
-        train,
-        Augmentation(ops, described.stats, luma=described.luma),
-        device,
-        batch_size=args.batch_size,
-        seed=args.rng_seed,
-        num_workers=workers,
-        loader=args.loader,
-    )
+    batches = finetuning.build_streams(train, ops, described, device, settings, workers)
     per_epoch = num_batches(len(chosen.indexes), args.batch_size * args.iter_size)
-    schedule = learning_rate(
-        args.lr_scheduler, args.lr, args.max_iters, per_epoch, IMAGENET_FINETUNE_DROPS
-    )
+    lengths = args.max_iters, per_epoch, IMAGENET_FINETUNE_DROPS
+    schedule = learning_rate(args.lr_scheduler, args.lr, *lengths, warmup=args.warmup)
     shape = (1 if args.input_gray else 3, train.image_size, train.image_size)
     arithmetic = step_arithmetic(model, objective, shape, device)
     network = profiling.prepare_training(model, args.compile)
@@ -134,7 +130,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         network,
         objective,
         optimizer,
-        batches.repeat(chosen.indexes, first, end),
+        batches.repeat(chosen.indexes, chosen.unlabeled, first, end),
         schedule,
         device,
         first_step=state.step,

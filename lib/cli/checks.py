@@ -62,6 +62,19 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
             raise ValueError(f"{option} {file}: there is no such file")
     if args.pseudo_file and args.pseudo_dir:
         raise ValueError("--pseudo-file and --pseudo-dir both give pseudo-labels: name one of them")
+    if args.consistency and not (args.pseudo_file or args.pseudo_dir):
+        raise ValueError(
+            "--consistency starts from the pseudo-labels of phase 2: name them with --pseudo-file FILE"
+        )
+    if args.consistency and args.loader == "workers":
+        raise ValueError(
+            "--consistency augments whole batches on the device: leave out --loader workers"
+        )
+    if args.consistency:
+        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced", "criterion")
+        warn_unused(args, parser, "with --consistency", *unused)
+    else:
+        warn_unused(args, parser, "without --consistency", "unlabeled_ratio")
     if not (args.pseudo_file or args.pseudo_dir):
         unused = ("pseudo_ratio", "confidence_weighted", "class_balanced")
         warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *unused)

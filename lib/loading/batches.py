@@ -81,6 +81,7 @@ class Batch:
     params: tuple[tuple[Tensor, ...], ...] = ()  # random numbers of each view's augmentation
     augmentations: tuple[Remaining, ...] = ()  # of each view; none if the pixels are views already
     drawn: tuple[Tensor, ...] = ()  # random numbers of the objective (`Objective.draw`)
+    unlabeled: "Batch | None" = None  # other images of the same step, without labels
 
     @property
     def views(self) -> tuple[Tensor, ...]:
@@ -107,7 +108,8 @@ class Batch:
     def tensors(self) -> list[Tensor]:
         positions = [] if self.positions is None else [self.positions]
         params = itertools.chain.from_iterable(self.params)
-        return [*self.pixels, self.indexes, *positions, *params, *self.drawn]
+        others = [] if self.unlabeled is None else self.unlabeled.tensors
+        return [*self.pixels, self.indexes, *positions, *params, *self.drawn, *others]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with `function` of every tensor in its place."""
@@ -119,6 +121,7 @@ class Batch:
             positions=None if self.positions is None else function(self.positions),
             params=tuple(map(several, self.params)),
             drawn=several(self.drawn),
+            unlabeled=None if self.unlabeled is None else self.unlabeled.map(function),
         )
 
 
@@ -265,6 +268,37 @@ class Batches:
             tuple(tuple(map(move, view.job.params)) for view in views),
             tuple(view.remaining for view in views),
         )
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Batches of labeled images and, where there are any, of unlabeled ones beside them."""
+
+    labeled: Batches
+    unlabeled: Batches | None = None
+
+    @property
+    def waited_s(self) -> float:
+        return self.labeled.waited_s + (self.unlabeled.waited_s if self.unlabeled else 0)
+
+    @property
+    def in_memory(self) -> bool:
+        return self.labeled.in_memory
+
+    @property
+    def device(self) -> Device:
+        return self.labeled.device
+
+    def repeat(
+        self, indexes: Tensor, others: Tensor | None, first: int, stop: int
+    ) -> Iterator[Batch]:
+        """Yield batches as `Batches.repeat` does, each with a batch of the images `others`."""
+        batches = self.labeled.repeat(indexes, first, stop)
+        if self.unlabeled is None or others is None:
+            yield from batches
+            return
+        for batch, beside in zip(batches, self.unlabeled.repeat(others, first, stop), strict=True):
+            yield replace(batch, unlabeled=beside)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 # Each use has its own purpose: two uses with one seed must not share random numbers.
-PURPOSES = ("order", "augmentation", "negatives", "model", "bank", "sample")
+PURPOSES = ("order", "augmentation", "negatives", "model", "bank", "sample", "boxes")
 
 
 def generator(seed: int, purpose: str, *address: int) -> torch.Generator:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasets import UNKNOWN, DataSet
-from datasets.transforms import Augmentation
+from datasets.rand_augment import RandAugment
+from datasets.transforms import Augmentation, Op
 from lib.features import backbones
 from lib.files import checkpoint, published
 from lib.files.description import Description
@@ -24,17 +25,25 @@ from lib.graph.knn import topk_correct
 from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import expected_count, labeled_split
-from lib.loading.batches import in_order
+from lib.loading.batches import Batches, Streams, in_order
 from lib.objectives.classification import Classification
-from lib.objectives.objective import at_least_float32
+from lib.objectives.consistency import Consistency
+from lib.objectives.objective import Objective, at_least_float32
 from lib.runtime.devices import Device
-from lib.runtime.distributed import all_reduce_sum, evaluation_mode, own_workers, print_main
+from lib.runtime.distributed import (
+    all_gather_rows,
+    all_reduce_sum,
+    evaluation_mode,
+    own_workers,
+    print_main,
+)
 from lib.training.log import Writer
 from lib.training.settings import FinetuningSettings as Settings
 from lib.training.state import Checkpoints, TrainState, load_network
 from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
+LEAST_TEMPERATURE, MOST_TEMPERATURE, HALVINGS = 1e-2, 1e4, 40
 OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
 
@@ -46,14 +55,20 @@ class TrainingSet:
     labels: Tensor
     weights: Tensor
     num_labeled: int  # so many have their true labels, the others after them have pseudo-labels
+    unlabeled: Tensor | None = None  # images for consistency training, U
+    posteriors: Tensor | None = None  # and their probabilities, U x C
 
     def __str__(self) -> str:
         num_pseudo = len(self.labels) - self.num_labeled
-        return f"{self.num_labeled} labeled and {num_pseudo} pseudo-labeled images"
+        others = f"{num_pseudo} pseudo-labeled"
+        if self.unlabeled is not None:
+            others = f"{len(self.unlabeled)} unlabeled"
+        return f"{self.num_labeled} labeled and {others} images"
 
     @property
     def digest(self) -> str:
-        parts = (self.indexes, self.labels, self.weights)
+        parts = [self.indexes, self.labels, self.weights]
+        parts += [p for p in (self.unlabeled, self.posteriors) if p is not None]
         return hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest()[:16]
 
 
@@ -92,6 +107,14 @@ def choose_training_set(
     if (true == UNKNOWN).any():
         raise ValueError(f"{source}: a labeled image has no label in this data set")
     indexes, labels, weights = [labeled], [true], [torch.ones(len(true))]
+    if settings.consistency:
+        if whole.probabilities is None:
+            raise ValueError(
+                f"{source}: it holds no probabilities (pseudo_probs), which --consistency trains toward; "
+                "make it without --no-probabilities"
+            )
+        given = indexes[0], labels[0], weights[0], len(true)
+        return TrainingSet(*given, whole.indexes, whole.probabilities.float())
     choice = {"ratio": settings.pseudo_ratio, "class_balanced": settings.class_balanced}
     for group, best in zip(groups, pseudo_labels.most_confident(groups, **choice), strict=True):
         confidence = group.confidence[best].float()
@@ -215,7 +238,7 @@ class Tester:
         """
         if self.test is None:
             return not state.accuracy < state.best
-        scores = self._measured(self.test, state.model)
+        scores = self._measured(self.test, state.network)
         is_best = state.measure(scores["top1"])
         write("test", state.step, **scores, best=state.best)
         accuracies = f"test accuracy {state.accuracy:.2f}% (best {state.best:.2f}%)"
@@ -233,9 +256,87 @@ class Tester:
         return evaluate(model, test, self.device, preprocessing=shown, num_workers=workers)
 
 
-def build_objective(chosen: TrainingSet, criterion: str, device: Device) -> Classification:
-    """Build the weighted loss on the labels of the chosen images."""
-    return Classification(chosen.labels, chosen.weights, criterion).to(device.torch_device)
+def build_objective(chosen: TrainingSet, settings: Settings, device: Device) -> Objective:
+    """Build the weighted loss on the labels of the chosen images, or that of consistency training."""
+    if chosen.posteriors is None:
+        plain = Classification(chosen.labels, chosen.weights, settings.criterion)
+        return plain.to(device.torch_device)
+    return Consistency(
+        chosen.labels,
+        chosen.posteriors,
+        ratio=settings.unlabeled_ratio,
+        num_batches=settings.max_iters * settings.iter_size,
+        weights=settings.consistency,
+        seed=settings.rng_seed,
+    ).to(device.torch_device)
+
+
+def build_streams(
+    train: DataSet,
+    ops: Sequence[Op],
+    described: Description,
+    device: Device,
+    settings: Settings,
+    num_workers: int,
+) -> Streams:
+    """Build the batches of a run: labeled images and, for consistency training, unlabeled ones.
+
+    `ops` augment weakly; the strong view goes through RandAugment, too.
+    """
+    shown = {"stats": described.stats, "luma": described.luma}
+    given = {"seed": settings.rng_seed, "num_workers": num_workers, "loader": settings.loader}
+    weak, size = Augmentation(ops, **shown), settings.batch_size
+    labeled = Batches(train, weak, device, batch_size=size, **given)
+    if not settings.consistency:
+        return Streams(labeled)
+    views = [weak, Augmentation([*ops, RandAugment()], **shown)]
+    size *= settings.unlabeled_ratio
+    return Streams(labeled, Batches(train, views, device, batch_size=size, stream=1, **given))
+
+
+@torch.no_grad()
+def start_from_class_means(
+    model: nn.Module,
+    train: DataSet,
+    chosen: TrainingSet,
+    device: Device,
+    preprocessing: Augmentation,
+    num_workers: int,
+) -> None:
+    """Set the last layer to the classifier of least distance to a class mean of the activations before it.
+
+    For activations f with means m_c and variance s^2 within a class, over all dimensions, the logits are
+    -|f - m_c|^2 / (2 s^2 T): those of Gaussians of one variance, with a temperature T that makes them as
+    sure, on average, as the labels that they are made from. An image counts for its classes by their
+    probabilities; a labeled or pseudo-labeled one without any counts for its label.
+    """
+    rows = []
+    with evaluation_mode(model):
+        for batch in in_order(train, preprocessing, device, num_workers=num_workers):
+            with device.autocast():
+                rows.append(at_least_float32(model.pooled(batch.images)))
+    features = all_gather_rows(torch.cat(rows), len(train))
+    head = getattr(model, model.head_name)
+    shares = F.one_hot(chosen.labels, head.out_features).float() * chosen.weights[:, None]
+    indexes = chosen.indexes
+    if chosen.unlabeled is not None and chosen.posteriors is not None:
+        shares = torch.cat([shares, chosen.posteriors])
+        indexes = torch.cat([indexes, chosen.unlabeled])
+    shares, features = shares.to(features.device), features[indexes.to(features.device)]
+    sizes = shares.sum(dim=0)
+    means = (shares.T @ features) / sizes.clamp_min(1e-6)[:, None]
+    distances = torch.cdist(features, means).square()
+    variance = (shares * distances).sum() / (sizes.sum() * features.shape[1])
+    logits = -distances / (2 * variance)
+    wanted = (shares.amax(dim=1) / shares.sum(dim=1).clamp_min(1e-6)).mean()
+    low, high = LEAST_TEMPERATURE, MOST_TEMPERATURE
+    for _ in range(HALVINGS):  # the larger the temperature, the less sure
+        middle = math.sqrt(low * high)
+        sure = (logits / middle).softmax(dim=1).amax(dim=1).mean()
+        low, high = (middle, high) if sure > wanted else (low, middle)
+    scale = 1 / (variance * high)
+    head.weight.copy_(means * scale)
+    head.bias.copy_(-means.square().sum(dim=1) * scale / 2)
 
 
 def is_own_run(state: Mapping[str, Any]) -> bool:

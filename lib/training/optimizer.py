@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,13 +71,20 @@ def sgd(
     momentum: float = 0.9,
     nesterov: bool = True,
     kind: str = "sgd",
+    decay_all: bool = True,
 ) -> Optimizer:
     """Build the published SGD, momentum 0.9 and Nesterov's for small images, or another of `OPTIMIZERS`.
 
-    It is fused: one kernel updates all parameters, to the same bits as a loop over them.
+    It is fused: one kernel updates all parameters, to the same bits as a loop over them. `decay_all` of False
+    keeps weight decay off biases and the parameters of normalizations.
     """
+    given = list(parameters)
+    groups: list[dict[str, Any]] = [{"params": given}]
+    if not decay_all:
+        groups = [{"params": [p for p in given if p.ndim > 1]}]
+        groups += [{"params": [p for p in given if p.ndim <= 1], "weight_decay": 0.0}]
     decay = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-    return (LARS if kind == "lars" else torch.optim.SGD)(parameters, lr=lr, fused=True, **decay)
+    return (LARS if kind == "lars" else torch.optim.SGD)(groups, lr=lr, fused=True, **decay)
 
 
 def trainable(model: nn.Module, *, head_only: bool) -> list[nn.Parameter]:
@@ -126,6 +134,7 @@ def learning_rate(
     drops: Drops | None = None,
     *,
     by_epoch: bool = False,
+    warmup: int = 0,
 ) -> Callable[[int], float]:
     """Return a schedule over `total` optimizer steps, at most `base`, as a function of the step.
 
@@ -136,6 +145,7 @@ def learning_rate(
         drops: milestones of `multi-step`; None takes the published ones of CIFAR.
         by_epoch: whether an epoch has the rate of its first step throughout; `one-cycle`, which is not
             published, changes it at every step anyway.
+        warmup: steps over which the rate rises to that of the schedule.
 
     Raises:
         ValueError: if the name is unknown.
@@ -152,4 +162,5 @@ def learning_rate(
     if name not in choices:
         raise ValueError(f"unknown schedule {name!r}: take one of {', '.join(SCHEDULES)}")
     held = steps_per_epoch if by_epoch and name != "one-cycle" else 1  # steps with one rate
-    return lambda step: choices[name](step - step % held)
+    rising = lambda step: min(1.0, (step + 1) / (warmup + 1))  # noqa: E731
+    return lambda step: rising(step) * choices[name](step - step % held)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lib.labels.split import parse_num_labeled
+from lib.objectives.consistency import WEIGHTS
 from lib.objectives.memory_bank import LOSSES
 from lib.runtime.option import (
     BATCH_SIZE,
@@ -287,6 +288,12 @@ class FinetuningOptimization(Optimization):
     max_iters: int = invariant(
         500000, limit=POSITIVE, metavar="STEPS", help="optimizer steps of the run"
     )
+    warmup: int = invariant(
+        0,
+        limit=NOT_NEGATIVE,
+        metavar="STEPS",
+        help="steps over which the learning rate rises to that of --lr-scheduler",
+    )
     criterion: str = invariant(
         "CrossEntropyLoss",
         choices=("CrossEntropyLoss", "MultiMarginLoss"),
@@ -338,12 +345,59 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Consistency:
+    """Beside the published finetuning: one target for an image, however it is augmented."""
+
+    GROUP: ClassVar[str] = "consistency"
+
+    consistency: str = invariant(
+        "",
+        choices=WEIGHTS,
+        bare=WEIGHTS[0],
+        help="train on every pseudo-labeled image, in a strongly augmented view and one mixed with another "
+        "image (CutMix), toward a target from the graph's probabilities and, more and more, the network's "
+        "own for a weak view. An image counts by how sure its target is: by a Gaussian (softmatch), or above a "
+        "threshold that follows the network (freematch)",
+    )
+    unlabeled_ratio: int = invariant(
+        4,
+        limit=replace(POSITIVE, most=1024),
+        metavar="N",
+        help="with --consistency, unlabeled images in a batch for each labeled one",
+    )
+    ema: bool = invariant(
+        False,
+        help="test and save the moving average of the weights (decay 0.999), which is better than the last "
+        "step's",
+    )
+    head_init: str = invariant(
+        "random",
+        choices=("random", "class-means"),
+        help="start of the last layer. class-means: a classifier by the distance to the classes' means of "
+        "what the network before it gives, for the labeled and pseudo-labeled images",
+    )
+
+
+@dataclass(frozen=True)
 class FinetuningSettings(
-    Data, ClassifierNetwork, FinetuningOptimization, Labels, TrainingCompute, Stopping
+    Data, ClassifierNetwork, FinetuningOptimization, Labels, Consistency, TrainingCompute, Stopping
 ):
     """Options of phase 3, with the defaults of `cifar-semi.py`."""
 
     GROUP: ClassVar[str] = "files"
+    PRESETS: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "consistency": {
+            kind: {
+                "batch_size": 64,
+                "max_iters": 20000,
+                "lr": 0.03,
+                "warmup": 500,
+                "ema": True,
+                "head_init": "class-means",
+            }
+            for kind in WEIGHTS
+        }
+    }
 
     model_root: str = option(
         "./checkpoint/cifar10-semi", metavar="DIR", help="folder of the runs' checkpoints"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from datasets import DataSet
 from datasets.images import GRAY_LUMA, GRAY_STATS
 from lib.files import checkpoint, description, provenance, weights
 from lib.files.description import CLASSIFIER, METRIC, TEMPERATURE, Description
-from lib.files.published import Names, accuracies, class_names, is_metric
+from lib.files.published import IN_TRAINING, Names, accuracies, class_names, is_metric
 from lib.objectives.objective import Objective
 from lib.runtime.distributed import broadcast_object, is_main, print_main, share_buffers
+from lib.training.ema import MovingAverage
 from lib.training.step import DIVERGED, Step
 
 
@@ -111,6 +113,9 @@ class TrainState:
     # options that a resumed run must not change, with their defaults
     invariants: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the checkpoint
+    average: MovingAverage | None = (
+        None  # of the weights, which is then tested and saved as the network
+    )
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done and measured
     accuracy: float = float("nan")  # percentage at the last test
@@ -119,9 +124,16 @@ class TrainState:
     meters: dict[str, AverageMeter] = field(default_factory=dict)
     checked: int = -1  # step after which the weights were last found finite
 
+    @property
+    def network(self) -> nn.Module:
+        """The network to test and to keep."""
+        return self.model if self.average is None else self.average.model
+
     def count(self, step: Step) -> None:
-        """Count an optimizer step, its loss and what else it measured."""
+        """Count an optimizer step, its loss and what else it measured; average the weights."""
         self.step = step.number + 1
+        if self.average is not None:
+            self.average.update(self.model, step.number)
         for name, mean in step.means.items():
             self.meters.setdefault(name, AverageMeter()).update(mean, step.batch_size)
 
@@ -151,8 +163,8 @@ class TrainState:
         """Check weights and buffers, once after each step; FloatingPointError names the first bad one."""
         if self.checked == self.step:
             return
-        entries = (*self.model.state_dict().items(), *self.objective.state_dict().items())
-        for name, value in entries:
+        parts = self.model, self.objective, self.network
+        for name, value in chain.from_iterable(part.state_dict().items() for part in parts):
             if value.is_floating_point() and not torch.isfinite(value).all():
                 raise FloatingPointError(f"{name} is not finite after step {self.step}; {DIVERGED}")
         self.checked = self.step
@@ -166,7 +178,7 @@ class TrainState:
         """Return the entries of a checkpoint, the published ones and our own."""
         names = self.names
         state = {
-            names.network: self.model.state_dict(),
+            names.network: self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "sums": {name: meter.state() for name, meter in self.meters.items()},
@@ -178,13 +190,17 @@ class TrainState:
         }
         if names.first_epoch is not None:
             state["epoch"] = self.epoch - 1 + names.first_epoch
+        if self.average is not None:
+            state[IN_TRAINING] = self.model.state_dict()
         state |= names.accuracies(self.accuracy, self.best)
         return state | self.objective.checkpoint_entries() | dict(self.facts)
 
     def load_state_dict(self, state: Mapping[str, Any], source: str | Path) -> None:
         """Restore the run from the entries of the checkpoint `source`; ValueError if one does not fit."""
-        load_network(self.model, state, source)
+        load_network(self.network, state, source)
         with naming(source):
+            if self.average is not None:
+                weights.load_weights(self.model, state[IN_TRAINING], source=source)
             has_momenta = any(group["momentum"] for group in self.optimizer.param_groups)
             self._load_momenta(state["optimizer"], expected=has_momenta and state["step"] > 0)
             self.objective.load_entries(state)
@@ -250,6 +266,7 @@ class Checkpoints:
         that stays may be due at an `end_of_epoch` alone. Nothing is written if a number is not finite.
         """
         share_buffers(state.model)
+        share_buffers(state.network)
         state.require_finite()
         if not is_main():
             return
