@@ -356,8 +356,8 @@ class Consistency:
         bare=WEIGHTS[0],
         help="train on every pseudo-labeled image, in a strongly augmented view and one mixed with another "
         "image (CutMix), toward a target from the graph's probabilities and, more and more, the network's "
-        "own for a weak view. An image counts by how sure its target is: by a Gaussian (softmatch), or above a "
-        "threshold that follows the network (freematch)",
+        "own for a weak view. An image counts by how sure its target is: by a Gaussian (softmatch), or above "
+        "a threshold that follows the network (freematch)",
     )
     unlabeled_ratio: int = invariant(
         4,
