@@ -13,10 +13,12 @@ from runs import assert_same, call, pretraining
 from torch import nn
 
 from datasets.images import CIFAR10_STATS, ImageSet
+from datasets.rand_augment import RandAugment
 from datasets.transforms import Augmentation, finetune_ops, patch_ops, two_view_ops
-from lib.loading.batches import Batches
+from lib.loading.batches import Batches, Streams
 from lib.objectives.classification import Classification
 from lib.objectives.coding_rate import ManyPatches
+from lib.objectives.consistency import Consistency
 from lib.objectives.instance import InstanceDiscrimination
 from lib.objectives.memory_bank import MemoryBank, build_loss
 from lib.objectives.objective import Objective
@@ -32,6 +34,7 @@ from models import build_model
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
 DEVICE = Device(torch.device("cuda", 0) if ON_GPU else torch.device("cpu"), bf16=ON_GPU)
+TASKS = ("softmax", "nce", "two-view", "patches-tcr", "classifier", "consistency")
 NUM_IMAGES, BATCH_SIZE = 30, 8  # three full batches an epoch, and one of six images
 
 
@@ -52,22 +55,30 @@ class Run:
         data = ImageSet("random", images, targets, ("a", "b", "c"), CIFAR10_STATS)
         torch.manual_seed(0)
         dim = 0 if task in ("two-view", "patches-tcr") else 12
-        self.model = DEVICE.prepare(build_model("wrn-10-1", dim, normalize=task != "classifier"))
+        self.model = DEVICE.prepare(build_model("wrn-10-1", dim, normalize=task not in TASKS[-2:]))
         self.objective: Objective = Classification(targets, torch.ones(NUM_IMAGES))
         if task == "two-view":
             self.objective = TwoViews(64, DEVICE, temperature=0.5, batch_size=BATCH_SIZE)
         elif task == "patches-tcr":
             self.objective = ManyPatches(64, DEVICE, views=3)
-        elif task != "classifier":
+        elif task in ("softmax", "nce"):
             loss = build_loss({"softmax": 0, "nce": 5}[task], 0.2, z_momentum=0.9)
             self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views=2)
         self.objective.to(DEVICE.torch_device)
         learned = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = sgd(learned, 0.1, 5e-4, kind="lars" if task == "patches-tcr" else "sgd")
-        ops = {"classifier": finetune_ops(), "patches-tcr": patch_ops()}.get(task, two_view_ops())
+        ops = finetune_ops() if task in TASKS[-2:] else two_view_ops()
+        ops = patch_ops() if task == "patches-tcr" else ops
         views = [Augmentation(ops, CIFAR10_STATS)] * self.objective.views
         self.batches = Batches(data, views, DEVICE, batch_size=BATCH_SIZE)
-        self.repeats = task == "classifier"
+        self.repeats, self.streams = task in ("classifier", "consistency"), Streams(self.batches)
+        if task == "consistency":
+            posteriors = torch.rand(NUM_IMAGES, 12, generator=rng).softmax(dim=1)
+            made = Consistency(targets, posteriors, ratio=2, num_batches=48)
+            self.objective = made.to(DEVICE.torch_device)
+            both = [views[0], Augmentation([*finetune_ops(), RandAugment()], CIFAR10_STATS)]
+            others = Batches(data, both, DEVICE, batch_size=2 * BATCH_SIZE, stream=1)
+            self.streams = Streams(self.batches, others)
 
     def state(self) -> dict[str, Any]:
         learning = self.model, self.objective, self.optimizer
@@ -83,7 +94,7 @@ class Run:
             if self.repeats:
                 first = epoch * per_epoch * iter_size
                 rows = torch.arange(NUM_IMAGES)
-                items = self.batches.repeat(rows, first, first + per_epoch * iter_size)
+                items = self.streams.repeat(rows, rows, first, first + per_epoch * iter_size)
             steps = train_steps(
                 *(self.model, self.objective, self.optimizer, items, schedule, DEVICE),
                 first_step=epoch * per_epoch,
@@ -142,7 +153,7 @@ def on_any_machine(monkeypatch):
 
 
 @pytest.mark.parametrize("iter_size", [1, 2])
-@pytest.mark.parametrize("task", ["softmax", "nce", "two-view", "patches-tcr", "classifier"])
+@pytest.mark.parametrize("task", TASKS)
 def test_replayed_steps_have_the_bits_of_eager_ones(task, iter_size, on_any_machine):
     eager, replayed = Run(task), Run(task)
     expected = eager.train(6, iter_size, None)

@@ -17,10 +17,13 @@ from runs import LABELS, TINY, assert_same, contents, log_lines, world
 from torch import Tensor, nn
 
 from datasets.images import CIFAR10_STATS, UNKNOWN, ImageSet
+from datasets.rand_augment import RandAugment
 from datasets.transforms import Augmentation, finetune_ops
 from lib.files import checkpoint
-from lib.loading.batches import Batches
+from lib.loading.batches import Batches, Streams
 from lib.objectives.classification import Classification
+from lib.objectives.consistency import Consistency
+from lib.objectives.objective import Objective
 from lib.runtime import distributed
 from lib.runtime.devices import Device
 from lib.training.finetuning import evaluate
@@ -61,17 +64,25 @@ def images() -> ImageSet:
     return ImageSet("made up", pixels, targets, names, CIFAR10_STATS)
 
 
-def trained(model: nn.Module, iter_size: int) -> list[tuple[float, float]]:
+def trained(model: Network, iter_size: int, *, consistent: bool) -> list[tuple[float, float]]:
     """Losses and training accuracies of the steps of this process's part of the training."""
     data = images()
     augmentation = Augmentation(finetune_ops(), data.stats)
-    batches = Batches(data, augmentation, CPU, batch_size=12 // iter_size)
-    weights = torch.linspace(0.2, 1, NUM_IMAGES)
+    batches = Streams(Batches(data, augmentation, CPU, batch_size=12 // iter_size))
+    objective: Objective = Classification(data.targets, torch.linspace(0.2, 1, NUM_IMAGES))
+    if consistent:
+        views = [augmentation, Augmentation([*finetune_ops(), RandAugment()], data.stats)]
+        others = Batches(data, views, CPU, batch_size=24 // iter_size, stream=1)
+        batches = Streams(batches.labeled, others)
+        posteriors = torch.nn.functional.one_hot(data.targets) * 0.3 + 0.1
+        sizes = {"ratio": 2, "num_batches": STEPS * iter_size}
+        objective = Consistency(data.targets, posteriors / posteriors.sum(1)[:, None], **sizes)
+    every = torch.arange(NUM_IMAGES)
     steps = train_steps(
         distributed.wrap_ddp(model),
-        Classification(data.targets, weights),
+        objective.to(model.dtype),
         sgd(model.parameters(), 0.05, 5e-4),
-        batches.repeat(torch.arange(NUM_IMAGES), 0, STEPS * iter_size),
+        batches.repeat(every, every if consistent else None, 0, STEPS * iter_size),
         lambda step: 0.05 / (1 + step),
         CPU,
         iter_size=iter_size,
@@ -86,9 +97,10 @@ def experiment() -> dict[str, Any]:
         ("float32", torch.float32, 1),
         ("float64", torch.float64, 1),
         ("accumulated", torch.float64, 2),
+        ("consistent", torch.float64, 1),
     ):
         model = Network(dtype)
-        means = trained(model, iter_size)
+        means = trained(model, iter_size, consistent=name == "consistent")
         parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
         everywhere = distributed.all_gather_rows(parameters[None], distributed.world_size())
         found[name] = {"means": means, "parameters": parameters, "everywhere": everywhere}
@@ -125,7 +137,7 @@ def both(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     return experiment(), torch.load(path)
 
 
-@pytest.mark.parametrize("name", ["float32", "float64", "accumulated"])
+@pytest.mark.parametrize("name", ["float32", "float64", "accumulated", "consistent"])
 def test_two_processes_end_with_the_parameters_of_one(both, name):
     one, two = (found[name] for found in both)
     assert torch.equal(two["everywhere"][0], two["everywhere"][1])

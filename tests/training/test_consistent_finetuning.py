@@ -1,0 +1,192 @@
+"""Consistency training, moving average and class means through the command line of phase 3."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import (
+    CPU,
+    LABELS,
+    TINY,
+    assert_same,
+    call,
+    deterministic,
+    finetuning,
+    log_lines,
+    without_meta,
+    world,
+)
+from torch import nn
+
+from datasets import build_datasets
+from datasets.transforms import Augmentation
+from lib.cli.start import load_script
+from lib.files import checkpoint
+from lib.labels import pseudo_files
+from lib.training import finetuning as shared
+from lib.training.ema import DECAY, MovingAverage
+from lib.training.optimizer import learning_rate, sgd
+from models import build_model
+
+__all__ = ["world"]  # the fixture
+
+imagenet = load_script("imagenet-semi.py")
+LOGGED = {"supervised", "consistency", "weight", "used", "agreement", "top1"}
+
+
+@pytest.fixture
+def finetune(tmp_path, world):
+    """Run phase 3 on the pictures, with the metric and pseudo-labels; everything under tmp_path/NAME."""
+
+    def run(*words: object, name: str = "run", script: Any = finetuning) -> Path:
+        folder = tmp_path / name
+        files = ("--model-root", folder, "--log-root", folder / "log", "--exp-name", "e")
+        data = ("--dataset", "folder", "--data-dir", world / "pictures", "--num-labeled", LABELS)
+        start = (
+            "--pretrained",
+            world / "metric.pth.tar",
+            "--pseudo-file",
+            world / "pseudo.pth.tar",
+        )
+        call(script, *data, *TINY, "-b", 4, "--max-iters", 6, *start, *files, *words)
+        return folder / "e"
+
+    return run
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return checkpoint.load_dict(folder / "ckpt.pth.tar")
+
+
+@pytest.mark.parametrize("kind", ["softmatch", "freematch"])
+def test_a_consistent_run_logs_what_it_learns_from_and_resumes_to_the_same_bits(finetune, kind):
+    words = ("--consistency", kind, "--print-freq", 2, "--eval-freq", 3)
+    whole = finetune(*words, name="whole")
+    finetune(*words, "--stop-after", 4, name="cut")
+    cut = finetune(*words, "--resume", "auto", name="cut")
+    state = last(whole)
+    assert_same(without_meta(last(cut)), without_meta(state))
+    lines = deterministic(log_lines(whole.parent / "log" / "e"), "train")
+    assert len(lines) == 3
+    assert all(line.keys() >= LOGGED for line in lines)
+    assert 0 <= lines[0]["weight"] <= 1
+    assert 0 <= lines[0]["agreement"] <= 100
+    assert state["objective"].keys() == {
+        "mean_probabilities",
+        "mean_confidence",
+        "confidence_variance",
+    }
+    assert {"net", "net_in_training"} <= state.keys()  # the average of the weights by default
+    assert not torch.equal(state["net"]["fc.weight"], state["net_in_training"]["fc.weight"])
+
+
+def test_what_is_tested_and_measured_is_the_average(finetune, world, tmp_path):
+    folder = finetune("--ema", "--eval-freq", 6)
+    state = last(folder)
+    words = ("--dataset", "folder", "--data-dir", world / "pictures", *TINY, "--eval")
+    scores = call(finetuning, *words, "--resume", folder / "ckpt.pth.tar")
+    assert scores["top1"] == state["accuracies"]["last"]
+    model = build_model("wrn-10-1", 4)
+    model.load_state_dict(state["net"])
+    _, test = build_datasets("folder", world / "pictures", image_size=16)
+    again = shared.evaluate(model, test, CPU)
+    assert again["top1"] == state["accuracies"]["last"]
+
+
+def test_an_average_follows_the_weights_as_its_closed_form_says():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
+    average = MovingAverage(model)
+    expected = float(model[0].weight)
+    for step in range(30):
+        with torch.no_grad():
+            model[0].weight.fill_(step)
+        model[1].running_mean.fill_(step)
+        average.update(model, step)
+        decay = min(DECAY, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.model[0].weight) == pytest.approx(expected, rel=1e-5)
+    assert float(average.model[1].running_mean) == 29
+    assert not any(p.requires_grad for p in average.model.parameters())
+
+
+def test_weights_do_not_decay_where_it_is_asked_for_and_the_rate_warms_up():
+    model = build_model("wrn-10-1", 3)
+    optimizer = sgd(model.parameters(), 0.1, 0.5, decay_all=False)
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.5 if parameter.ndim > 1 else 0), name
+    plain = learning_rate("cosine", 0.1, 100)
+    rising = learning_rate("cosine", 0.1, 100, warmup=9)
+    for step in range(100):
+        assert rising(step) == pytest.approx(min(1, (step + 1) / 10) * plain(step))
+
+
+def test_the_last_layer_starts_as_the_classifier_by_class_means(world):
+    train, _ = build_datasets("folder", world / "pictures", image_size=16)
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
+    true = train.targets[pseudo.labeled]
+    ones = torch.ones(len(true))
+    chosen = shared.TrainingSet(
+        pseudo.labeled, true, ones, len(true), pseudo.indexes, pseudo.probabilities
+    )
+    torch.manual_seed(0)
+    model = build_model("wrn-10-1", 4)
+    plain = Augmentation((), train.stats)
+    shared.start_from_class_means(model, train, chosen, CPU, plain, 0)
+    model.eval()
+    with torch.no_grad():
+        images = torch.cat([b.images for b in shared.in_order(train, plain, CPU)])
+        features, logits = model.pooled(images), model(images)
+    shares = torch.zeros(len(train), 4)
+    shares[pseudo.labeled, true] = 1
+    shares[pseudo.indexes] = pseudo.probabilities
+    means = torch.stack(
+        [(shares[:, c, None] * features).sum(0) / shares[:, c].sum() for c in range(4)]
+    )
+    nearest = torch.cdist(features, means).argmin(dim=1)
+    assert torch.equal(logits.argmax(dim=1), nearest)
+    used = torch.cat([pseudo.labeled, pseudo.indexes])
+    sure = logits[used].softmax(dim=1).amax(dim=1).mean()
+    assert float(sure) == pytest.approx(float(shares[used].amax(dim=1).mean()), abs=1e-3)
+
+
+def test_the_same_in_the_script_for_imagenet(finetune, world, tmp_path):
+    words = ("--arch", "resnet18", "--image-size", 40, "--gpus", "cpu", "--num-workers", 0)
+    state = checkpoint.load_dict(world / "pseudo.pth.tar")
+    checkpoint.save(state | {"meta": {}}, tmp_path / "pseudo.pth.tar")  # read in another way
+    words += ("--pretrained", "", "--pseudo-file", tmp_path / "pseudo.pth.tar")
+    folder = finetune(*words, "--consistency", "-b", 2, "--max-iters", 2, script=imagenet)
+    assert last(folder)["step"] == 2
+    assert last(folder)["meta"]["options"]["unlabeled_ratio"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--pseudo-file", ""), "--consistency starts from the pseudo-labels of phase 2"),
+        (("--loader", "workers"), "leave out --loader workers"),
+    ],
+)
+def test_what_consistency_cannot_work_with_is_refused(finetune, words, message):
+    with pytest.raises(ValueError, match=message):
+        finetune("--consistency", "softmatch", *words)
+
+
+def test_pseudo_labels_without_probabilities_are_refused(finetune, world, tmp_path):
+    state = checkpoint.load_dict(world / "pseudo.pth.tar")
+    del state["pseudo_probs"]
+    checkpoint.save(state, tmp_path / "bare.pth.tar")
+    with pytest.raises(ValueError, match=r"holds no probabilities .* without --no-probabilities"):
+        finetune("--consistency", "softmatch", "--pseudo-file", tmp_path / "bare.pth.tar")
+
+
+def test_a_consistent_run_brings_its_own_defaults():
+    parser = finetuning.build_parser()
+    args = parser.parse_args(["--consistency", "--pseudo-file", "x", "-b", "32"])
+    assert (args.consistency, args.batch_size, args.lr) == ("softmatch", 32, 0.03)
+    assert (args.ema, args.head_init, args.warmup) == (True, "class-means", 500)
+    plain = finetuning.build_parser().parse_args([])
+    assert (plain.ema, plain.head_init, plain.warmup, plain.lr) == (False, "random", 0, 0.01)
