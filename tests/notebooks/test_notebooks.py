@@ -166,19 +166,14 @@ def test_the_table_holds_the_precision_of_the_files(executed, name):
         # the file has calibrated probabilities, in proportion to published^(1 / T)
         published = pseudo.probabilities.double() ** pseudo.meta.get("calibration", 1.0)
         published /= published.sum(dim=1, keepdim=True)
-        assert ("calibration" in pseudo.meta) == (
-            count == 50
-        )  # one label of a class is never held out
+        # the only label of a class is never held out
+        assert ("calibration" in pseudo.meta) == (count == 50)
         entropy = -(published * (published + 1e-7).log()).sum(dim=1)
         rankings = correct, correct[entropy.argsort()]
         counts = torch.arange(1, len(correct) + 1)
         aucs = [100 * (found.cumsum(0) / counts).mean() for found in rankings]
-        row = (
-            rf"{count:6d}  {100 * correct.mean():8.2f}%  +{aucs[0]:.2f}%"
-            + 3 * r"  +(\d+\.\d+)%"
-            + "\n"
-        )
-        found = re.search(row, printed(notebook))
+        row = rf"{count:6d}  {100 * correct.mean():8.2f}%  +{aucs[0]:.2f}%"
+        found = re.search(row + 3 * r"  +(\d+\.\d+)%" + "\n", printed(notebook))
         # images of equal entropy may lie in another order
         assert float(found[1]) == pytest.approx(float(aucs[1]), abs=0.02)
         for place, probabilities in enumerate((published, pseudo.probabilities.double()), 2):
