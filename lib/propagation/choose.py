@@ -23,13 +23,9 @@ LEAST_HELD_OUT = 30  # images; fewer cannot tell a dozen candidates apart
 COMMITTEE = 3  # members of an ensemble
 FOLD_BYTES = 2**30  # bound of the logits of several folds at a time
 TEMPERATURES = torch.logspace(-1, 1.5, 26)  # tried for every candidate
-# Calibration is of a single candidate, so that it can afford more. Figures: notebooks/README.md.
-CALIBRATION_FOLDS = 10  # the more, the less a fold has fewer labels than there are
-ENOUGH_HELD_OUT = (
-    1000  # images; more folds than give these are left out, as one number is to be fitted
-)
-FINE_TEMPERATURES = torch.logspace(-2, 2, 161)
-PULL = 30  # held-out images that say the published probabilities are right; measured
+FINE_TEMPERATURES = torch.logspace(-2, 2, 161)  # tried for calibration
+ENOUGH_HELD_OUT = 1000  # images, to fit this one number: further folds are left out
+PULL = 30  # images that count as if the published probabilities were right; measured
 
 
 @dataclass(frozen=True)
@@ -207,17 +203,19 @@ def calibrate(
         T: softmax(z / (at T)) are the calibrated probabilities. None where no class has two labels,
         so that nothing can be held out, and for `auto` and `ensemble`, whose scores are calibrated already.
     """
-    held = make_folds(labels, seed, CALIBRATION_FOLDS)
-    if method not in ALGORITHMS or not held:
+    if method not in ALGORITHMS:
         return None
+    held = make_folds(labels, seed, ALGORITHMS[method].folds)
+    if not held:
+        return None
+    enough = min(ENOUGH_HELD_OUT, len(torch.cat(held).unique()))  # and each image once
     sizes = torch.tensor([len(out) for out in held]).cumsum(0)
-    held = held[: int((sizes < ENOUGH_HELD_OUT).sum()) + 1]
+    held = held[: int((sizes < enough).sum()) + 1]
     candidate, labeling = Candidate(method, parameters), Labeling(split.labeled, labels)
     common = {"num_classes": num_classes, "class_prior": class_prior}
     logits = _held_out_logits(graph, candidate, labeling, held, **common) / at
     positions = torch.cat(held)
-    pull = PULL / len(positions.unique())
-    return fit_temperature(logits, labels[positions], FINE_TEMPERATURES, pull)
+    return fit_temperature(logits, labels[positions], FINE_TEMPERATURES, PULL / len(positions))
 
 
 def best(verdicts: Sequence[Verdict]) -> Verdict:
