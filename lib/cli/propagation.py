@@ -78,7 +78,7 @@ class _Algorithm:
         choices=("on", "off"),
         help="whether the probabilities get another temperature, fitted by cross-validation on the labeled "
         "images, so that they are right as often as they say; off leaves them as published. Labels and "
-        "confidence are the same in both. auto and ensemble are calibrated anyway",
+        "confidence are the same in both. auto and ensemble are calibrated anyway, their confidence too",
     )
 
 
