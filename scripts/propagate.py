@@ -57,17 +57,18 @@ from lib.files.atomic import write_whole
 from lib.labels import pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph, propagate
+from lib.propagation import EmbeddingGraph, calibrate, propagate
 from lib.propagation.algorithms import ALGORITHMS
 from lib.propagation.chunks import cut_graph, save_part
 from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
-from lib.report.curves import HEADS, Curve, accuracy_coverage, table_row
+from lib.report.curves import ERROR_HEADS, HEADS, Curve, accuracy_coverage, error_cells, table_row
 from lib.runtime import devices, distributed, terminal
 
 MIB = 2**20
+NOT_CALIBRATED = "probabilities as published: no class has two labels, so none can be held out"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,6 +92,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
     check_parameters(args.method, method_parameters(args))
+    if args.method not in ALGORITHMS:
+        why = f"with --method {args.method}, whose probabilities are calibrated anyway"
+        checks.warn_unused(args, build_parser(), why, "calibration")
     if not needs_graph(args.method):
         why = f"with --method {args.method}, which needs no graph"
         checks.warn_unused(args, build_parser(), why, *GRAPH_OPTIONS)
@@ -178,13 +182,18 @@ def label(
         graph = replace(graph, cache=replace(graph.cache, folder=own))
     parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
     options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
+    calibration = None
     for place, chunk in enumerate(cut_graph(graph, split, args.chunks, args.rng_seed)):
-        part = propagate(
-            chunk.graph, args.method, chunk.split, labels, num_classes, **options
-        ).pseudo_labels(
+        known = (chunk.graph, args.method, chunk.split, labels, num_classes)
+        if (
+            args.calibration == "on" and place == 0
+        ):  # the chunks are drawn alike: one speaks for all
+            calibration = calibrate(*known, at=args.temperature, **options)
+        part = propagate(*known, **options).pseudo_labels(
             chunk.split,
             meta,
             temperature=args.temperature,
+            calibration=calibration,
             confidence=args.confidence,
             probabilities=not args.no_probabilities,
         )
@@ -235,6 +244,8 @@ def write_report(
     if curves:
         plots.accuracy_coverage(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
+        plots.reliability(curves).savefig(folder / "reliability.png", dpi=120)
+        pictures["reliability.png"] = "How often labels are right, over their probability"
     for name, pseudo in tqdm(done.items(), desc="contact sheets", leave=False, disable=None):
         if data is not None:
             written = page.write_sheets(pseudo, data, folder / f"sheets_{name}")
@@ -258,7 +269,10 @@ def write_report(
 def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
     """Format a line of the table."""
     chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
-    line = f"{table_row(len(pseudo.labeled), curve)}  {seconds:7.1f}  {file}"
+    line = f"{table_row(len(pseudo.labeled), curve)}{error_cells(curve)}  {seconds:7.1f}  {file}"
+    if args.calibration == "on" and args.method in ALGORITHMS:
+        found = pseudo.meta.get("calibration")
+        line += f"  temperature {found:.2f}" if found else f"  {NOT_CALIBRATED}"
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
@@ -271,7 +285,7 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
         graph.affinity  # noqa: B018 - made here, so that the table shows the time of the labels alone
-    print(f"{HEADS}  seconds  file")
+    print(f"{HEADS}{ERROR_HEADS}  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
         pseudo, file = label(args, graph, n, found, meta)
@@ -282,6 +296,8 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
             curves[len(pseudo.labeled)] = curve
             results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
             results[str(n)] |= {"auc_by_entropy": curve.auc_by_entropy}
+            errors = {"ece_published": curve.published.error, "ece": curve.calibrated.error}
+            results[str(n)] |= errors | {"calibration": pseudo.meta.get("calibration")}
         print(row(args, n, pseudo, curve, seconds, file), flush=True)
     return done, curves, results
 

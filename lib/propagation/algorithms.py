@@ -28,11 +28,15 @@ class Algorithm:
     confidence: str = "margin"  # published measure, a key of `lib.labels.confidence.CONFIDENCES`
     class_prior: bool = False  # whether predicted class sizes are equal where none are given
     needs_graph: bool = True  # whether more counts than the distances to the labeled images
+    # Folds of calibration at most: with more, each has nearly all labels, but costs a propagation.
+    folds: int = 5
 
 
 ALGORITHMS = {
-    "knn": Algorithm(propagate_knn, ("k", "temperature"), confidence="largest", needs_graph=False),
-    "nc": Algorithm(propagate_normalized_cut, ("num_eigenvectors", "clamp")),
+    "knn": Algorithm(
+        propagate_knn, ("k", "temperature"), confidence="largest", needs_graph=False, folds=10
+    ),
+    "nc": Algorithm(propagate_normalized_cut, ("num_eigenvectors", "clamp"), folds=10),
     "filter": Algorithm(propagate_filter, ("filter", "filter_by", "num_eigenvectors", *OF_FILTERS)),
     "spreading": Algorithm(propagate_spreading, ("alpha",), confidence="entropy"),
     "poisson": Algorithm(propagate_poisson),

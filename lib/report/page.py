@@ -101,8 +101,9 @@ def write_page(
     parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]
     parts.append(html_table(("", ""), list(facts.items())))
     if curves:
-        rows = [(n, *curve.figures()) for n, curve in sorted(curves.items())]
+        rows = [(n, *curve.figures(), *curve.errors()) for n, curve in sorted(curves.items())]
         heads = ("labels", "precision %", "AUC by confidence %", "AUC by entropy %")
+        heads += ("ECE of the published probabilities %", "ECE of the calibrated ones %")
         parts.append("<h2>Precision of the pseudo-labels</h2>")
         parts.append(html_table(heads, rows))
     for file, caption in pictures.items():

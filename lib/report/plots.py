@@ -123,6 +123,34 @@ def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
     return figure
 
 
+def reliability(curves: dict[int, Curve]) -> Figure:
+    """Plot how often labels are right over the probability that they are given, published and calibrated.
+
+    There is a panel for each number of labels. Points below the diagonal promise too much. The area of a
+    point is in proportion to its images.
+    """
+    shown = {n: curve for n, curve in sorted(curves.items()) if curve.calibrated}
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (n, curve), axes in zip(shown.items(), panels, strict=False):
+        both = {"published": curve.published, "calibrated": curve.calibrated}
+        axes.plot((0, 100), (0, 100), "--", color="gray", linewidth=1)
+        for color, (name, found) in zip(("C1", "C0"), both.items(), strict=True):
+            full = found.count > 0
+            x, y = 100 * found.probability[full], 100 * found.accuracy[full]
+            axes.plot(x, y, color=color, linewidth=1, label=f"{name}: ECE {found.error:.1f}%")
+            axes.scatter(x, y, 150 * found.count[full] / found.count.sum(), color=color)
+        axes.set(title=f"{n} labels", xlabel="probability (%)", ylabel="right (%)")
+        axes.set(xlim=(0, 100), ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", fontsize="x-small")
+    for axes in list(panels):
+        axes.remove()
+    return figure
+
+
 def accuracy_by_labels(
     results: Mapping[str, Mapping[int, Sequence[float]]], names: Mapping[str, str]
 ) -> Figure:
