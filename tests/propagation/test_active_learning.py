@@ -26,10 +26,10 @@ def naive_herding(features, budget, labeled=(), weights=None):
     return chosen[len(labeled) :]
 
 
-@pytest.mark.parametrize("candidates", [1, 7, 512])
+@pytest.mark.parametrize("rows", [1, 7, 512])
 @pytest.mark.parametrize("case", ["first round", "later round", "weighted"])
-def test_the_lazy_choice_is_the_naive_greedy_one(case, candidates, monkeypatch):
-    monkeypatch.setattr(active_learning, "CANDIDATES", candidates)
+def test_the_choice_is_the_naive_greedy_one(case, rows, monkeypatch):
+    monkeypatch.setattr(active_learning, "ROWS", rows)
     features, _ = blobs(4, 30, dim=8, spread=0.4)
     labeled = [3, 50, 77] if case == "later round" else []
     weights = torch.rand(len(features)) if case == "weighted" else None
@@ -57,7 +57,8 @@ def test_the_typical_image_is_that_of_the_smallest_mean_distance():
 
 @pytest.mark.parametrize("choose", [max_herding, typiclust])
 def test_a_sample_stands_for_all_images(choose, monkeypatch):
-    monkeypatch.setattr(active_learning, "SAMPLE", 60)
+    monkeypatch.setattr(active_learning, "COVERED", 60)
+    monkeypatch.setattr(active_learning, "CLUSTERED", 60)
     features, targets = blobs(4, 100, dim=16, spread=0.15)
     chosen = choose(features, 4, seed=3)
     assert sorted(targets[chosen].tolist()) == [0, 1, 2, 3]
