@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from datasets.images import UNKNOWN, DataSet
 from lib.files.atomic import write_whole
 from lib.labels.table import as_csv, csv_meta, csv_rows, number, read_text
 
@@ -98,6 +99,24 @@ def find(path: str | Path, num_images: int, images: Images | None = None) -> Ten
             f"{path}: index {int(chosen.indexes.max())} among {num_images} images; {AGAIN}"
         )
     return chosen.indexes
+
+
+def table_to_fill_in(chosen: Tensor, train: DataSet, test: DataSet | None) -> bytes:
+    """Make the `labels.csv` of a folder of images (`datasets/listing.py`), the `chosen` images first.
+
+    Their column label is empty where no label is known. The other known labels and the test images follow, so
+    that the table loses nothing where it replaces class folders or an earlier table.
+    """
+    names, targets = (*train.classes, ""), train.targets  # UNKNOWN is -1
+    known = targets != UNKNOWN
+    known[chosen] = False
+    order = torch.cat([chosen, known.nonzero()[:, 0]]).tolist()
+    rows = [(train.paths[index], names[targets[index]], "train") for index in order]
+    if test is None:
+        return as_csv(("path", "label"), (row[:2] for row in rows))
+    labels = (test.classes[label] for label in test.targets.tolist())
+    rows += [(path, label, "test") for path, label in zip(test.paths, labels, strict=True)]
+    return as_csv(("path", "label", "split"), rows)
 
 
 def _in_table(name: str) -> str:
