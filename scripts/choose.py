@@ -17,6 +17,9 @@ too; `typiclust` takes the most typical image of each cluster, as many clusters 
 see no label, so that they may leave a class out. Phases 2 and 3 name it then, and no image gets it. What the
 methods are worth is measured in scripts/benchmarks/README.md.
 
+Distances are those of the metric. With --space spectral they are those in the embedding that `nc` spreads
+labels through, which is made as in phase 2 and kept in SAVE_PATH/work.
+
 With labels already there, --labeled names them: an earlier list, a number as for --num-labeled, or all known
 ones. They count as covered, and `chosen.csv` begins with them. --pseudo-file, or --pseudo-dir for chunks,
 takes what phase 2 made of them instead: `maxherding` then weights each image by 1 - its confidence, so that
@@ -44,19 +47,24 @@ from datasets import UNKNOWN, DataSet
 from datasets.listing import TABLE
 from lib.cli import checks, declared, embedding, start
 from lib.cli.embedding import Embedding
+from lib.cli.propagation import Graph
 from lib.features.extraction import FeatureSet
 from lib.files import provenance
 from lib.files.atomic import sha256_of, write_whole
 from lib.labels import chosen, pseudo_labels
 from lib.labels.split import ALL, labeled_split, parse_num_labeled
+from lib.propagation import EmbeddingGraph
 from lib.propagation.active_learning import METHODS, choose
+from lib.propagation.embedding_graph import GraphCache
+from lib.propagation.normalized_cut import NUM_EIGENVECTORS
 from lib.report import page
 from lib.runtime import devices, distributed
-from lib.runtime.option import POSITIVE, option
+from lib.runtime.option import POSITIVE, option, redeclared
 from lib.training.finetuning import read_pseudo_labels
 from lib.training.shared_settings import Compute
 
 LIST, PAGE = "chosen.csv", "chosen.html"
+NEAR = ("maxherding", "typiclust")  # methods that look at distances
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,14 @@ class _Choice:
 
     method: str = option("maxherding", choices=METHODS, help="how images are chosen")
     budget: int = option(40, limit=POSITIVE, metavar="N", help="images to choose")
+    space: str = option(
+        "metric",
+        choices=("metric", "spectral"),
+        help="where images are near: in the metric, as published, or in the spectral embedding of the "
+        "normalized cut, through which labels will spread",
+    )
+    graph: str = redeclared(Graph, "graph")
+    num_neighbors: int | None = redeclared(Graph, "num_neighbors")
     labeled: str | None = option(
         None,
         parse=parse_num_labeled,
@@ -99,6 +115,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(
             "--labeled, --pseudo-file and --pseudo-dir all say what is labeled: name one"
         )
+    if args.method not in NEAR:
+        why = f"with --method {args.method}, which looks at no distance"
+        checks.warn_unused(args, build_parser(), why, "space", "graph", "num_neighbors")
+    elif args.space == "metric":
+        checks.warn_unused(args, build_parser(), "with --space metric", "graph", "num_neighbors")
     if args.method != "maxherding":
         why = f"with --method {args.method}: only maxherding looks at weights"
         checks.warn_unused(args, build_parser(), why, "pseudo_file", "pseudo_dir")
@@ -139,6 +160,15 @@ def labels_so_far(args: argparse.Namespace, found: FeatureSet) -> tuple[Tensor, 
             f"{known} images have a label and may be chosen again; --labeled {ALL} names them"
         )
     return torch.empty(0, dtype=torch.int64), None
+
+
+def points(args: argparse.Namespace, features: Tensor) -> Tensor:
+    """Place the images where their distances count: N unit vectors."""
+    if args.space == "metric" or args.method not in NEAR:
+        return features
+    cache = GraphCache(Path(args.save_path) / "work", log=lambda line: print(line, flush=True))
+    graph = EmbeddingGraph(features, args.graph, args.num_neighbors, cache=cache)
+    return graph.spectrum(NUM_EIGENVECTORS - 1).rows()
 
 
 def write_results(
@@ -188,7 +218,7 @@ def main(args: argparse.Namespace) -> Tensor | None:
     print(f"{len(found.features)} x {found.features.shape[1]} features, {len(labeled)} labeled")
     new = choose(
         args.method,
-        found.features.to(device.torch_device),
+        points(args, found.features.to(device.torch_device)),
         args.budget,
         targets=found.targets,
         num_classes=found.num_classes,

@@ -108,7 +108,7 @@ class _Parameters:
 
 
 @dataclass(frozen=True)
-class _Graph:
+class Graph:
     GROUP: ClassVar[str] = "graph"
 
     graph: str = option("cifar", choices=PRESETS, help="affinity matrix")
@@ -183,11 +183,11 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Propagation(_Rows, _Algorithm, _Parameters, _Graph, Compute, _Files):
+class _Propagation(_Rows, _Algorithm, _Parameters, Graph, Compute, _Files):
     """Every option but --num-labeled, which takes several values."""
 
 
-GRAPH_OPTIONS = (*options_of(_Graph), "work_dir", "fresh")  # without effect where there is no graph
+GRAPH_OPTIONS = (*options_of(Graph), "work_dir", "fresh")  # without effect where there is no graph
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
