@@ -34,7 +34,7 @@ KEPT = Path("checkpoint/backbones")  # cached features of torchvision's and timm
 PREFIXES = ("train_", "", "val_")  # of the published names
 SCHEMA = {
     **{f"{prefix}labels": tensor(1, INTEGERS, UNKNOWN) for prefix in PREFIXES},
-    "meta": record({"num_classes": whole(1), "classes": list_of(text), "data_digest": text}),
+    "meta": record({"num_classes": whole(0), "classes": list_of(text), "data_digest": text}),
 }
 BACKBONE_BATCH = 100  # images of 224 pixels a side and more, whatever the size in the data set
 

@@ -92,6 +92,11 @@ def labeled_split(
         UserWarning: about classes without a label in a list.
     """
     num_labeled = parse_num_labeled(num_labeled)
+    if not num_classes:
+        raise ValueError(
+            "no image has a label: scripts/choose.py says which to label, and labels.csv (path,label) in the "
+            "folder of the images holds their labels"
+        )
     strange = targets[(targets != UNKNOWN) & ((targets < 0) | (targets >= num_classes))]
     if len(strange):
         raise ValueError(

@@ -4,8 +4,8 @@
 
 Rows are ways to choose (scripts/choose.py), columns are numbers of labels; an entry is the mean over --seeds
 seeds of the precision of the pseudo-labels of all other images, in percent, its standard deviation, and the
-mean number of classes that have a label. The seed draws the random images, the sample that is covered, and the
-starts of k-means. `spectral` are distances in the spectral embedding, the others those of the features.
+mean number of classes that have a label. The seed draws the random images, the sample that is covered, and
+the starts of k-means. `spectral` are distances in the spectral embedding, the others those of the features.
 Features come from a file, a checkpoint or a network from elsewhere, as in scripts/propagate.py; labels come
 with them or from --dataset. --images takes a random part of them.
 """
