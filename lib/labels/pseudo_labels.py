@@ -172,15 +172,15 @@ class PseudoLabels:
                 f"made with {num_used} labeled images, but --num-labeled asks for {num_labeled}",
             ),
             (
-                not others or num_used != num_labeled,
-                f"made with other labeled images: {others} of the list of --num-labeled are not among them; "
-                "run phase 2 with this list",
-            ),
-            (
                 not (made and digest) or made == digest,
                 f"made for another data set (digest {made}, this one has {digest})",
             ),
             (not other_names, f"made for other classes: {differing_classes(names, classes)}"),
+            (
+                not others or num_used != num_labeled,
+                f"made with other labeled images: {others} of the list of --num-labeled are not among them; "
+                "run phase 2 with this list",
+            ),
         ]
         problems = [problem for good, problem in checks if not good]
         if problems:
