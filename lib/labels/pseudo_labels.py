@@ -154,17 +154,19 @@ class PseudoLabels:
         num_labeled: int,
         digest: str = "",
         classes: Sequence[str] = (),
+        labeled: Tensor | None = None,
     ) -> None:
         """Raise ValueError, listing every problem, if these pseudo-labels are not for a training set.
 
-        They must have been made with `num_labeled` labeled images. Digest and class names of the training
-        set are compared where both are known.
+        They must have been made with `num_labeled` labeled images, or with exactly those in `labeled`.
+        Digest and class names of the training set are compared where both are known.
         """
         index = _largest(torch.cat([self.indexes, self.labeled, self.unlabeled]))
         label, num_used = _largest(self.labels), len(self.labeled)
         width = num_classes if self.probabilities is None else self.probabilities.shape[1]
         made, names = self.meta.get("data_digest", ""), class_names(self.meta)
         other_names = names and classes and names != list(classes)
+        others = 0 if labeled is None else int((~torch.isin(labeled, self.labeled)).sum())
         checks = [
             (index < num_images, f"index {index} in a data set of {num_images} images"),
             (label < num_classes, f"label {label} in a data set of {num_classes} classes"),
@@ -178,6 +180,11 @@ class PseudoLabels:
                 f"made for another data set (digest {made}, this one has {digest})",
             ),
             (not other_names, f"made for other classes: {differing_classes(names, classes)}"),
+            (
+                not others or num_used != num_labeled,
+                f"made with other labeled images: {others} of the list of --num-labeled are not among them; "
+                "run phase 2 with this list",
+            ),
         ]
         problems = [problem for good, problem in checks if not good]
         if problems:

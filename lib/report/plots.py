@@ -47,8 +47,7 @@ def spectral_cosines(spectrum: Spectrum, images: Tensor) -> Tensor:
 
     Their products are those of the pseudo-inverse of L, which the normalized cut spreads labels by.
     """
-    scale = torch.from_numpy(spectrum.values).float().rsqrt()
-    rows = l2_normalize(spectrum.vectors[images.to(spectrum.device)].cpu() * scale)
+    rows = spectrum.rows(images).cpu()
     return rows @ rows.T
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_ok, assert_refused, run_script
+from conftest import assert_ok, assert_refused, blobs, run_script
 from PIL import Image
 from runs import contents, make_folder
 
 from lib.cli.start import load_script
+from lib.features.extraction import FeatureSet
+from lib.files import checkpoint
 from lib.objectives.memory_bank import build_loss
 
 
@@ -34,6 +36,20 @@ def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
     assert "nc: " in printed
     assert "times as fast as literal" in printed
     assert printed.index("nc: ") < printed.index("filter: ")
+
+
+def test_the_benchmark_of_choices_measures_each_of_them(tmp_path):
+    benchmark = load_script("scripts/benchmarks/choosing.py")
+    rows, targets = blobs(4, 40, spread=0.5)
+    file, output = tmp_path / "rows.pth.tar", tmp_path / "numbers.json"
+    checkpoint.save(FeatureSet(rows, targets, 4).state(), file)
+    words = ["--features", str(file), "--num-labeled", "4", "8", "--seeds", "2"]
+    found = benchmark.main(benchmark.build_parser().parse_args([*words, "--output", str(output)]))
+    assert list(found) == list(benchmark.WAYS)
+    assert json.loads(output.read_text())["ways"].keys() == found.keys()
+    assert found["stratified"]["classes"] == {4: [4, 4], 8: [4, 4]}
+    for way in found.values():
+        assert all(len(way[name][8]) == 2 and min(way[name][8]) > 25 for name in ("nc", "knn"))
 
 
 def test_features_without_labels_cannot_be_measured(tmp_path):

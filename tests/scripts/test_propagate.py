@@ -201,7 +201,7 @@ def test_the_number_of_workers_reaches_the_reader_of_images(features, tmp_path, 
     bare = tmp_path / "bare.t7"
     torch.save(checkpoint.load(features)["train_features"], bare)
     monkeypatch.setattr("lib.features.extraction.build_datasets", recorded)
-    monkeypatch.setattr(propagate, "build_datasets", recorded)
+    monkeypatch.setattr("lib.cli.embedding.build_datasets", recorded)
     words = ("--features", bare, "--dataset", "patches", "--method", "knn", "-j", 5, "--report")
     call(*words, "--num-labeled", 20, "--save-path", tmp_path)
     assert asked == [5, 5]
