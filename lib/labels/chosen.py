@@ -1,6 +1,7 @@
 """Lists of images to label, such as `chosen.csv`: the most useful image first. --num-labeled takes them."""
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,11 @@ def read(path: str | Path) -> Chosen:
             raise ValueError("it names no image")
         rows.sort(key=lambda row: row[2])
         indexes = [index for index, _, _ in rows]
-        twice = next((index for index in indexes if indexes.count(index) > 1), None)
+        twice = [index for index, count in Counter(indexes).items() if count > 1]
         if min(indexes) < 0:
             raise ValueError(f"the index {min(indexes)} is negative")
-        if twice is not None:
-            raise ValueError(f"the index {twice} is there twice; keep one line")
+        if twice:
+            raise ValueError(f"the index {twice[0]} is there twice; keep one line")
         paths = tuple(path for _, path, _ in rows)
         known = paths if all(paths) else ()
         return Chosen(torch.tensor(indexes, dtype=torch.int64), known, csv_meta(text)[0])
