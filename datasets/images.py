@@ -35,6 +35,7 @@ class DataSet:
         targets: N int64 class numbers, or `UNKNOWN`.
         classes: class names, one for each class number.
         stats: mean and standard deviation per channel, for values in [0, 1].
+        paths: file of each image; empty if the images do not come from single files.
         image_size: side in pixels of the square images that a network sees.
         evaluation_resize: length of the shorter side in evaluation, before the central crop.
         digest: 16 hexadecimal digits that change with the images, their order or their labels.
@@ -46,6 +47,7 @@ class DataSet:
     targets: Tensor
     classes: tuple[str, ...]
     stats: Stats
+    paths: tuple[str, ...]
     image_size: int
     evaluation_resize: int
     digest: str
@@ -81,7 +83,6 @@ class ImageSet(DataSet):
 
     Attributes:
         images: N x 3 x S x S uint8.
-        paths: file of each image; empty if the images do not come from single files.
         contents: digest of those files' bytes.
     """
 

@@ -2,7 +2,7 @@
 
 DIR/train/<class>/**         labeled training images
 DIR/test/<class>/**          or DIR/val/<class>/**: test images (optional)
-DIR/unlabeled/**             training images without a label (optional)
+DIR/unlabeled/**             training images without a label (optional); alone where no label is known yet
 
 DIR/labels.csv               path,label[,split] with a path from DIR, an empty label where none is known, and
                              train (or nothing), test or val; images that it leaves out have no label
@@ -78,7 +78,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(
             f"{folder} does not exist: --dataset folder needs --data-dir DIR with DIR/train/<class>/*, or "
-            f"DIR/{TABLE} (path,label) beside images"
+            f"DIR/{TABLE} (path,label) beside images; DIR/unlabeled/** alone where no label is known yet"
         )
     names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if not names:
@@ -107,9 +107,11 @@ def _labeled_files(folder: Path, classes: tuple[str, ...]) -> Files:
 
 
 def _from_folders(root: Path) -> Listing:
+    unlabeled = image_files(root / "unlabeled")
+    if unlabeled and not (root / "train").exists():
+        return Listing((), Files(unlabeled, [UNKNOWN] * len(unlabeled)), None)
     classes = class_names(root / "train")
     train = _labeled_files(root / "train", classes)
-    unlabeled = image_files(root / "unlabeled")
     if (root / "unlabeled").is_dir() and not unlabeled:
         raise ValueError(
             f"{root / 'unlabeled'} holds no image ({', '.join(IMG_EXTENSIONS)}); put images in or remove it"

@@ -11,6 +11,9 @@ graph without eigenvectors; `auto` chooses among all of them by cross-validation
 alone; `ensemble` averages the best three. One file `<number of labels>.pth.tar` is written per count, for
 `cifar-semi.py --pseudo-file`, and a table is printed where true labels are known.
 
+--num-labeled also takes lists of images, such as scripts/choose.py makes: `chosen.csv` gives
+`chosen.pth.tar`. A class that no image of the list has is named, and no image gets it.
+
 From a feature file instead of a checkpoint: --features FILE, whose rows are scaled to unit length unless
 --normalize off. Images are read at the size that the checkpoint was trained on, or at --image-size.
 
@@ -46,28 +49,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from datasets import DataSet, build_datasets
-from lib.cli import checks, declared, start
+from datasets import DataSet
+from lib.cli import checks, declared, embedding, start
 from lib.cli.propagation import GRAPH_OPTIONS, add_options, class_prior, method_parameters
-from lib.features import extraction
-from lib.features.backbones import is_external
 from lib.features.extraction import FeatureSet
 from lib.files import provenance
 from lib.files.atomic import write_whole
 from lib.labels import pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
-from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph, propagate
+from lib.labels.split import labeled_split, name_of
+from lib.propagation import EmbeddingGraph, calibrate, propagate
 from lib.propagation.algorithms import ALGORITHMS
 from lib.propagation.chunks import cut_graph, save_part
 from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.methods import check_parameters
 from lib.propagation.workers import lead, serve
 from lib.report import page, plots
-from lib.report.curves import HEADS, Curve, accuracy_coverage, table_row
+from lib.report.curves import ERROR_HEADS, HEADS, Curve, accuracy_coverage, error_cells, table_row
 from lib.runtime import devices, distributed, terminal
 
 MIB = 2**20
+NOT_CALIBRATED = "probabilities as published: no class has two labels, so none can be held out"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,20 +79,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    external = is_external(args.architecture)
-    if bool(args.features) == bool(args.checkpoint or external):
-        raise ValueError(
-            "give --checkpoint FILE (of phase 1), --features FILE or --arch torchvision:NAME, one of them"
-        )
-    if external:
-        why = "with a network from elsewhere, which has its own"
-        checks.warn_unused(args, build_parser(), why, "image_size")
+    embedding.check_source(args, build_parser())
     if not args.features:
         why = "without --features: a network's embeddings are unit vectors"
         checks.warn_unused(args, build_parser(), why, "normalize")
+    checks.check_lists(*args.num_labeled)
     if args.graph_file and args.chunks > 1:
         raise ValueError("--graph-file keeps one graph; it does not go with --chunks")
     check_parameters(args.method, method_parameters(args))
+    if args.method not in ALGORITHMS:
+        why = f"with --method {args.method}, whose probabilities are calibrated anyway"
+        checks.warn_unused(args, build_parser(), why, "calibration")
     if not needs_graph(args.method):
         why = f"with --method {args.method}, which needs no graph"
         checks.warn_unused(args, build_parser(), why, *GRAPH_OPTIONS)
@@ -172,54 +171,35 @@ def label(
     Returns:
         All of them without probabilities, and their file.
     """
-    split = labeled_split(found.targets, n, found.num_classes, args.rng_seed)
+    seed = args.rng_seed
+    split = labeled_split(found.targets, n, found.num_classes, seed, images=found)
     if args.chunks > 1:
-        own = Path(graph.cache.folder) / str(n)
+        own = Path(graph.cache.folder) / name_of(n)
         graph = replace(graph, cache=replace(graph.cache, folder=own))
     parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
     options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
-    for place, chunk in enumerate(cut_graph(graph, split, args.chunks, args.rng_seed)):
-        part = propagate(
-            chunk.graph, args.method, chunk.split, labels, num_classes, **options
-        ).pseudo_labels(
+    calibration = None
+    for place, chunk in enumerate(cut_graph(graph, split, args.chunks, seed)):
+        known = (chunk.graph, args.method, chunk.split, labels, num_classes)
+        # the chunks are drawn alike: one speaks for all
+        if args.calibration == "on" and place == 0:
+            calibration = calibrate(*known, at=args.temperature, **options)
+        part = propagate(*known, **options).pseudo_labels(
             chunk.split,
             meta,
             temperature=args.temperature,
+            calibration=calibration,
             confidence=args.confidence,
             probabilities=not args.no_probabilities,
         )
         part = chunk.restored(part)
-        file = save_part(part, args.save_path, str(n), place, args.chunks)
+        file = save_part(part, args.save_path, n, place, args.chunks)
         # The probabilities of all numbers of labels would not fit into memory.
         parts.append(replace(part, probabilities=None))
     if args.chunks > 1:
         file = file.with_name(f"{args.chunks}_*.pth.tar")
         graph.cache.discard()  # ten graphs of each number of labels would fill a disk
     return pseudo_labels.merged(parts), file
-
-
-def images_of(args: argparse.Namespace, found: FeatureSet) -> DataSet | None:
-    """Find the images that the features are of; warn and return None where they are not at hand."""
-    side = page.MOST_SIDE if args.dataset == "folder" else extraction.SMALL_SIZE
-    try:
-        data, _ = build_datasets(
-            args.dataset,
-            args.data_dir,
-            image_size=args.image_size or side,
-            num_workers=args.num_workers,
-            in_memory=False,  # a folder's images are read where a sheet shows them
-        )
-    except ValueError as error:
-        checks.warn(f"no contact sheets without the images: {error}")
-        return None
-    # The digest of a folder depends on how it is read: features of the same images may have another one.
-    recorded = "" if args.dataset == "folder" else found.digest
-    if len(data) != len(found.features) or (recorded and recorded != data.digest):
-        checks.warn(
-            "no contact sheets: the features are not of this data set (--dataset, --data-dir, --image-size)"
-        )
-        return None
-    return data
 
 
 def write_report(
@@ -235,6 +215,8 @@ def write_report(
     if curves:
         plots.accuracy_coverage(curves, args.method).savefig(folder / "curve.png", dpi=120)
         pictures["curve.png"] = "Precision of the most confident share"
+        plots.reliability(curves).savefig(folder / "reliability.png", dpi=120)
+        pictures["reliability.png"] = "How often labels are right, over their probability"
     for name, pseudo in tqdm(done.items(), desc="contact sheets", leave=False, disable=None):
         if data is not None:
             written = page.write_sheets(pseudo, data, folder / f"sheets_{name}")
@@ -258,7 +240,10 @@ def write_report(
 def row(args, n: int | str, pseudo: PseudoLabels, curve: Curve | None, seconds: float, file) -> str:
     """Format a line of the table."""
     chosen = ", ".join(pseudo.meta["propagation"].get("chosen", ()))
-    line = f"{table_row(len(pseudo.labeled), curve)}  {seconds:7.1f}  {file}"
+    line = f"{table_row(len(pseudo.labeled), curve)}{error_cells(curve)}  {seconds:7.1f}  {file}"
+    if args.calibration == "on" and args.method in ALGORITHMS:
+        found = pseudo.meta.get("calibration")
+        line += f"  temperature {found:.2f}" if found else f"  {NOT_CALIBRATED}"
     return line + (f"  {args.method}: {chosen}" if chosen else "")
 
 
@@ -266,22 +251,25 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
     """Make the pseudo-labels of every number of labels, and print a table of their precision.
 
     Returns:
-        Pseudo-labels, curves and results by number of labels.
+        Pseudo-labels and results by number of labels or name of their list, curves by their number.
     """
     done, curves, results = {}, {}, {}
     if needs_graph(args.method) and args.chunks == 1:
         graph.affinity  # noqa: B018 - made here, so that the table shows the time of the labels alone
-    print(f"{HEADS}  seconds  file")
+    print(f"{HEADS}{ERROR_HEADS}  seconds  file")
     for n in args.num_labeled:
         start = time.perf_counter()
         pseudo, file = label(args, graph, n, found, meta)
         seconds = time.perf_counter() - start
-        done[str(n)], results[str(n)] = pseudo, {"seconds": seconds}
+        name = name_of(n)
+        done[name], results[name] = pseudo, {"seconds": seconds}
         curve = accuracy_coverage(pseudo, found.targets)
         if curve is not None:
             curves[len(pseudo.labeled)] = curve
-            results[str(n)] |= {"precision": curve.overall, "auc": curve.auc}
-            results[str(n)] |= {"auc_by_entropy": curve.auc_by_entropy}
+            results[name] |= {"precision": curve.overall, "auc": curve.auc}
+            results[name] |= {"auc_by_entropy": curve.auc_by_entropy}
+            errors = {"ece_published": curve.published.error, "ece": curve.calibrated.error}
+            results[name] |= errors | {"calibration": pseudo.meta.get("calibration")}
         print(row(args, n, pseudo, curve, seconds, file), flush=True)
     return done, curves, results
 
@@ -292,17 +280,7 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     work, folder = work_folder(args), Path(args.save_path)
     with ending_at_once(work):
         device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
-        found = extraction.load_or_extract(
-            features=args.features,
-            normalize=args.normalize == "on",
-            checkpoint_file=args.checkpoint,
-            architecture=args.architecture,
-            dataset=args.dataset,
-            data_dir=args.data_dir,
-            image_size=args.image_size,
-            num_workers=args.num_workers,
-            device=device,
-        )
+        found = embedding.load(args, device, normalize=args.normalize == "on")
         if not distributed.is_main():
             del found  # rank 0 hands out what is needed
             serve(device.torch_device)
@@ -321,7 +299,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         record = {"results": results, "meta": meta}
         write_whole(json.dumps(record, indent=1).encode(), folder / "results.json")
         if args.report:
-            write_report(args, graph, done, curves, meta, images_of(args, found))
+            data, _ = embedding.images_of(args, found)
+            write_report(args, graph, done, curves, meta, data)
         return results
 
 

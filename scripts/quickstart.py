@@ -46,7 +46,7 @@ from lib.features.extraction import FeatureSet, load_or_extract
 from lib.files import provenance
 from lib.labels import pseudo_files
 from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph, methods
+from lib.propagation import EmbeddingGraph, calibrate, methods
 from lib.propagation.chunks import save_part
 from lib.report import plots
 from lib.report.curves import accuracy_coverage
@@ -127,8 +127,9 @@ def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Pat
         algorithm, parameters = SPREAD[name]
         split = labeled_split(metric.targets, n, metric.num_classes, seed)
         labels, num_classes = metric.targets[split.labeled], metric.num_classes
-        answer = methods.propagate(space, algorithm, split, labels, num_classes, **parameters)
-        save_part(answer.pseudo_labels(split, meta), file.parent, n)
+        known = (space, algorithm, split, labels, num_classes)
+        answer, temperature = (f(*known, **parameters) for f in (methods.propagate, calibrate))
+        save_part(answer.pseudo_labels(split, meta, calibration=temperature), file.parent, n)
 
 
 def pseudo_file(output: Path, name: str, num_labeled: int, seed: int) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lib.cli.declared import flag
 from lib.features.backbones import is_external
+from lib.labels.split import is_list, name_of
 from lib.runtime import distributed
 from models import IMAGENET_ARCHITECTURES
 
@@ -80,8 +81,23 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
         warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *unused)
     if not args.pseudo_dir:
         warn_unused(args, parser, "without --pseudo-dir", "pseudo_per_chunk")
+    check_lists(args.num_labeled)
     if args.finetune and not (args.resume or args.pretrained):
         warn("--finetune without weights to start from trains on features of a random network")
+
+
+def check_lists(*num_labeled: int | str) -> None:
+    """Refuse lists of labeled images that are missing, or whose results would have the same name."""
+    for given in filter(is_list, num_labeled):
+        if not Path(str(given)).is_file():
+            raise ValueError(
+                f"--num-labeled {given}: there is no such file; scripts/choose.py makes a list"
+            )
+        same = [other for other in num_labeled if name_of(other) == name_of(given)]
+        if len(same) > 1:
+            raise ValueError(
+                f"--num-labeled {same[0]} and {same[1]} would both write {name_of(given)}.pth.tar: rename one"
+            )
 
 
 def check_imagenet(args: argparse.Namespace, small: str, *, external_too: bool = False) -> None:

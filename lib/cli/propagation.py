@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lib.cli import declared
+from lib.cli.embedding import Embedding
 from lib.graph.affinity import PRESETS
 from lib.graph.filters import FILTERS
 from lib.graph.laplacian import SELF_LOOPS
@@ -22,30 +23,16 @@ from lib.runtime.option import (
     POSITIVE,
     option,
     options_of,
-    redeclared,
 )
-from lib.training.shared_settings import Compute, Data, Network
-from models import SMALL_ARCHITECTURES
+from lib.training.shared_settings import Compute
 
 MOST_EFFORT = 10_000  # products with the graph, to which these parameters are proportional
 
 
 @dataclass(frozen=True)
-class _Embedding(Network):
-    architecture: str = redeclared(
-        Network,
-        "architecture",
-        default="",
-        help=f"network, where --checkpoint does not name it: {SMALL_ARCHITECTURES}; or one from elsewhere, "
-        "with images as its own configuration wants them: torchvision:NAME, torchvision:NAME@WEIGHTS, "
-        "timm:NAME",
-    )
-    checkpoint: str = option(
-        "",
-        metavar="FILE",
-        help="checkpoint of phase 1; with a network from elsewhere its weights (default: the library's own)",
-    )
-    features: str = option("", metavar="FILE", help="feature file, in place of --checkpoint")
+class _Rows(Embedding):
+    GROUP: ClassVar[str] = "network"
+
     normalize: str = option(
         "on",
         choices=("on", "off"),
@@ -72,6 +59,13 @@ class _Algorithm:
     )
     temperature: float = option(
         1.0, limit=POSITIVE, help="temperature of probabilities and confidence"
+    )
+    calibration: str = option(
+        "on",
+        choices=("on", "off"),
+        help="whether the probabilities get another temperature, fitted by cross-validation on the labeled "
+        "images, so that they are right as often as they say; off leaves them as published. Labels and "
+        "confidence are the same in both. auto and ensemble are calibrated anyway, their confidence too",
     )
 
 
@@ -121,7 +115,7 @@ class _Parameters:
 
 
 @dataclass(frozen=True)
-class _Graph:
+class Graph:
     GROUP: ClassVar[str] = "graph"
 
     graph: str = option("cifar", choices=PRESETS, help="affinity matrix")
@@ -196,14 +190,11 @@ class _Files:
 
 
 @dataclass(frozen=True)
-class _Propagation(Data, _Embedding, _Algorithm, _Parameters, _Graph, Compute, _Files):
+class _Propagation(_Rows, _Algorithm, _Parameters, Graph, Compute, _Files):
     """Every option but --num-labeled, which takes several values."""
 
-    data_dir: str = redeclared(Data, "data_dir", "--data_dir")
-    image_size: int | None = redeclared(Data, "image_size", default=None)
 
-
-GRAPH_OPTIONS = (*options_of(_Graph), "work_dir", "fresh")  # without effect where there is no graph
+GRAPH_OPTIONS = (*options_of(Graph), "work_dir", "fresh")  # without effect where there is no graph
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -214,7 +205,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[50, 100, 250, 500, 1000, 2000, 4000, 8000],
         metavar="N",
-        help="numbers of labeled images, equally many of each class; all: every known label",
+        help="numbers of labeled images, equally many of each class; all: every known label; FILE.csv: the "
+        "images of a list that scripts/choose.py made",
     )
 
 

@@ -34,7 +34,7 @@ KEPT = Path("checkpoint/backbones")  # cached features of torchvision's and timm
 PREFIXES = ("train_", "", "val_")  # of the published names
 SCHEMA = {
     **{f"{prefix}labels": tensor(1, INTEGERS, UNKNOWN) for prefix in PREFIXES},
-    "meta": record({"num_classes": whole(1), "classes": list_of(text), "data_digest": text}),
+    "meta": record({"num_classes": whole(0), "classes": list_of(text), "data_digest": text}),
 }
 BACKBONE_BATCH = 100  # images of 224 pixels a side and more, whatever the size in the data set
 
@@ -98,8 +98,8 @@ def check(
 class FeatureSet:
     """The features (N x D float32) and labels (N int64 or `UNKNOWN`) for propagation.
 
-    The features are unit vectors, or the rows of a file as they are. The digest of the data set and the class
-    names may be empty.
+    The features are unit vectors, or the rows of a file as they are. The digest of the data set, the class
+    names and the files of the images may be empty.
     """
 
     features: Tensor
@@ -107,6 +107,7 @@ class FeatureSet:
     num_classes: int
     digest: str = ""
     classes: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
 
     def state(self, **meta: Any) -> dict[str, Any]:
         """Return the published keys `train_features` and `train_labels`, and `meta`."""
@@ -180,8 +181,8 @@ def _from_file(path: str | Path, reading: dict[str, Any], normalize: bool) -> Fe
     if targets is None:  # the data set gives the labels, if it has as many images as there are rows
         data, _ = build_datasets(in_memory=False, **reading)
         check(features, len(data), source=str(path), normalize=False)
-        digest = data.portable_digest
-        return FeatureSet(features, data.targets, data.num_classes, digest, data.classes)
+        facts = data.portable_digest, data.classes, data.paths
+        return FeatureSet(features, data.targets, data.num_classes, *facts)
     num_classes = meta.get("num_classes", int(targets.max()) + 1)
     classes = tuple(meta.get("classes", ()))
     return FeatureSet(features, targets, num_classes, meta.get("data_digest", ""), classes)
@@ -273,7 +274,8 @@ def load_or_extract(
         )
 
     data, cache = wanted.data, wanted.cache
-    found = FeatureSet(torch.empty(0), data.targets, data.num_classes, wanted.digest, data.classes)
+    facts = wanted.digest, data.classes, data.paths
+    found = FeatureSet(torch.empty(0), data.targets, data.num_classes, *facts)
     rows, _, meta = read(cache) if cache.is_file() else (None, None, {})
     missing = rows is None or any(meta.get(name) != value for name, value in wanted.key.items())
     if not any_process(missing):  # a rank without the file must not extract alone

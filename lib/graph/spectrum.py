@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib.graph import eigensolver
 from lib.graph.laplacian import EPS, GraphOperator
+from models.layers import l2_normalize
 
 SOLVERS = ("auto", "arpack", "block")
 DENSE_BELOW = 400  # nodes; LAPACK solves smaller problems at once
@@ -53,6 +54,15 @@ class Spectrum:
         """Return the first of these eigenvectors."""
         values, vectors = self.values[:num_vectors], self.vectors[:, :num_vectors]
         return replace(self, values=values, vectors=vectors)
+
+    def rows(self, images: Tensor | None = None) -> Tensor:
+        """Compute the unit rows of U diag(1 / sqrt(lambda)) at some images, or at all: M x k, as published.
+
+        The products before the scaling are those of the pseudo-inverse of L, which the normalized cut spreads
+        labels by.
+        """
+        vectors = self.vectors if images is None else self.vectors[images.to(self.device)]
+        return l2_normalize(vectors * torch.from_numpy(self.values).to(vectors).rsqrt())
 
     def to(self, device: torch.device | str) -> "Spectrum":
         names = ("vectors", "components", "null", "degrees")

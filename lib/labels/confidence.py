@@ -1,6 +1,7 @@
 """How sure a pseudo-label is: the measures of confidence, and pseudo-labels ranked by one of them.
 
-Every measure takes N x C scores z and a temperature T. Probabilities are p = softmax(z / T).
+Every measure takes N x C scores z and a temperature T. Probabilities are p = softmax(z / T). Calibrated ones
+have a temperature of their own on top of it, which changes neither labels nor confidence.
 """
 
 import math
@@ -69,21 +70,24 @@ def from_scores(
     temperature: float = 1.0,
     confidence: str = "margin",
     probabilities: bool = True,
+    calibration: float = 1.0,
 ) -> PseudoLabels:
     """Make pseudo-labels of the unlabeled images from scores z, most confident first, on the CPU.
 
     Args:
         scores: N x C, one row for each image of the training set, on any device, where all is computed.
         meta: record of what made the scores.
-        temperature: T of the probabilities and the confidence.
+        temperature: T of the probabilities and the confidence, as published.
         confidence: a key of `CONFIDENCES`.
         probabilities: False leaves them out, which saves as much memory as the scores take.
+        calibration: temperature of the probabilities alone, times T (`lib.propagation.calibrate`).
 
     Raises:
-        ValueError: if the temperature is not positive, or the confidence is unknown.
+        ValueError: if a temperature is not positive, or the confidence is unknown.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature}: must be positive")
+    calibrated = temperature * calibration
+    if not (temperature > 0 and calibration > 0):
+        raise ValueError(f"temperature {temperature}, calibration {calibration}: must be positive")
     if confidence not in CONFIDENCES:
         raise ValueError(f"unknown confidence {confidence!r}: take one of {', '.join(CONFIDENCES)}")
     count, num_classes = len(split.unlabeled), scores.shape[1]
@@ -91,20 +95,22 @@ def from_scores(
     tiles = [slice(start, start + height) for start in range(0, count, height)]
     unlabeled = split.unlabeled.to(scores.device)
     weights, labels = scores.new_empty(count), torch.empty_like(unlabeled)
-    entropies = torch.empty_like(weights)
+    entropies, largest = torch.empty_like(weights), weights.new_empty(count, 2)
     top_classes = unlabeled.new_empty((count, min(TOP, num_classes)), dtype=torch.int32)
     for tile in tiles:
         rows = scores[unlabeled[tile]]
         weights[tile], labels[tile] = CONFIDENCES[confidence](rows, temperature), rows.argmax(dim=1)
         top_classes[tile] = rows.topk(top_classes.shape[1], dim=1).indices
         entropies[tile] = entropy(rows, temperature)
+        for place, one in enumerate((temperature, calibrated)):
+            largest[tile, place] = largest_confidence(rows, one)
     order = weights.argsort(descending=True, stable=True)
     indexes, probs = unlabeled[order], None
     if probabilities:
         probs = torch.empty(count, num_classes, dtype=scores.dtype)
         # Computed in sorted order, as sorting them afterwards would take a second copy.
         for tile in tiles:
-            probs[tile] = _softmax(scores[indexes[tile]], temperature)
+            probs[tile] = _softmax(scores[indexes[tile]], calibrated)
     return PseudoLabels(
         indexes.cpu(),
         labels[order].cpu(),
@@ -115,4 +121,5 @@ def from_scores(
         meta or {},
         top_classes[order].cpu(),
         entropies[order].cpu(),
+        largest[order].cpu(),
     )

@@ -2,7 +2,8 @@
 
 A file has the published keys: `pseudo_indexes`, `pseudo_labels` (int64, U), `pseudo_probs` (float32, U x C),
 `pseudo_weights` (float32, U: the confidence), `labeled_indexes`, `unlabeled_indexes` (int64); and `meta`,
-which is ours. The `pseudo_*` arrays are sorted by falling confidence.
+which is ours. The `pseudo_*` arrays are sorted by falling confidence. With T = `calibration` in `meta`, the
+probabilities are calibrated: in proportion to p^(1 / T), p the published ones.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lib.files import checkpoint
-from lib.files.schema import FLOATS, INTEGERS, expect, list_of, record, text
+from lib.files.schema import FLOATS, INTEGERS, expect, list_of, number, record, text
 from lib.labels.pseudo_labels import KEYS, SHOWN, PseudoLabels, listed, sorted_labeled
 
 SUFFIX = ".pth.tar"
@@ -23,7 +24,9 @@ _TENSOR = expect(
 # Shapes, ranges and relations are those of `PseudoLabels`, wherever it comes from.
 SCHEMA = {
     **{key: _TENSOR for name, key in KEYS.items() if name != "meta"},
-    "meta": record({"data_digest": text, "classes": list_of(text)}),
+    "meta": record(
+        {"data_digest": text, "classes": list_of(text), "calibration": number(1e-6, 1e6)}
+    ),
 }
 CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of chunks, of this one
 

@@ -65,12 +65,16 @@ class PseudoLabels:
     confidence: Tensor  # how sure each label is, U numbers in [0, 1] that fall
     labeled: Tensor  # indexes of the L images whose true labels were used
     unlabeled: Tensor  # indexes of all images that were to be labeled
-    probabilities: Tensor | None = None  # U x C; the published ImageNet files have none
+    # U x C; the published ImageNet files have none. They are the published p, or, with T = `calibration` in
+    # `meta`, calibrated: proportional to p^(1 / T).
+    probabilities: Tensor | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)  # record of what made them
     # The most probable classes of each image, best first: U x min(5, C), int32. Files do not hold them.
     top_classes: Tensor | None = None
-    # The entropy of the probabilities of each image in nats, U. Files do not hold it.
+    # The entropy of the published probabilities of each image in nats, U. Files do not hold it.
     entropy: Tensor | None = None
+    # The largest probability of each image, published and calibrated: U x 2. Files do not hold it.
+    largest: Tensor | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -150,17 +154,19 @@ class PseudoLabels:
         num_labeled: int,
         digest: str = "",
         classes: Sequence[str] = (),
+        labeled: Tensor | None = None,
     ) -> None:
         """Raise ValueError, listing every problem, if these pseudo-labels are not for a training set.
 
-        They must have been made with `num_labeled` labeled images. Digest and class names of the training
-        set are compared where both are known.
+        They must have been made with `num_labeled` labeled images, or with exactly those in `labeled`.
+        Digest and class names of the training set are compared where both are known.
         """
         index = _largest(torch.cat([self.indexes, self.labeled, self.unlabeled]))
         label, num_used = _largest(self.labels), len(self.labeled)
         width = num_classes if self.probabilities is None else self.probabilities.shape[1]
         made, names = self.meta.get("data_digest", ""), class_names(self.meta)
         other_names = names and classes and names != list(classes)
+        others = 0 if labeled is None else int((~torch.isin(labeled, self.labeled)).sum())
         checks = [
             (index < num_images, f"index {index} in a data set of {num_images} images"),
             (label < num_classes, f"label {label} in a data set of {num_classes} classes"),
@@ -174,6 +180,11 @@ class PseudoLabels:
                 f"made for another data set (digest {made}, this one has {digest})",
             ),
             (not other_names, f"made for other classes: {differing_classes(names, classes)}"),
+            (
+                not others or num_used != num_labeled,
+                f"made with other labeled images: {others} of the list of --num-labeled are not among them; "
+                "run phase 2 with this list",
+            ),
         ]
         problems = [problem for good, problem in checks if not good]
         if problems:
@@ -233,21 +244,21 @@ def merged(parts: Sequence[PseudoLabels]) -> PseudoLabels:
         raise ValueError("these chunks belong to different sets of labeled images")
     confidence = torch.cat([part.confidence for part in parts])
     order = confidence.argsort(descending=True, stable=True)
-    probabilities = None
-    if all(part.probabilities is not None for part in parts):
-        probabilities = torch.cat([part.probabilities for part in parts])[order]
-    entropy = None
-    if all(part.entropy is not None for part in parts):
-        entropy = torch.cat([part.entropy for part in parts])[order]
+
+    def together(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if any(one is None for one in found) else torch.cat(found)[order]
+
     return PseudoLabels(
         torch.cat([part.indexes for part in parts])[order],
         torch.cat([part.labels for part in parts])[order],
         confidence[order],
         first.labeled,
         torch.cat([part.unlabeled for part in parts]),
-        probabilities,
+        together("probabilities"),
         first.meta,
-        entropy=entropy,
+        entropy=together("entropy"),
+        largest=together("largest"),
     )
 
 

@@ -3,9 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ from lib.files.atomic import write_whole
 from lib.files.published import class_names
 from lib.labels.pseudo_labels import PseudoLabels, listed
 
+T = TypeVar("T")
 # Index, label and confidence: a labeled image has no confidence, one without any label has no label.
 Row = tuple[int, int | None, float | None]
 COLUMNS = ("index", "path", "label", "confidence")
@@ -39,14 +40,8 @@ def to_csv(pseudo: PseudoLabels, path: str | Path, *, paths: Sequence[str] = ())
     last = max((index for index, _, _ in rows), default=0)
     if paths and last >= len(paths):
         raise ValueError(f"{len(paths)} paths for the image with index {last}")
-    buffer = io.StringIO()
-    if pseudo.meta:
-        buffer.write(CSV_META + json.dumps(dict(pseudo.meta), default=str) + "\n")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows((index, paths[index] if paths else "", *more) for index, *more in rows)
-    # The name of an image need not be UTF-8, but the table is.
-    write_whole(buffer.getvalue().encode(errors="backslashreplace"), Path(path))
+    lines = ((index, paths[index] if paths else "", *more) for index, *more in rows)
+    write_whole(as_csv(COLUMNS, lines, pseudo.meta), Path(path))
 
 
 def from_csv(path: str | Path) -> PseudoLabels:
@@ -55,13 +50,13 @@ def from_csv(path: str | Path) -> PseudoLabels:
     Raises:
         ValueError: if it cannot be used, naming the file and each line that is wrong or what is missing.
     """
+    text = read_text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
-    try:
-        meta, table = _csv_meta(text)
-        rows = _csv_rows(table, _table_names(meta), first_line=text.count("\n") - table.count("\n"))
+        meta = csv_meta(text)[0]
+        numbers = {name: number for number, name in enumerate(_table_names(meta))}
+        rows = csv_rows(
+            text, ("index", "label", "confidence"), lambda line: _csv_row(line, numbers)
+        )
         labeled = [index for index, _, confidence in rows if confidence is None]
         rest = [index for index, label, weight in rows if label is None and weight is not None]
         given = sorted((row for row in rows if row[1] is not None), key=lambda row: -row[2])
@@ -84,7 +79,29 @@ def _table_names(meta: Mapping[str, Any]) -> list[str]:
     return names if len(set(names)) == len(names) else []
 
 
-def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
+def as_csv(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], meta: Mapping[str, Any] | None = None
+) -> bytes:
+    """Write a table as CSV. A record `meta` stands in a first line that starts with #."""
+    buffer = io.StringIO()
+    if meta:
+        buffer.write(CSV_META + json.dumps(dict(meta), default=str) + "\n")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    # The name of an image need not be UTF-8, but the table is.
+    return buffer.getvalue().encode(errors="backslashreplace")
+
+
+def read_text(path: str | Path) -> str:
+    """Read a table as text; ValueError if there is none or it is not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark first
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+
+
+def csv_meta(text: str) -> tuple[dict[str, Any], str]:
     """Split a table into the record in its first line, {} where there is none, and the rest."""
     if not text.startswith("#"):
         return {}, text
@@ -100,17 +117,20 @@ def _csv_meta(text: str) -> tuple[dict[str, Any], str]:
     return meta, table
 
 
-def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[Row]:
-    """Parse the rows of a table without its record; one ValueError lists all rows that are wrong."""
+def csv_rows(
+    text: str, needed: Sequence[str], parse: Callable[[Mapping[str, str | None]], T]
+) -> list[T]:
+    """Parse the rows of a table, which has the columns `needed`; one ValueError lists all that are wrong."""
+    table = csv_meta(text)[1]
+    first_line = text.count("\n") - table.count("\n")
     reader = csv.DictReader(io.StringIO(table))
-    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ()) and name != "path"]
+    lacking = [name for name in needed if name not in (reader.fieldnames or ())]
     if lacking:
-        raise ValueError(f"it has no column {', '.join(lacking)}; expected: {','.join(COLUMNS)}")
-    numbers = {name: number for number, name in enumerate(classes)}
+        raise ValueError(f"it has no column {', '.join(lacking)}; expected: {','.join(needed)}")
     rows, wrong = [], []
     for line in reader:
         try:
-            rows.append(_csv_row(line, numbers))
+            rows.append(parse(line))
         except ValueError as error:
             wrong.append(f"line {reader.line_num + first_line}: {error}")
     if wrong:
@@ -120,22 +140,23 @@ def _csv_rows(table: str, classes: Sequence[str], *, first_line: int) -> list[Ro
 
 def _csv_row(line: Mapping[str, str | None], numbers: Mapping[str, int]) -> Row:
     index, label, confidence = (line[name] or "" for name in ("index", "label", "confidence"))
-    place = _number(int, index, "index")
+    place = number(int, index, "index")
     if not confidence:
         return place, None, None
-    weight = _number(float, confidence, "confidence")
+    weight = number(float, confidence, "confidence")
     if not label:
         if weight:
             raise ValueError(f"there is a confidence {confidence} but no label")
         return place, None, weight
     if not numbers:
-        return place, _number(int, label, "label"), weight
+        return place, number(int, label, "label"), weight
     if label not in numbers:
         raise ValueError(f"{label!r} is not among the classes in the first line")
     return place, numbers[label], weight
 
 
-def _number(kind: Callable[[str], Any], text: str, what: str) -> Any:
+def number(kind: Callable[[str], Any], text: str, what: str) -> Any:
+    """Read a number of a table; the ValueError names `what` it should be."""
     try:
         return kind(text)
     except ValueError:

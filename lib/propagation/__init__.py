@@ -5,7 +5,8 @@
 `graph` is an `EmbeddingGraph`: features, with the affinity matrix, operator and spectrum made of them when an
 algorithm asks. A labeling holds the indexes of labeled images and their classes; there is one N x C matrix
 of scores for each, higher means more likely. No algorithm sees a true label of an unlabeled image.
-`propagate` runs any of them by its name and gives a `Propagation`, which makes pseudo-labels.
+`propagate` runs any of them by its name and gives a `Propagation`, which makes pseudo-labels. `calibrate`
+finds the temperature at which their probabilities are right as often as they say.
 
     knn            lib/propagation/knn.py             nearest labeled images
     nc             lib/propagation/normalized_cut.py  normalized cut on eigenvectors, as published
@@ -19,8 +20,9 @@ of scores for each, higher means more likely. No algorithm sees a true label of 
 A new algorithm is one such function and one line of the table in lib/propagation/algorithms.py.
 """
 
+from lib.propagation.choose import calibrate
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling
 from lib.propagation.methods import METHODS, Propagation, propagate
 
-__all__ = ["METHODS", "EmbeddingGraph", "Labeling", "Propagation", "propagate"]
+__all__ = ["METHODS", "EmbeddingGraph", "Labeling", "Propagation", "calibrate", "propagate"]

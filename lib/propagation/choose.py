@@ -1,4 +1,4 @@
-"""Choice of an algorithm and its parameters by cross-validation on the labeled images alone."""
+"""Cross-validation on the labeled images alone: choice of an algorithm, and calibrated probabilities."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from lib.labels.split import Split
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.labelings import Labeling, others
@@ -22,6 +23,9 @@ LEAST_HELD_OUT = 30  # images; fewer cannot tell a dozen candidates apart
 COMMITTEE = 3  # members of an ensemble
 FOLD_BYTES = 2**30  # bound of the logits of several folds at a time
 TEMPERATURES = torch.logspace(-1, 1.5, 26)  # tried for every candidate
+FINE_TEMPERATURES = torch.logspace(-2, 2, 161)  # tried for calibration
+ENOUGH_HELD_OUT = 1000  # images, to fit this one number: further folds are left out
+PULL = 30  # images that count as if the published probabilities were right; measured
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,18 @@ class Verdict:
     losses: Tensor  # of each held-out image
 
 
-def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
+def make_folds(labels: Tensor, seed: int, most: int = MAX_FOLDS) -> list[Tensor]:
     """Divide the labeled images into folds: the positions to hold out, while every class keeps one or more.
 
     Each class is dealt out over the folds by itself; its only label is never held out. With m labels of the
-    rarest class that has two or more there are min(m, MAX_FOLDS) folds. Fewer labels than `FEW_LABELS` are
+    rarest class that has two or more there are min(m, most) folds. Fewer labels than `FEW_LABELS` are
     dealt out several times, each time in another order.
     """
     counts = torch.bincount(labels)
     divisible = counts[counts >= 2]
     if not len(divisible):
         return []
-    num_folds = min(int(divisible.min()), MAX_FOLDS)
+    num_folds = min(int(divisible.min()), most)
     repeats = FOLDS_OF_FEW // num_folds if len(labels) < FEW_LABELS else 1
     held = []
     for repeat in range(repeats):
@@ -90,10 +94,22 @@ def make_folds(labels: Tensor, seed: int) -> list[Tensor]:
     return held
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature in `TEMPERATURES` that makes the labels most likely (Guo et al. 2017)."""
-    losses = [float(cross_entropy(logits / t, labels)) for t in TEMPERATURES.tolist()]
-    return float(TEMPERATURES[int(torch.tensor(losses).argmin())])
+def fit_temperature(
+    logits: Tensor, labels: Tensor, temperatures: Tensor = TEMPERATURES, pull: float = 0.0
+) -> float:
+    """Find the one of `temperatures` that makes the labels most likely (Guo et al. 2017).
+
+    With a `pull`, the softmax of the n x C logits counts as the classes of `pull` n further images. Few
+    labels then move the temperature little away from 1, even where all of them are right, or none.
+    """
+
+    def loss(temperature: float) -> float:
+        tempered = logits / temperature
+        found = cross_entropy(tempered, labels)
+        return float(found + pull * cross_entropy(tempered, logits.softmax(dim=1)))
+
+    losses = torch.tensor([loss(temperature) for temperature in temperatures.tolist()])
+    return float(temperatures[int(losses.argmin())])
 
 
 def brier(logits: Tensor, labels: Tensor) -> Tensor:
@@ -161,6 +177,45 @@ def cross_validate(
         sums = torch.zeros(len(labels)).index_add_(0, positions, loss)
         verdicts.append(Verdict(candidate, temperature, (sums / count)[positions.unique()]))
     return verdicts
+
+
+def calibrate(
+    graph: EmbeddingGraph,
+    method: str,
+    split: Split,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    class_prior: Tensor | Sequence[float] | None = None,
+    at: float = 1.0,
+    seed: int = 0,
+    **parameters: Any,
+) -> float | None:
+    """Find the temperature that calibrates what `propagate` says with the same arguments.
+
+    Labeled images are held out in turn, and their labels are compared with what the others say of them. No
+    other label is ever read.
+
+    Args:
+        at: temperature of the pseudo-labels, on top of which the fitted one comes.
+
+    Returns:
+        T: softmax(z / (at T)) are the calibrated probabilities. None where no class has two labels,
+        so that nothing can be held out, and for `auto` and `ensemble`, whose scores are calibrated already.
+    """
+    if method not in ALGORITHMS:
+        return None
+    held = make_folds(labels, seed, ALGORITHMS[method].folds)
+    if not held:
+        return None
+    enough = min(ENOUGH_HELD_OUT, len(torch.cat(held).unique()))  # and each image once
+    sizes = torch.tensor([len(out) for out in held]).cumsum(0)
+    held = held[: int((sizes < enough).sum()) + 1]
+    candidate, labeling = Candidate(method, parameters), Labeling(split.labeled, labels)
+    common = {"num_classes": num_classes, "class_prior": class_prior}
+    logits = _held_out_logits(graph, candidate, labeling, held, **common) / at
+    positions = torch.cat(held)
+    return fit_temperature(logits, labels[positions], FINE_TEMPERATURES, PULL / len(positions))
 
 
 def best(verdicts: Sequence[Verdict]) -> Verdict:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
-from lib.labels.split import Split, cut_into_chunks
+from lib.labels.split import Split, cut_into_chunks, name_of
 from lib.propagation.embedding_graph import EmbeddingGraph
 
 
@@ -58,11 +58,13 @@ def save_part(
     """Write part number `place` of `num_parts` under its published name, and return the file.
 
     One graph gives `<num_labeled>.pth.tar`, chunks give
-    `num_labeled_<num_labeled>/<num_parts>_<place>.pth.tar`; those of an earlier run go before the first.
+    `num_labeled_<num_labeled>/<num_parts>_<place>.pth.tar`; those of an earlier run go before the first. The
+    name of a list of labeled images, without .csv, stands for their number.
     """
-    path = Path(folder) / f"{num_labeled}.pth.tar"
+    name = name_of(num_labeled)
+    path = Path(folder) / f"{name}.pth.tar"
     if num_parts > 1:
-        path = Path(folder) / f"num_labeled_{num_labeled}" / f"{num_parts}_{place}.pth.tar"
+        path = Path(folder) / f"num_labeled_{name}" / f"{num_parts}_{place}.pth.tar"
         if place == 0 and path.parent.is_dir():
             for old in path.parent.iterdir():
                 if pseudo_files.CHUNK.fullmatch(old.name):

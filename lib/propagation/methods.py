@@ -34,15 +34,19 @@ class Propagation:
         meta: Mapping[str, Any] | None = None,
         *,
         confidence: str | None = None,
+        calibration: float | None = None,
         **options: Any,
     ) -> PseudoLabels:
         """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does with `options`.
 
         `meta` says what made the features; the choices of the method are added to it as `propagation` and
-        `confidence`.
+        `confidence`, and, unless it is None, the temperature `calibration` that `calibrate` found.
         """
         confidence = confidence or self.confidence
         meta = {**(meta or {}), "propagation": dict(self.meta), "confidence": confidence}
+        if calibration is not None:
+            meta["calibration"] = calibration
+        options["calibration"] = calibration or 1.0
         return from_scores(self.scores, split, meta, confidence=confidence, **options)
 
 

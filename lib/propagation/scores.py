@@ -9,7 +9,20 @@ ROUNDS = 20  # steps of the offsets at each temperature
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)  # in units of the spread of the scores
 PASSES = 10  # over the classes, to make the sizes exact
 ROWS = 8192  # rows worked on at a time where a copy of all scores would not fit
+NEVER = -1e30  # finite, as all scores are, and of probability 0 at any temperature
 LEAST_PROBABILITY = 1e-6  # of a class whose score is 0, so that its logarithm is finite
+
+
+def of_all_classes(scores: Tensor, present: Tensor, num_classes: int) -> Tensor:
+    """Widen N x P scores of the classes `present` to N x C: a class without a label gets `NEVER`.
+
+    Its probability is 0 everywhere, so that no image gets it and no margin changes.
+    """
+    if len(present) == num_classes:
+        return scores
+    wide = scores.new_full((len(scores), num_classes), NEVER)
+    wide[:, present] = scores
+    return wide
 
 
 def log_shares(scores: Tensor) -> Tensor:
@@ -62,6 +75,23 @@ def _exact_offsets(scores: Tensor, shares: Tensor, offsets: Tensor) -> Tensor:
     return best
 
 
+def class_shares(prior: Tensor | Sequence[float] | None, num_classes: int) -> Tensor:
+    """Return C shares that sum to 1, float64: those of the prior, or equal ones for None.
+
+    Raises:
+        ValueError: for a prior that is not C positive finite numbers.
+    """
+    if prior is None:
+        return torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
+    shares = torch.as_tensor(prior, dtype=torch.float64)
+    good = shares.shape == (num_classes,) and torch.isfinite(shares).all() and (shares > 0).all()
+    if not good:
+        raise ValueError(
+            f"a class prior of {shares.tolist()} for {num_classes} classes: give one positive share each"
+        )
+    return shares / shares.sum()
+
+
 def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Tensor) -> Tensor:
     """Add one offset per class, so that the shares of predicted classes among `rows` match `prior`.
 
@@ -76,19 +106,7 @@ def match_prior(scores: Tensor, prior: Tensor | Sequence[float] | None, rows: Te
     Raises:
         ValueError: for a prior that is not C positive finite numbers.
     """
-    num_classes = scores.shape[1]
-    if prior is None:
-        shares = scores.new_full((num_classes,), 1 / num_classes)
-    else:
-        shares = torch.as_tensor(prior, dtype=torch.float64)
-        good = (
-            shares.shape == (num_classes,) and torch.isfinite(shares).all() and (shares > 0).all()
-        )
-        if not good:
-            raise ValueError(
-                f"a class prior of {shares.tolist()} for {num_classes} classes: give one positive share each"
-            )
-        shares = (shares / shares.sum()).to(scores)
+    shares = class_shares(prior, scores.shape[1]).to(scores)
     informed = scores.amax(dim=1) > scores.amin(dim=1)
     counted = scores[rows][informed[rows]]
     if len(counted) < 2:

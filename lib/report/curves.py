@@ -8,8 +8,37 @@ import torch
 from torch import Tensor
 
 from datasets.images import UNKNOWN
-from lib.labels.confidence import entropy
+from lib.labels.confidence import entropy, largest_confidence
 from lib.labels.pseudo_labels import TOP, PseudoLabels
+
+BINS = 15  # of the largest probability, as in Guo et al. 2017
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How often labels are right in bins of their largest probability (Guo et al. 2017), of equal width."""
+
+    count: Tensor  # of images in each bin
+    probability: Tensor  # mean largest probability in each bin; 0 in an empty one, as the next
+    accuracy: Tensor  # share of right labels in each bin
+
+    @property
+    def error(self) -> float:
+        """Return the expected calibration error, the mean of |accuracy - probability|, in percent."""
+        gap = (self.accuracy - self.probability).abs()
+        return 100 * float((self.count * gap).sum() / self.count.sum())
+
+
+def reliability(probability: Tensor, correct: Tensor, bins: int = BINS) -> Reliability:
+    """Sort images into bins (a, b] by their largest probability, and average both in each.
+
+    >>> reliability(torch.tensor([0.9, 1.0, 0.1]), torch.tensor([1.0, 0.0, 0.0]), bins=2).accuracy
+    tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
+    place = ((bins * probability.double()).ceil() - 1).clamp(0, bins - 1).long()
+    count = torch.bincount(place, minlength=bins)
+    sums = (torch.bincount(place, x.double(), bins) for x in (probability, correct))
+    return Reliability(count, *(total / count.clamp_min(1) for total in sums))
 
 
 @dataclass(frozen=True)
@@ -24,6 +53,9 @@ class Curve:
     precision: Tensor  # share of correct labels among the k most confident, in [0, 1]
     # The same among the k whose probabilities have the least entropy; None where they are not known.
     precision_by_entropy: Tensor | None = None
+    # Those of the published probabilities and of the calibrated ones; None where they are not known.
+    published: Reliability | None = None
+    calibrated: Reliability | None = None
 
     @property
     def overall(self) -> float:
@@ -43,15 +75,24 @@ class Curve:
 
     def figures(self) -> list[str]:
         """Format overall precision, AUC by confidence and by entropy, in percent; ? where not known."""
-        found = (self.overall, self.auc, self.auc_by_entropy)
-        return ["?" if math.isnan(figure) else f"{figure:.2f}" for figure in found]
+        return _formatted(self.overall, self.auc, self.auc_by_entropy)
+
+    def errors(self) -> list[str]:
+        """Format the calibration errors of the published and the calibrated probabilities, in percent."""
+        both = (self.published, self.calibrated)
+        return _formatted(*(one.error if one else math.nan for one in both))
+
+
+def _formatted(*figures: float) -> list[str]:
+    return ["?" if math.isnan(figure) else f"{figure:.2f}" for figure in figures]
 
 
 def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
     """Compute the curve over the pseudo-labeled images whose true label is known; None if there are none.
 
-    The entropy is that of the pseudo-labels, or of their probabilities; the published exp(-entropy) ranks the
-    same. `targets` are the N true labels of the training set, `UNKNOWN` where there is none.
+    Entropy and largest probability are those of the pseudo-labels, or of their probabilities; the published
+    exp(-entropy) ranks the same. `targets` are the N true labels of the training set, `UNKNOWN` where there
+    is none.
     """
     true = targets[pseudo.indexes]
     known = true != UNKNOWN
@@ -59,13 +100,19 @@ def accuracy_coverage(pseudo: PseudoLabels, targets: Tensor) -> Curve | None:
         return None
     correct = (pseudo.labels[known] == true[known]).double()
     count = torch.arange(1, len(correct) + 1)
-    uncertainty = pseudo.entropy
-    if uncertainty is None and pseudo.probabilities is not None:
-        uncertainty = entropy(pseudo.probabilities.log())
-    by_entropy = None
+    uncertainty, largest = pseudo.entropy, pseudo.largest
+    if pseudo.probabilities is not None and (uncertainty is None or largest is None):
+        # The published probabilities of a file whose own ones are calibrated.
+        logits, temperature = pseudo.probabilities.log(), 1 / pseudo.meta.get("calibration", 1.0)
+        uncertainty = entropy(logits, temperature)
+        before, after = largest_confidence(logits, temperature), pseudo.probabilities.amax(dim=1)
+        largest = torch.stack([before, after], dim=1)
+    by_entropy, both = None, ()
     if uncertainty is not None:
         by_entropy = correct[uncertainty[known].argsort(stable=True)].cumsum(0) / count
-    return Curve(count / len(correct), correct.cumsum(0) / count, by_entropy)
+    if largest is not None:
+        both = (reliability(one, correct) for one in largest[known].T)
+    return Curve(count / len(correct), correct.cumsum(0) / count, by_entropy, *both)
 
 
 def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
@@ -86,6 +133,7 @@ def top_k_hits(pseudo: PseudoLabels, targets: Tensor, k: int = 5) -> Tensor:
 
 
 HEADS = "labels  precision  AUC by confidence  AUC by entropy"  # of what `table_row` writes
+ERROR_HEADS = "  ECE published     ECE"  # of what `error_cells` writes
 
 
 def table_row(num_labels: int, curve: Curve | None) -> str:
@@ -94,13 +142,23 @@ def table_row(num_labels: int, curve: Curve | None) -> str:
     return f"{num_labels:6d}  {overall:>8}%  {auc:>16}%  {by_entropy:>13}%"
 
 
-def summary(curves: dict[int, Curve], top5: Mapping[int, Tensor] | None = None) -> str:
-    """Write a text table of precision and AUC, in both rankings, by number of labels.
+def error_cells(curve: Curve | None) -> str:
+    """Write the calibration errors as further columns of a line; ? where one is not known."""
+    published, calibrated = curve.errors() if curve else "??"
+    return f"  {published:>12}%  {calibrated:>5}%"
 
-    `top5`, what `top_k_hits` returns for each number of labels, adds a column.
+
+def summary(curves: dict[int, Curve], top5: Mapping[int, Tensor] | None = None) -> str:
+    """Write a text table of precision, AUC in both rankings and calibration errors, by number of labels.
+
+    `top5`, what `top_k_hits` returns for each number of labels, adds a column. The errors, where the
+    probabilities of a curve are known, are the last ones.
     """
-    lines = [HEADS + ("  top-5 precision" if top5 else "")]
+    with_errors = any(curve.calibrated for curve in curves.values())
+    heads = HEADS + ("  top-5 precision" if top5 else "")
+    lines = [heads + (ERROR_HEADS if with_errors else "")]
     for n, curve in sorted(curves.items()):
         more = f"  {100 * float(top5[n].double().mean()):14.2f}%" if top5 else ""
+        more += error_cells(curve) if with_errors else ""
         lines.append(table_row(n, curve) + more)
     return "\n".join(lines)

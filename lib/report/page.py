@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from lib.labels.pseudo_labels import PseudoLabels
 from lib.report.curves import Curve
 
 SHOWN = 20  # images at each end of the ranking of a class
+MOST_RANKED = 1000  # images of a single ranking
 LEAST_SIDE, MOST_SIDE = 48, 96  # pixels; smaller images are enlarged without smoothing
 RIGHT, WRONG, UNCLEAR = (60, 170, 80), (210, 60, 60), (150, 150, 150)  # frames, RGB
 STYLE = (
@@ -31,6 +33,24 @@ def _framed(image: Tensor, color: tuple[int, int, int]) -> Tensor:
     scale = max(1, -(-LEAST_SIDE // image.shape[-1]))
     image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
     return functional.pad(image, [3], fill=list(color))
+
+
+def _grid(cells: list[Tensor]) -> Tensor:
+    """Put pictures of one size into rows of ten."""
+    cells = cells + [torch.full_like(cells[0], 255)] * (-len(cells) % 10)
+    return make_grid(cells, nrow=10, padding=2, pad_value=255)
+
+
+def write_ranking(indexes: Tensor, data: DataSet, folder: Path) -> dict[str, str]:
+    """Write images in their order, a hundred to a file and `MOST_RANKED` at most; return captions by file."""
+    written = {}
+    for first in range(0, min(len(indexes), MOST_RANKED), 100):
+        part = indexes[first : min(first + 100, MOST_RANKED)].tolist()
+        sheet = _grid([_framed(data.picture(index), UNCLEAR) for index in part])
+        file, last = f"chosen_{first // 100 + 1:02d}.png", first + len(part)
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(folder / file)
+        written[file] = f"{first + 1} to {last} of {len(indexes)}, row by row"
+    return written
 
 
 def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = SHOWN) -> Image:
@@ -51,8 +71,7 @@ def contact_sheet(pseudo: PseudoLabels, data: DataSet, label: int, shown: int = 
             color = UNCLEAR if true == UNKNOWN else RIGHT if true == label else WRONG
             cells.append(_framed(data.picture(index), color))
         if cells:
-            cells += [torch.full_like(cells[0], 255)] * (-len(cells) % 10)
-            rows.append(make_grid(cells, nrow=10, padding=2, pad_value=255))
+            rows.append(_grid(cells))
     gap = torch.full((3, 12, rows[0].shape[2]), 255, dtype=torch.uint8)
     picture = torch.cat([rows[0], *(t for row in rows[1:] for t in (gap, row))], dim=1)
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
@@ -83,17 +102,17 @@ def write_page(
     *,
     title: str,
     facts: Mapping[str, object],
-    curves: Mapping[int, Curve],
     pictures: Mapping[str, str],
-    sheets: Mapping[str, Sequence[tuple[str, str, int]]],
+    curves: Mapping[int, Curve] = MappingProxyType({}),
+    sheets: Mapping[str, Sequence[tuple[str, str, int]]] = MappingProxyType({}),
     heading: str = "{} labels: most confident images above, least confident below",
 ) -> None:
     """Write an HTML page that shows the pictures beside it, whose file names are relative to the page.
 
     Args:
         facts: what made the pseudo-labels, as names and values.
-        curves: the curve of each number of labels; {} if no true label is known.
         pictures: caption of each file.
+        curves: the curve of each number of labels; {} if no true label is known.
         sheets: for each number of labels, class, file and number of images of each contact sheet.
         heading: heading of the sheets of one number of labels, which replaces {}.
     """
@@ -101,11 +120,13 @@ def write_page(
     parts += [f"<style>{STYLE}</style><h1>{escape(title)}</h1>"]
     parts.append(html_table(("", ""), list(facts.items())))
     if curves:
-        rows = [(n, *curve.figures()) for n, curve in sorted(curves.items())]
+        rows = [(n, *curve.figures(), *curve.errors()) for n, curve in sorted(curves.items())]
         heads = ("labels", "precision %", "AUC by confidence %", "AUC by entropy %")
+        heads += ("ECE of the published probabilities %", "ECE of the calibrated ones %")
         parts.append("<h2>Precision of the pseudo-labels</h2>")
         parts.append(html_table(heads, rows))
     for file, caption in pictures.items():
+        parts.append(f"<h2>{escape(caption)}</h2>")
         parts.append(f'<p><img src="{escape(file)}" alt="{escape(caption)}"></p>')
     for n, classes in sheets.items():
         parts.append(f"<h2>{escape(heading.format(n))}</h2>")

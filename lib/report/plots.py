@@ -47,8 +47,7 @@ def spectral_cosines(spectrum: Spectrum, images: Tensor) -> Tensor:
 
     Their products are those of the pseudo-inverse of L, which the normalized cut spreads labels by.
     """
-    scale = torch.from_numpy(spectrum.values).float().rsqrt()
-    rows = l2_normalize(spectrum.vectors[images.to(spectrum.device)].cpu() * scale)
+    rows = spectrum.rows(images).cpu()
     return rows @ rows.T
 
 
@@ -120,6 +119,34 @@ def accuracy_coverage(curves: dict[int, Curve], title: str) -> Figure:
     axes.grid(alpha=0.3)
     legend = "solid: by confidence, dashed: by entropy"
     axes.legend(loc="lower left", fontsize="small", title=legend, title_fontsize="small")
+    return figure
+
+
+def reliability(curves: dict[int, Curve]) -> Figure:
+    """Plot how often labels are right over the probability that they are given, published and calibrated.
+
+    There is a panel for each number of labels. Points below the diagonal promise too much. The area of a
+    point is in proportion to its images.
+    """
+    shown = {n: curve for n, curve in sorted(curves.items()) if curve.calibrated}
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (n, curve), axes in zip(shown.items(), panels, strict=False):
+        both = {"published": curve.published, "calibrated": curve.calibrated}
+        axes.plot((0, 100), (0, 100), "--", color="gray", linewidth=1)
+        for color, (name, found) in zip(("C1", "C0"), both.items(), strict=True):
+            full = found.count > 0
+            x, y = 100 * found.probability[full], 100 * found.accuracy[full]
+            axes.plot(x, y, color=color, linewidth=1, label=f"{name}: ECE {found.error:.1f}%")
+            axes.scatter(x, y, 150 * found.count[full] / found.count.sum(), color=color)
+        axes.set(title=f"{n} labels", xlabel="probability (%)", ylabel="right (%)")
+        axes.set(xlim=(0, 100), ylim=(0, 100))
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper left", fontsize="x-small")
+    for axes in list(panels):
+        axes.remove()
     return figure
 
 

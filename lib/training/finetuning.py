@@ -24,7 +24,7 @@ from lib.files.published import class_names, is_metric
 from lib.graph.knn import topk_correct
 from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
-from lib.labels.split import expected_count, labeled_split
+from lib.labels.split import expected_count, is_list, labeled_split
 from lib.loading.batches import Batches, Streams, in_order
 from lib.objectives.classification import Classification
 from lib.objectives.consistency import Consistency
@@ -91,14 +91,17 @@ def choose_training_set(
         ValueError: if they do not fit the data set and the requested number of labels.
     """
     classes, count = train.num_classes, settings.num_labeled
-    if not parts:
-        labeled = labeled_split(train.targets, count, classes, settings.rng_seed).labeled
-        groups: Sequence[PseudoLabels] = []
-    else:
+    given = None
+    if not parts or is_list(count):
+        seed = settings.rng_seed
+        given = labeled_split(train.targets, count, classes, seed, images=train).labeled
+    labeled, groups = given, []
+    if parts:
         try:
             whole = pseudo_labels.merged(parts)
             expected = expected_count(count, train.targets, classes)
-            whole.require_fit(len(train), classes, expected, train.digest, train.classes)
+            fit = len(train), classes, expected, train.digest, train.classes
+            whole.require_fit(*fit, labeled=given)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         labeled = whole.labeled

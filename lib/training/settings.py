@@ -312,7 +312,8 @@ class Labels:
         parse=parse_num_labeled,
         limit=POSITIVE,
         metavar="N",
-        help="images whose true labels are used, equally many of each class; all: every image that has one",
+        help="images whose true labels are used, equally many of each class; all: every image that has "
+        "one; FILE.csv: the images of a list that scripts/choose.py made",
     )
     pseudo_file: str = option(
         "",

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--splits", type=declared.positive_int, default=5, help="draws of each, seeds 0, 1, ..."
     )
-    parser.add_argument("--seed", type=declared.seed, default=0, help="seed of the training")
+    parser.add_argument("--rng-seed", type=declared.seed, default=0, help="seed of the training")
     parser.add_argument("--num-workers", type=declared.num_workers, default=2, help="readers")
     parser.add_argument("--gpus", default="0", metavar="DEVICE", help="device, or cpu")
     parser.add_argument(
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace, objective: str, num_images: int) -> Path:
     command = [sys.executable, str(ROOT / "unsupervised" / "cifar.py"), "--objective", objective]
     command += ["--dataset", args.dataset, "--data-dir", args.data_dir, "--arch", args.arch]
     command += ["--image-size", str(args.image_size), "--epochs", str(epochs), "--gpus", args.gpus]
-    command += ["--rng-seed", str(args.seed), "-j", str(args.num_workers), "--resume", "auto"]
+    command += ["--rng-seed", str(args.rng_seed), "-j", str(args.num_workers), "--resume", "auto"]
     command += ["--model-dir", str(folder), "--log-dir", str(folder / "log"), *words]
     print(f"$ python {shlex.join(command[1:])}", flush=True)
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> dict:
         model, _ = load_network(published.load(file), file, unsaid=METRIC)
         rows = extract(device.prepare(model), train_set, device, num_workers=args.num_workers)
         results["precision"][objective] = precisions(rows, *given)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.rng_seed)
     model = device.prepare(build_model(args.arch, 0, normalize=True))
     untrained = extract(model, train_set, device, num_workers=args.num_workers)
     results["precision"]["untrained network"] = precisions(untrained, *given)

@@ -96,11 +96,37 @@ FINETUNING_OURS = {
     "--loader": "device",
     "--profile": 0,
 }
+CHOOSING = {
+    "--dataset": "cifar10",
+    "--data-dir --data_dir": "./data",
+    "--image-size": None,
+    "-j --num-workers": 2,
+    "--architecture --arch": "",
+    "--checkpoint": "",
+    "--features": "",
+    "--method": "maxherding",
+    "--budget": 40,
+    "--space": "metric",
+    "--graph": "cifar",
+    "--num-neighbors": None,
+    "--labeled": None,
+    "--pseudo-file": "",
+    "--pseudo-dir": "",
+    "--gpus": "0",
+    "--precision": "auto",
+    "--rng-seed": 0,
+    "--deterministic": False,
+    "--save-path": "./checkpoint/chosen",
+}
 TRAINING = (
     *(pretraining, finetuning),
     *map(load_script, ("unsupervised/imagenet.py", "imagenet-semi.py")),
 )
-SCRIPTS = [(pretraining, PRETRAINING, PRETRAINING_OURS), (finetuning, FINETUNING, FINETUNING_OURS)]
+SCRIPTS = [
+    (pretraining, PRETRAINING, PRETRAINING_OURS),
+    (finetuning, FINETUNING, FINETUNING_OURS),
+    (load_script("scripts/choose.py"), {}, CHOOSING),
+]
 CASES = [
     pytest.param(script, names.split(), default, id=f"{script.__name__} {names}")
     for script, *tables in SCRIPTS
@@ -119,7 +145,9 @@ def test_names_aliases_and_defaults_are_frozen(script, names, default):
     assert isinstance(value, bool) == isinstance(default, bool)
 
 
-@pytest.mark.parametrize(("script", "published", "ours"), SCRIPTS, ids=["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    ("script", "published", "ours"), SCRIPTS, ids=["pretrain", "finetune", "choose"]
+)
 def test_there_is_no_option_that_the_tables_do_not_name(script, published, ours):
     listed = {name for names in published | ours for name in names.split()}
     assert actions(script.build_parser()).keys() - listed == {"-h", "--help"}
@@ -208,6 +236,7 @@ def test_num_labeled_takes_a_number_or_all_and_says_so(capsys):
     parser = finetuning.build_parser()
     assert parser.parse_args(["--num-labeled", "250"]).num_labeled == 250
     assert parser.parse_args(["--num-labeled", "all"]).num_labeled == "all"
+    assert parser.parse_args(["--num-labeled", "a/b.csv"]).num_labeled == "a/b.csv"
     with pytest.raises(SystemExit):
         parser.parse_args(["--num-labeled", "some"])
     assert "give an integer or all" in capsys.readouterr().err

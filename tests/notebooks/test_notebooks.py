@@ -163,14 +163,26 @@ def test_the_table_holds_the_precision_of_the_files(executed, name):
     for count in (10, 50):
         pseudo = pseudo_files.load(folder / f"{count}.pth.tar")
         correct = (pseudo.labels == train.targets[pseudo.indexes]).double()
-        entropy = -(pseudo.probabilities * (pseudo.probabilities + 1e-7).log()).sum(dim=1)
+        # the file has calibrated probabilities, in proportion to published^(1 / T)
+        published = pseudo.probabilities.double() ** pseudo.meta.get("calibration", 1.0)
+        published /= published.sum(dim=1, keepdim=True)
+        # the only label of a class is never held out
+        assert ("calibration" in pseudo.meta) == (count == 50)
+        entropy = -(published * (published + 1e-7).log()).sum(dim=1)
         rankings = correct, correct[entropy.argsort()]
         counts = torch.arange(1, len(correct) + 1)
         aucs = [100 * (found.cumsum(0) / counts).mean() for found in rankings]
-        row = rf"{count:6d}  {100 * correct.mean():8.2f}%  +{aucs[0]:.2f}%  +(\d+\.\d+)%\n"
-        found = re.search(row, printed(notebook))
+        row = rf"{count:6d}  {100 * correct.mean():8.2f}%  +{aucs[0]:.2f}%"
+        found = re.search(row + 3 * r"  +(\d+\.\d+)%" + "\n", printed(notebook))
         # images of equal entropy may lie in another order
         assert float(found[1]) == pytest.approx(float(aucs[1]), abs=0.02)
+        for place, probabilities in enumerate((published, pseudo.probabilities.double()), 2):
+            largest, error = probabilities.amax(dim=1), 0.0
+            for upper in torch.arange(1, 16) / 15:
+                own = (largest > upper - 1 / 15) & (largest <= upper)
+                error += abs(float((correct - largest)[own].sum())) / len(correct)
+            # an image on the border of two bins may lie in either
+            assert float(found[place]) == pytest.approx(100 * error, abs=0.02)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -214,8 +226,10 @@ def test_the_votes_of_the_knn_notebook_are_those_of_its_parameters(metric, execu
     )
     votes = (similarities / 0.1).exp() @ torch.eye(10).double()[found.targets[pseudo.labeled]]
     expected = votes / votes.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(pseudo.probabilities.double(), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(pseudo.confidence.double(), expected.amax(1), rtol=0, atol=2e-5)
+    calibrated = expected ** (1 / pseudo.meta["calibration"])
+    calibrated /= calibrated.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(pseudo.probabilities.double(), calibrated, rtol=0, atol=2e-5)
 
 
 def test_features_are_extracted_in_evaluation_mode_and_kept(executed, metric):

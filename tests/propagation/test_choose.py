@@ -7,17 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lib.propagation.choose
-from lib.labels.split import labeled_split
-from lib.propagation import EmbeddingGraph, propagate
-from lib.propagation.algorithms import run_algorithm
+from lib.labels.split import Split, labeled_split
+from lib.propagation import EmbeddingGraph, Propagation, propagate
+from lib.propagation.algorithms import ALGORITHMS, Algorithm, run_algorithm
 from lib.propagation.choose import (
     CANDIDATES,
+    FINE_TEMPERATURES,
     MAX_FOLDS,
+    PULL,
     Candidate,
     Verdict,
     average,
     best,
     brier,
+    calibrate,
     choose,
     committee,
     cross_validate,
@@ -188,6 +191,117 @@ def test_fitted_temperature_undoes_a_scale():
     labels = (labels < torch.rand(4000, 1, generator=generator)).sum(dim=1)
     for scale in (0.5, 1.0, 4.0):
         assert fit_temperature(logits * scale, labels) == pytest.approx(scale, rel=0.25)
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_a_pull_keeps_the_temperature_near_one_where_labels_are_few_and_alike(right):
+    logits = torch.tensor([[3.0, 0.0, 1.0]]).repeat(4, 1)
+    labels = torch.full((4,), 1 - right)  # all are the most probable class, or none
+    edge = fit_temperature(logits, labels, FINE_TEMPERATURES)
+    assert edge == pytest.approx(0.01 if right else 100, rel=0.01)
+    few, more = (fit_temperature(logits, labels, FINE_TEMPERATURES, pull) for pull in (2, 10))
+    assert (0.2 < few < more < 1) if right else (1 < more < few < 5)
+    # the naive sum: as many further images as the pull says, of every class in its share
+    p = logits[0].softmax(dim=0).double()
+    losses = []
+    for t in FINE_TEMPERATURES.tolist():
+        q = (logits[0].double() / t).log_softmax(dim=0)
+        losses.append(float(-4 * q[1 - right] - 10 * 4 * (p * q).sum()))
+    assert more == float(FINE_TEMPERATURES[losses.index(min(losses))])
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """An algorithm whose logits are `told.logits` of every image, whatever the labels."""
+
+    class Told:
+        logits: torch.Tensor
+        folds = 0
+
+        def __call__(self, graph, labelings, num_classes):
+            self.folds += len(labelings)
+            return [self.logits.clone() for _ in labelings]
+
+    algorithm = Told()
+    monkeypatch.setitem(ALGORITHMS, "told", Algorithm(algorithm))
+    return algorithm
+
+
+def of_known_temperature(n, scale):
+    """Logits of n images whose labels were drawn from softmax(logits / scale), and these labels."""
+    rng = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, 4, generator=rng)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=rng)[:, 0]
+    return scale * logits, labels
+
+
+@pytest.mark.parametrize("scale", [1 / 3, 1.0, 3.0])
+def test_logits_of_a_known_temperature_are_brought_back(told, scale):
+    told.logits, labels = of_known_temperature(3000, scale)
+    split = Split(torch.arange(2000), torch.arange(2000, 3000))
+    graph = EmbeddingGraph(torch.zeros(3000, 2))
+    found = calibrate(graph, "told", split, labels[:2000], 4)
+    assert found == pytest.approx(scale, rel=0.1)
+    assert told.folds == 3  # of five: 400 held-out images in each are enough
+    # on top of the temperature that the pseudo-labels have anyway
+    assert calibrate(graph, "told", split, labels[:2000], 4, at=2.0) == pytest.approx(
+        scale / 2, rel=0.1
+    )
+
+
+def test_calibration_changes_the_probabilities_and_nothing_else(told):
+    told.logits, labels = of_known_temperature(400, 3.0)
+    split = Split(torch.arange(300), torch.arange(300, 400))
+    graph = EmbeddingGraph(torch.zeros(400, 2))
+    answer = Propagation(told.logits)
+    temperature = calibrate(graph, "told", split, labels[:300], 4, at=0.5)
+    plain, calibrated = (
+        answer.pseudo_labels(split, temperature=0.5, calibration=one) for one in (None, temperature)
+    )
+    for name in ("indexes", "labels", "confidence", "entropy", "top_classes"):
+        assert torch.equal(getattr(plain, name), getattr(calibrated, name)), name
+    expected = (told.logits[calibrated.indexes] / (0.5 * temperature)).softmax(dim=1)
+    assert torch.equal(calibrated.probabilities, expected)
+    assert torch.equal(calibrated.largest[:, 0], plain.probabilities.amax(dim=1))
+    assert torch.equal(calibrated.largest[:, 1], calibrated.probabilities.amax(dim=1))
+    assert calibrated.meta["calibration"] == temperature
+    assert "calibration" not in plain.meta
+    with pytest.raises(ValueError, match=r"calibration -1\.0: must be positive"):
+        answer.pseudo_labels(split, calibration=-1.0)
+
+
+def test_calibration_equals_a_naive_loop_over_the_folds():
+    metric, split, targets = task(num_labeled=12, spread=0.7)
+    labels = targets[split.labeled]
+    logits, held_labels = [], []
+    for out in make_folds(labels, 0)[:4]:  # four labels of each class: each is held out once
+        kept = [i for i in range(12) if i not in out.tolist()]
+        one = propagate(
+            metric, "poisson", Split(split.labeled[kept], split.unlabeled), labels[kept], 3
+        )
+        logits.append(one.scores[split.labeled[out]])
+        held_labels.append(labels[out])
+    expected = fit_temperature(
+        torch.cat(logits), torch.cat(held_labels), FINE_TEMPERATURES, PULL / 12
+    )
+    assert calibrate(metric, "poisson", split, labels, 3) == pytest.approx(expected, rel=0.06)
+
+
+def test_nothing_is_calibrated_twice_or_without_labels_to_hold_out():
+    metric, split, targets = task(num_labeled=3)
+    assert calibrate(metric, "nc", split, targets[split.labeled], 3) is None
+    metric, split, targets = task(num_labeled=12)
+    for method in ("auto", "ensemble"):
+        assert calibrate(metric, method, split, targets[split.labeled], 3) is None
+
+
+def test_classes_with_one_label_or_none_do_not_hinder_calibration():
+    metric, split, targets = task(num_labeled=12)
+    labels = targets[split.labeled]  # class by class, four of each
+    few = Split(split.labeled[:5], split.unlabeled)  # one of class 1, none of class 2
+    found = calibrate(metric, "knn", few, labels[:5], 3)
+    assert found is not None
+    assert 0.1 < found < 10
 
 
 def test_brier_loss_is_zero_for_a_certain_right_answer_and_two_for_a_wrong_one():

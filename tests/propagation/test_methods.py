@@ -31,7 +31,7 @@ from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.diffusion import propagate_poisson, propagate_spreading
 from lib.propagation.embedding_graph import GraphCache
 from lib.propagation.normalized_cut import propagate_filter
-from lib.propagation.scores import log_shares, match_prior
+from lib.propagation.scores import NEVER, log_shares, match_prior
 
 
 def spread(graph, labeled, labels, num_classes, alpha=0.99):
@@ -433,15 +433,35 @@ def test_impossible_method_says_why(method, parameters, words):
 @pytest.mark.parametrize("method", ["nc", "filter", "poisson"])
 def test_a_class_without_a_label_is_named(method):
     metric, split, targets = task()
-    some = targets[split.labeled] != 1
+    some = split.labeled[targets[split.labeled] != 1]
     with pytest.raises(ValueError, match=r"none of class \[1\]"):
-        propagate(
-            metric,
-            method,
-            Split(split.labeled[some], split.unlabeled),
-            targets[split.labeled][some],
-            3,
-        )
+        ALGORITHMS[method].propagate(metric, [Labeling(some, targets[some])], 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prior", [None, "uniform"])
+def test_a_class_without_a_label_leaves_the_others_as_if_it_were_not_there(method, prior):
+    metric, split, targets = task(num_classes=4, num_labeled=24)
+    some = split.labeled[targets[split.labeled] != 1]
+    given, others = Split(some, split.unlabeled), torch.tensor([0, 2, 3])
+    compact = torch.searchsorted(others, targets[some])
+    priors = [[1 / c] * c if prior else None for c in (4, 3)]
+    found = propagate(metric, method, given, targets[some], 4, class_prior=priors[0])
+    alone = propagate(metric, method, given, compact, 3, class_prior=priors[1])
+    torch.testing.assert_close(found.scores[:, others].softmax(1), alone.scores.softmax(1))
+    pseudo = found.pseudo_labels(given)
+    assert (pseudo.probabilities[:, 1] < 1e-5).all()
+    assert set(pseudo.labels.tolist()) == set(others.tolist())
+
+
+def test_labelings_of_different_classes_are_run_one_by_one():
+    metric, split, targets = task(num_classes=4, num_labeled=24)
+    parts = [split.labeled[targets[split.labeled] != label] for label in (0, 3)]
+    labelings = [Labeling(x, targets[x]) for x in (split.labeled, *parts)]
+    together = run_algorithm(metric, "nc", labelings, 4)
+    for one, scores in zip(labelings, together, strict=True):
+        assert torch.equal(run_algorithm(metric, "nc", [one], 4)[0], scores)
+        assert (scores == NEVER).all(dim=0).sum() == 4 - len(one.labels.unique())
 
 
 def test_spreading_of_a_class_without_a_label_gives_it_to_nobody():

@@ -11,8 +11,10 @@ from torch import Tensor
 import lib.graph.neighbors
 import lib.graph.spectrum
 from lib.graph.filters import FILTERS
-from lib.labels.split import labeled_split
+from lib.labels.split import Split, labeled_split
 from lib.propagation import METHODS, EmbeddingGraph, propagate
+from lib.propagation.active_learning import METHODS as CHOICES
+from lib.propagation.active_learning import choose
 from lib.propagation.algorithms import ALGORITHMS
 from lib.propagation.embedding_graph import GraphCache
 from lib.report import plots
@@ -65,6 +67,28 @@ def test_labels_spread_there_as_on_the_cpu(method, options, parts, pretending):
     torch.testing.assert_close(
         one.probabilities[order[0]], other.probabilities[order[1]], atol=2e-2, rtol=0
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_class_without_a_label_is_left_out_there(method, pretending):
+    features, targets = task()
+    split = labeled_split(targets, 30, 3, 0)
+    some = split.labeled[targets[split.labeled] != 1]
+    space = EmbeddingGraph(features.to(DEVICE))
+    options = {"class_prior": [0.3, 0.3, 0.4]}
+    found = propagate(space, method, Split(some, split.unlabeled), targets[some], 3, **options)
+    assert isinstance(found.scores, Pretended)
+    assert set(found.scores.argmax(dim=1).cpu().tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("method", CHOICES)
+def test_images_to_label_are_chosen_there_as_on_the_cpu(method, pretending):
+    features, targets = task()
+    options = {"targets": targets, "num_classes": 3, "labeled": torch.tensor([3, 5, 9])}
+    options |= {"weights": torch.rand(len(features))}
+    one, other = (choose(method, on, 6, **options) for on in (features, features.to(DEVICE)))
+    assert not isinstance(other, Pretended)
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("graph", ["cifar", "local-scale", "imagenet"])

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_ok, assert_refused, run_script
+from conftest import assert_ok, assert_refused, blobs, run_script
 from PIL import Image
+from runs import contents, make_folder
 
 from lib.cli.start import load_script
+from lib.features.extraction import FeatureSet
+from lib.files import checkpoint
 from lib.objectives.memory_bank import build_loss
 
 
@@ -33,6 +36,20 @@ def test_the_benchmark_of_propagation_compares_with_the_literal_steps(tmp_path):
     assert "nc: " in printed
     assert "times as fast as literal" in printed
     assert printed.index("nc: ") < printed.index("filter: ")
+
+
+def test_the_benchmark_of_choices_measures_each_of_them(tmp_path):
+    benchmark = load_script("scripts/benchmarks/choosing.py")
+    rows, targets = blobs(4, 40, spread=0.5)
+    file, output = tmp_path / "rows.pth.tar", tmp_path / "numbers.json"
+    checkpoint.save(FeatureSet(rows, targets, 4).state(), file)
+    words = ["--features", str(file), "--num-labeled", "4", "8", "--seeds", "2"]
+    found = benchmark.main(benchmark.build_parser().parse_args([*words, "--output", str(output)]))
+    assert list(found) == list(benchmark.WAYS)
+    assert json.loads(output.read_text())["ways"].keys() == found.keys()
+    assert found["stratified"]["classes"] == {4: [4, 4], 8: [4, 4]}
+    for way in found.values():
+        assert all(len(way[name][8]) == 2 and min(way[name][8]) > 25 for name in ("nc", "knn"))
 
 
 def test_features_without_labels_cannot_be_measured(tmp_path):
@@ -135,3 +152,36 @@ def test_curves_of_two_variants_are_compared_over_the_seeds(tmp_path):
     assert_refused(
         run_script("scripts/benchmarks/compare_training.py", *words, "--seeds", 1), "--seeds"
     )
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_objectives_prints_both_tables_and_repeats_no_run(tmp_path):
+    data = ("--dataset", "folder", "--data-dir", make_folder(tmp_path / "pictures"))
+    words = (*data, "--image-size", 16, "--passes", 208, "--num-labeled", 8, "--splits", 2)
+    words += (
+        "--settings",
+        "instance: -b 16 --views 2",
+        "two-view: -b 16",
+        "patches-tcr: -b 16 --views 2",
+    )
+    words += ("--output", tmp_path / "out", "--num-workers", 0)
+    printed = assert_ok(run_script("scripts/benchmarks/objectives.py", *words))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = ["instance", "two-view", "patches-tcr"]
+    assert list(record["knn"]) == list(record["minutes"]) == rows
+    assert all(list(curve) == ["104", "208"] for curve in record["knn"].values())  # two epochs
+    assert list(record["precision"]) == [*rows, "untrained network", "color histogram"]
+    assert statistics.mean(record["precision"]["color histogram"]["8"]) > 90  # they differ by color
+    assert printed.count("| two-view |") == 2
+    files = contents(tmp_path / "out")
+    assert_ok(run_script("scripts/benchmarks/objectives.py", *words))
+    checkpoints = [name for name in files if name.endswith(".pth.tar")]
+    again = contents(tmp_path / "out")
+    assert len(checkpoints) == 6
+    assert all(again[name] == files[name] for name in checkpoints)
+
+
+def test_settings_of_an_objective_that_there_is_not_are_refused(tmp_path):
+    words = ("--output", tmp_path, "--settings", "byol: -b 16")
+    refused = run_script("scripts/benchmarks/objectives.py", *words)
+    assert_refused(refused, "--settings 'byol: -b 16'", "a colon and its options")

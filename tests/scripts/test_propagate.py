@@ -25,6 +25,7 @@ from lib.labels import pseudo_files, pseudo_labels
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
 from lib.report import page
+from lib.report.curves import accuracy_coverage
 from models import build_model
 from models.layers import l2_normalize
 
@@ -65,6 +66,59 @@ def test_one_file_per_number_of_labels_and_its_precision(features, tmp_path, cap
         assert correct > 0.5  # far from the 10% of a guess: the labels did spread
         assert pseudo.meta["propagation"]["method"] == method
     assert json.loads((tmp_path / "results.json").read_text())["results"] == results
+
+
+@pytest.mark.parametrize("method", ["knn", "nc"])
+def test_calibration_brings_probabilities_nearer_to_the_truth_and_changes_no_label(
+    features, tmp_path, capsys, method
+):
+    options = ("--num-eigenvectors", 12) if method == "nc" else ()
+    words = ("--features", features, "--method", method, *options, "--num-labeled", 10, 300)
+    words = (*words, "--work-dir", tmp_path / "work")
+    on, off = tmp_path / "on", tmp_path / "off"
+    found = call(*words, "--save-path", on)
+    lines = capsys.readouterr().out.splitlines()
+    plain = call(*words, "--save-path", off, "--calibration", "off")
+    assert "temperature" not in capsys.readouterr().out
+    for n in ("10", "300"):
+        one, other = (checkpoint.load(folder / f"{n}.pth.tar") for folder in (on, off))
+        for key in ("pseudo_indexes", "pseudo_labels", "pseudo_weights"):
+            assert torch.equal(one[key], other[key])
+        published = other["pseudo_probs"]
+        if method == "knn":
+            assert torch.equal(published.amax(dim=1), other["pseudo_weights"])
+        temperature = one["meta"].get("calibration")
+        assert found[n]["calibration"] == temperature
+        assert plain[n]["calibration"] is None
+        (line,) = (line for line in lines if line.split()[:1] == [n])
+        if n == "10":
+            assert temperature is None
+            assert line.endswith(propagate.NOT_CALIBRATED)
+            assert torch.equal(one["pseudo_probs"], published)
+            continue
+        assert line.endswith(f"temperature {temperature:.2f}")
+        expected = published.double() ** (1 / temperature)
+        expected /= expected.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(one["pseudo_probs"].double(), expected, rtol=0, atol=1e-4)
+        # a text column, a result and the truth say the same
+        assert f"{found[n]['ece_published']:.2f}%  {found[n]['ece']:>5.2f}%" in line
+        assert found[n]["ece_published"] == plain[n]["ece"] == plain[n]["ece_published"]
+        assert found[n]["ece"] < 0.7 * plain[n]["ece"]
+
+
+def test_chunks_have_the_temperature_of_the_first(features, tmp_path):
+    words = ("--features", features, "--method", "knn", "--num-labeled", 100, "--chunks", 2)
+    call(*words, "--save-path", tmp_path)
+    one, other = pseudo_files.load_chunks(tmp_path / "num_labeled_100")
+    assert one.meta["calibration"] == other.meta["calibration"] != 1
+
+
+def test_auto_says_that_it_is_calibrated_anyway(features, tmp_path, capsys):
+    words = ("--features", features, "--method", "auto", "--num-labeled", 20)
+    call(*words, "--calibration", "off", "--save-path", tmp_path)
+    said = capsys.readouterr()
+    assert "--calibration has no effect with --method auto" in said.err
+    assert "calibration" not in pseudo_files.load(tmp_path / "20.pth.tar").meta
 
 
 def test_parameters_reach_the_method(features, tmp_path):
@@ -147,7 +201,7 @@ def test_the_number_of_workers_reaches_the_reader_of_images(features, tmp_path, 
     bare = tmp_path / "bare.t7"
     torch.save(checkpoint.load(features)["train_features"], bare)
     monkeypatch.setattr("lib.features.extraction.build_datasets", recorded)
-    monkeypatch.setattr(propagate, "build_datasets", recorded)
+    monkeypatch.setattr("lib.cli.embedding.build_datasets", recorded)
     words = ("--features", bare, "--dataset", "patches", "--method", "knn", "-j", 5, "--report")
     call(*words, "--num-labeled", 20, "--save-path", tmp_path)
     assert asked == [5, 5]
@@ -212,7 +266,8 @@ def test_features_off_the_unit_sphere_are_as_published_and_mix_with_no_others(tm
     def run(method: str, normalize: str) -> pseudo_labels.PseudoLabels:
         more = ("--num-eigenvectors", 30) if method == "nc" else ()
         folder = tmp_path / f"{method}-{normalize}"
-        call(*words, "--method", method, *more, "--normalize", normalize, "--save-path", folder)
+        more += ("--normalize", normalize, "--calibration", "off")  # all as published
+        call(*words, "--method", method, *more, "--save-path", folder)
         return pseudo_files.load(folder / "50.pth.tar")
 
     for normalize in ("on", "off", "on", "off"):
@@ -391,6 +446,11 @@ def test_the_report_shows_a_sheet_of_every_class(features, tmp_path, capsys):
         assert f'src="{file}"' in page
         assert len(np.unique(np.asarray(Image.open(tmp_path / file).convert("L")))) > 20
     assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert (tmp_path / "reliability.png").stat().st_size > 5000
+    curve = accuracy_coverage(pseudo, build_datasets("patches", "")[0].targets)
+    cells = "".join(f"<td>{error}</td>" for error in curve.errors())
+    assert 'src="reliability.png"' in page
+    assert cells in page
     assert str(tmp_path / "report.html") in capsys.readouterr().out
 
 
