@@ -10,6 +10,14 @@ The supervised baseline on the same labeled images, from the metric or (without 
 
     python cifar-semi.py --num-labeled 250 --resume checkpoint/instance_cifar10/ckpt.cifar.pth.tar
 
+Beside the published finetuning, all pseudo-labeled images can be trained on in strongly augmented and mixed
+views, toward a target that goes over from the graph's probabilities to the network's own:
+
+    python cifar-semi.py --num-labeled 250 --pretrained checkpoint/instance_cifar10/ckpt.cifar.pth.tar \\
+        --pseudo-file checkpoint/pseudos/instance_nc_wrn-28-2/250.pth.tar --consistency
+
+Its options have defaults of their own then, which --help names.
+
 Several GPUs, or processes on a CPU: `--gpus 0,1,2,3` or `--gpus cpu,cpu`. Results change through BatchNorm
 alone: each process normalizes by its own rows. Several machines:
 `torchrun --nnodes 2 --nproc-per-node 4 ... cifar-semi.py ...`.

@@ -174,7 +174,8 @@ class _Files:
     no_probabilities: bool = option(
         False,
         help="leave pseudo_probs out of the files, as the published ImageNet ones do: 4 bytes for each "
-        "image and class, 5 GB for a million images and 1000 classes. Phase 3 does not read them",
+        "image and class, 5 GB for a million images and 1000 classes. Phase 3 reads them with --consistency "
+        "alone",
     )
     work_dir: str = option(
         "",
