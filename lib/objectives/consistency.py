@@ -59,10 +59,10 @@ class Consistency(Objective):
         self.num_batches, self.kind, self.seed = num_batches, weights, seed
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("posteriors", posteriors, persistent=False)
-        confidence = posteriors.amax(dim=1).mean()
+        confidence = posteriors.amax(dim=1).float()
         self.register_buffer("mean_probabilities", posteriors.mean(dim=0).float())
-        self.register_buffer("mean_confidence", confidence.float())
-        self.register_buffer("confidence_variance", torch.ones(()))
+        self.register_buffer("mean_confidence", confidence.mean())
+        self.register_buffer("confidence_variance", confidence.var(correction=0))
 
     def draw(self, total: int, place: int) -> tuple[Tensor, ...]:
         """Draw for each labeled image the boxes of `ratio` unlabeled ones, and repeat the graph's share."""

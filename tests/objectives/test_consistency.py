@@ -55,6 +55,7 @@ def test_the_loss_is_that_of_a_naive_loop(kind):
     made, net = objective(weights=kind), network().requires_grad_(False)
     batch = batch_of(made)
     prior, before = made.mean_probabilities.clone(), float(made.mean_confidence)
+    spread = float(made.confidence_variance)
     found, _ = made(net, batch)
     supervised = 0.0
     for image, position in zip(batch.images, batch.positions.tolist(), strict=True):
@@ -74,7 +75,7 @@ def test_the_loss_is_that_of_a_naive_loop(kind):
     mean = sum(confidences) / n
     variance = sum((c - mean) ** 2 for c in confidences) / (n - 1)
     mean = MOMENTUM * before + (1 - MOMENTUM) * mean
-    variance = MOMENTUM + (1 - MOMENTUM) * variance
+    variance = MOMENTUM * spread + (1 - MOMENTUM) * variance
     weights = [math.exp(-(min(c - mean, 0) ** 2) / (2 * variance / 4)) for c in confidences]
     if kind == "freematch":
         thresholds = [mean * float(prior[t] / prior.max()) for t in targets]
