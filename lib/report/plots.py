@@ -144,7 +144,7 @@ def reliability(curves: dict[int, Curve]) -> Figure:
         axes.set(title=f"{n} labels", xlabel="probability (%)", ylabel="right (%)")
         axes.set(xlim=(0, 100), ylim=(0, 100))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize="x-small")
+        axes.legend(fontsize="x-small")
     for axes in list(panels):
         axes.remove()
     return figure
