@@ -23,14 +23,15 @@ from torch import Tensor
 from lib.cli import declared, start
 from lib.files import checkpoint
 from lib.files.atomic import write_whole
-from lib.files.published import in_published_units, is_metric
-from lib.files.weights import NETWORKS, strip_wrappers
+from lib.files.published import HEADS, in_published_units, is_metric
+from lib.files.weights import NETWORKS, model_weights, strip_wrappers
 
 CANNOT_CONTINUE = (
     "The scripts of 2019 take the weights of this metric (cifar-semi.py --resume, the notebooks, "
     "imagenet-semi.py --pretrained). They cannot continue its training, for which they want the memory bank "
     "as a pickled object of theirs."
 )
+NO_LAST_LAYER = " Nor do the notebooks take this one, which has no last layer (--objective)."
 
 
 def _renamed(state: Any, prefix: str) -> Any:
@@ -140,7 +141,8 @@ def main(args: argparse.Namespace) -> None:
     if args.published_format:
         written = checkpoint.load(args.target)
         if isinstance(written, dict) and is_metric(written):
-            print(CANNOT_CONTINUE)
+            headless = not set(HEADS) & model_weights(written, args.target).keys()
+            print(f"{CANNOT_CONTINUE}{NO_LAST_LAYER if headless else ''}")
 
 
 if __name__ == "__main__":

@@ -137,14 +137,14 @@ def reliability(curves: dict[int, Curve]) -> Figure:
         both = {"published": curve.published, "calibrated": curve.calibrated}
         axes.plot((0, 100), (0, 100), "--", color="gray", linewidth=1)
         for color, (name, found) in zip(("C1", "C0"), both.items(), strict=True):
-            full = found.count > 0
-            x, y = 100 * found.probability[full], 100 * found.accuracy[full]
+            full, share = found.count > 0, found.count / found.count.sum()
+            x, y = (100 * values[full].numpy() for values in (found.probability, found.accuracy))
             axes.plot(x, y, color=color, linewidth=1, label=f"{name}: ECE {found.error:.1f}%")
-            axes.scatter(x, y, 150 * found.count[full] / found.count.sum(), color=color)
+            axes.scatter(x, y, 150 * share[full].numpy(), color=color)
         axes.set(title=f"{n} labels", xlabel="probability (%)", ylabel="right (%)")
         axes.set(xlim=(0, 100), ylim=(0, 100))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", fontsize="x-small")
+        axes.legend(fontsize="x-small")
     for axes in list(panels):
         axes.remove()
     return figure

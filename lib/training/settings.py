@@ -39,9 +39,9 @@ class Objective:
         choices=OBJECTIVES,
         help="what the metric learns from. instance: each image against the rows of all others in a memory "
         "bank, as published; two-view: two augmentations of an image against the rest of a large batch "
-        "(SimCLR); patches-tcr: many small crops of an image that agree, while images spread out (EMP-SSL), "
-        "which learns most in few epochs. The last two train through a projection head that is not kept; "
-        "the embedding is what the network gives before it",
+        "(SimCLR); patches-tcr: many small crops of an image that agree, while images spread out (EMP-SSL). "
+        "The last two train through a projection head that is not kept; the embedding is what the network "
+        "gives before it",
     )
     views: int = invariant(
         1,

@@ -254,10 +254,16 @@ def test_an_earlier_file_of_ours_goes_to_the_scripts_of_2019_in_their_units(tmp_
     checkpoint.save(earlier, tmp_path / "in")
     call(convert, "convert", tmp_path / "in", tmp_path / "out", "--published-format")
     assert torch.load(tmp_path / "out", weights_only=True)["acc"] == 0.25
-    assert "cannot continue its training" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cannot continue its training" in said
+    assert "notebooks take this one, which has no last layer" in said
+    bank["net"] |= {"fc.weight": torch.ones(2, 2)}
     checkpoint.save(bank | CIFAR_METRIC.accuracies(25.0, 40.0) | {"meta": {}}, tmp_path / "in")
     call(convert, "convert", tmp_path / "in", tmp_path / "out", "--published-format")
     assert torch.load(tmp_path / "out", weights_only=True)["acc"] == 0.25
+    said = capsys.readouterr().out
+    assert "cannot continue its training" in said
+    assert "no last layer" not in said
 
 
 def test_show_prints_the_tree_of_a_published_file(tmp_path, wrn):

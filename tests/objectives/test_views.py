@@ -49,7 +49,7 @@ def test_two_views_know_nothing_where_all_projections_are_equal():
     objective = TwoViews(6, CPU, temperature=0.5, batch_size=7).double()
     network = lambda images: torch.ones(len(images), 6).double()  # noqa: E731
     loss = objective(network, batch_of(7, 2))[0]["loss"]
-    assert float(loss) == pytest.approx(objective.chance) == pytest.approx(math.log(13))
+    assert loss.item() == pytest.approx(objective.chance) == pytest.approx(math.log(13))
 
 
 def test_two_views_of_a_single_image_have_nothing_to_learn():
