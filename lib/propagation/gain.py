@@ -1,0 +1,102 @@
+"""What pseudo-labels would gain a classifier, by cross-validation on the labeled images alone.
+
+A linear classifier on the features stands for the one of phase 3. It is trained on the labels that are not
+held out and on the most confident share of the pseudo-labels that these labels give, and tested on the labels
+that are. The share 0 is the labels alone: where the metric is poor, no other one is better.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from lib.labels.confidence import from_scores
+from lib.labels.pseudo_labels import most_confident
+from lib.labels.split import Split
+from lib.propagation.choose import make_folds
+from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.labelings import others
+from lib.propagation.methods import propagate
+
+RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
+LABELED_SHARE = 0.5  # of the weight of all images, if there are pseudo-labels
+RIDGE = 0.01  # penalty on the squared weights, relative to the weight of all images
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Accuracy on held-out labels in percent, by the share of the pseudo-labels that is trained on."""
+
+    accuracy: dict[float, float]
+    num_held_out: int  # images, each counted once
+
+    @property
+    def ratio(self) -> float:
+        """The share with the highest accuracy, the smallest one of equals."""
+        return max(self.accuracy, key=lambda ratio: (self.accuracy[ratio], -ratio))
+
+    def __str__(self) -> str:
+        alone, best = self.accuracy[0.0], self.accuracy[self.ratio]
+        text = f"{self.num_held_out} labels, held out: {alone:.1f}% right by the other labels alone"
+        if self.ratio == 0:
+            return f"{text}, and no share of the pseudo-labels gains anything"
+        return f"{text}, {best:.1f}% with {100 * self.ratio:.0f}% of the pseudo-labels"
+
+
+def estimate_gain(
+    graph: EmbeddingGraph,
+    method: str,
+    split: Split,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    **options: Any,
+) -> Gain | None:
+    """Measure each share of the pseudo-labels that `propagate` makes with the same arguments.
+
+    Shares are taken of each pseudo-class, and pseudo-labels count by their confidence. None where no class
+    has two labels, so that none can be held out.
+    """
+    held = make_folds(labels, seed)
+    if not held:
+        return None
+    right = {ratio: 0.0 for ratio in (0.0, *ratios)}
+    for out in held:
+        keep = others(len(labels), out)
+        labeled = split.labeled[keep]
+        fold = Split(labeled, others(len(graph), split.labeled))
+        answer = propagate(graph, method, fold, labels[keep], num_classes, **options)
+        pseudo = from_scores(answer.scores, fold, confidence=answer.confidence, probabilities=False)
+        test, truth = split.labeled[out], labels[out]
+        for ratio in right:
+            (best,) = most_confident([pseudo], ratio, class_balanced=True)
+            rows = torch.cat([labeled, pseudo.indexes[best]])
+            classes = torch.cat([labels[keep], pseudo.labels[best]])
+            weights = torch.cat([_share(torch.ones(len(keep))), _share(pseudo.confidence[best])])
+            weights[: len(keep)] *= LABELED_SHARE / (1 - LABELED_SHARE)
+            found = _ridge(graph.features, rows, classes, weights, test, num_classes)
+            right[ratio] += float((found == truth).sum())
+    count = sum(map(len, held))
+    accuracy = {ratio: 100 * hits / count for ratio, hits in right.items()}
+    return Gain(accuracy, len(torch.cat(held).unique()))
+
+
+def _share(weights: Tensor) -> Tensor:
+    return weights / weights.sum().clamp_min(1e-6)
+
+
+def _ridge(
+    features: Tensor, rows: Tensor, classes: Tensor, weights: Tensor, test: Tensor, num_classes: int
+) -> Tensor:
+    """Predict the classes of `test` by weighted ridge regression on the classes of `rows`."""
+    device = features.device
+    x, y = features[rows.to(device)], one_hot(classes, num_classes).to(device, features.dtype)
+    weighted = x * weights.to(device, features.dtype)[:, None]
+    penalty = RIDGE * float(weights.sum()) * torch.eye(x.shape[1], device=device)
+    solution = torch.linalg.solve(x.T @ weighted + penalty, weighted.T @ y)
+    return (features[test.to(device)] @ solution).argmax(dim=1).cpu()
