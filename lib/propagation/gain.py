@@ -65,7 +65,7 @@ def estimate_gain(
     held = make_folds(labels, seed)
     if not held:
         return None
-    right = {ratio: 0.0 for ratio in (0.0, *ratios)}
+    right = dict.fromkeys((0.0, *ratios), 0.0)
     for out in held:
         keep = others(len(labels), out)
         labeled = split.labeled[keep]
