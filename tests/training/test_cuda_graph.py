@@ -13,7 +13,13 @@ from runs import assert_same, call, pretraining
 from torch import nn
 
 from datasets.images import CIFAR10_STATS, ImageSet
-from datasets.transforms import Augmentation, finetune_ops, patch_ops, two_view_ops
+from datasets.transforms import (
+    Augmentation,
+    finetune_ops,
+    instance_ops,
+    patch_ops,
+    two_view_ops,
+)
 from lib.loading.batches import Batches
 from lib.objectives.classification import Classification
 from lib.objectives.coding_rate import ManyPatches
@@ -60,11 +66,13 @@ class Run:
             self.objective = ManyPatches(64, DEVICE, views=3)
         elif task != "classifier":
             loss = build_loss({"softmax": 0, "nce": 5}[task], 0.2, z_momentum=0.9)
-            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views=2)
+            views = 2 if task == "nce" else 1
+            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views)
         self.objective.to(DEVICE.torch_device)
         learned = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = sgd(learned, 0.1, 5e-4, kind="lars" if task == "patches-tcr" else "sgd")
-        ops = {"classifier": finetune_ops(), "patches-tcr": patch_ops()}.get(task, two_view_ops())
+        chains = {"two-view": two_view_ops, "patches-tcr": patch_ops, "classifier": finetune_ops}
+        ops = chains.get(task, instance_ops)()
         views = [Augmentation(ops, CIFAR10_STATS)] * self.objective.views
         self.batches = Batches(data, views, DEVICE, batch_size=BATCH_SIZE)
         self.repeats = task == "classifier"
