@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data; bad pseudo-label files are refused here
     parser = build_parser()
-    declared.take_presets(parser, args)
+    parser.set_defaults(**parser.chosen_defaults(args))
     checks.check_finetuning(args, parser)
     settings = declared.values(args, Settings)
     device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)

@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    declared.take_presets(parser, args)
+    parser.set_defaults(**parser.chosen_defaults(args))
     checks.check_finetuning(args, parser)
     checks.check_imagenet(args, "cifar-semi.py", external_too=True)
 

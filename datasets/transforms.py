@@ -469,16 +469,18 @@ class Augmentation:
         return (x - mean).div_(std)
 
 
-CROPS = ("RandomResizedCrop", "PadCrop")
+RESIZED_CROP, PAD_CROP = CROPS = ("RandomResizedCrop", "PadCrop")
 
 
 def _first_op(crop: str, scale: float) -> Op:
     if crop not in CROPS:
         raise ValueError(f"unknown crop {crop!r}: take {' or '.join(CROPS)}")
-    return RandomResizedCrop(scale) if crop == CROPS[0] else PadCrop()
+    return RandomResizedCrop(scale) if crop == RESIZED_CROP else PadCrop()
 
 
-def instance_ops(crop: str = CROPS[0], scale: float = 0.2, *, gray_first: bool = False) -> list[Op]:
+def instance_ops(
+    crop: str = RESIZED_CROP, scale: float = 0.2, *, gray_first: bool = False
+) -> list[Op]:
     """Return the published augmentation of phase 1 (Wu et al. 2018): crop, jitter, gray, flip.
 
     Args:
@@ -492,7 +494,7 @@ def instance_ops(crop: str = CROPS[0], scale: float = 0.2, *, gray_first: bool =
     return [_first_op(crop, scale), *colors, RandomHorizontalFlip()]
 
 
-def two_view_ops(crop: str = CROPS[0], scale: float = 0.2) -> list[Op]:
+def two_view_ops(crop: str = RESIZED_CROP, scale: float = 0.2) -> list[Op]:
     """Return an augmentation of SimCLR for small images (Chen et al. 2020): no blur, little gray."""
     colors = [RandomApply(ColorJitter(0.4, hue=0.1), 0.8), RandomGrayscale(0.1)]
     return [_first_op(crop, scale), RandomHorizontalFlip(), *colors]

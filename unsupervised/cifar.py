@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from datasets import build_datasets
-from datasets.transforms import Augmentation, instance_ops
+from datasets.transforms import PAD_CROP, Augmentation, instance_ops
 from lib.cli import checks, declared, start
 from lib.files import provenance
 from lib.files.checkpoint import newest_readable
@@ -54,7 +54,7 @@ from lib.training.log import main_log
 from lib.training.optimizer import learning_rate, sgd
 from lib.training.pretraining import Settings
 from lib.training.progress import EpochProgress, TimeLeft, step_arithmetic
-from lib.training.settings import CifarPretraining
+from lib.training.settings import PATCHES_TCR, CifarPretraining
 from lib.training.state import Checkpoints, TrainState, describe
 from lib.training.step import train_steps
 from models import build_model
@@ -63,20 +63,22 @@ LAST, BEST = "ckpt.cifar.pth.tar", "ckpt.cifar.best.pth.tar"
 RESUME_INVARIANTS = resume_invariants(CifarPretraining)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     return declared.parser(__doc__, CifarPretraining)
 
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    declared.take_presets(parser, args)
+    parser.set_defaults(**parser.chosen_defaults(args))  # what the user did not choose
     checks.check_pretraining(args, parser)
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")
     if args.test_only:
         checks.warn_unused(args, parser, "with --test-only", *checks.ONLY_TRAINING, "nce_t")
-    if args.transform_crop == "PadCrop":
-        checks.warn_unused(args, parser, "with PadCrop", "transform_scale")
+    if args.objective == PATCHES_TCR:
+        checks.warn_unused(args, parser, f"with --objective {PATCHES_TCR}", "transform_crop")
+    elif args.transform_crop == PAD_CROP:
+        checks.warn_unused(args, parser, f"with {PAD_CROP}", "transform_scale")
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:

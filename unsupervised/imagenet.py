@@ -60,7 +60,7 @@ LAST, BEST, NUMBERED = "ckpt.pth.tar", "model_best.pth.tar", "ckpt-{epoch}.pth.t
 RESUME_INVARIANTS = resume_invariants(ImageNetPretraining)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__, ImageNetPretraining)
     declared.add_dummy(parser)
     return parser
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    declared.take_presets(parser, args)
+    parser.set_defaults(**parser.chosen_defaults(args))  # what the user did not choose
     checks.check_pretraining(args, parser)
     checks.check_imagenet(args, "unsupervised/cifar.py")
     if args.auto_resume and args.resume not in ("", "auto"):

@@ -14,6 +14,7 @@ from lib.cli.declared import flag
 from lib.features.backbones import is_external
 from lib.labels.split import is_list, name_of
 from lib.runtime import distributed
+from lib.training.settings import INSTANCE, TWO_VIEW
 from models import IMAGENET_ARCHITECTURES
 
 # without effect where a checkpoint is measured
@@ -41,9 +42,9 @@ def check_common(args: argparse.Namespace) -> None:
 def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Check the options of phase 1, and warn of options that have no effect."""
     check_common(args)
-    if args.objective != "instance":
+    if args.objective != INSTANCE:
         unused = ("low_dim", "nce_k", "nce_m", "nce_loss", "nce_z")
-        unused += () if args.objective == "two-view" else ("nce_t",)
+        unused += () if args.objective == TWO_VIEW else ("nce_t",)
         warn_unused(args, parser, f"with --objective {args.objective}", *unused)
     elif args.nce_k == 0:
         warn_unused(args, parser, "without --nce-k", "nce_loss", "nce_z")

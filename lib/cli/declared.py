@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, TypeVar, get_args
@@ -68,7 +67,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser in which the value of an option may choose the defaults of others.
 
     `presets` maps the name of an option, its value and the name of another option to a default.
@@ -77,23 +76,26 @@ class _Parser(argparse.ArgumentParser):
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.presets:
-            take_presets(self, super().parse_known_args(args, copy(namespace))[0])
-        return super().parse_known_args(args, namespace)
+        given = vars(namespace) if namespace else {}
+        chosen = super().parse_known_args(args, argparse.Namespace(**given))[0]
+        # what the namespace has already, argparse takes for the default
+        start = argparse.Namespace(**self.chosen_defaults(chosen) | given)
+        return super().parse_known_args(args, start)
+
+    def chosen_defaults(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Return the defaults that go with the values in `args`, by the name of their option."""
+        found: dict[str, Any] = {}
+        for name, values in self.presets.items():
+            found |= values.get(getattr(args, name), {})
+        return found
 
 
-def take_presets(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Give a parser of `parser` the defaults that go with the options in `args`."""
-    for name, values in getattr(parser, "presets", {}).items():
-        parser.set_defaults(**values.get(getattr(args, name), {}))
-
-
-def parser(manual: str | None, settings: type | None = None) -> argparse.ArgumentParser:
+def parser(manual: str | None, settings: type | None = None) -> Parser:
     """Return a parser that shows the script's docstring `manual`; it does not guess abbreviated options.
 
     The options are those that the dataclass `settings` declares; without one the script adds its own.
     """
-    made = _Parser(description=manual, formatter_class=_Help, allow_abbrev=False)
+    made = Parser(description=manual, formatter_class=_Help, allow_abbrev=False)
     if settings is not None:
         add_options(made, settings)
         made.presets = presets_of(settings)

@@ -153,9 +153,14 @@ def _split_of_list(path: str, targets: Tensor, num_classes: int, images: Images 
             f"{'it' if len(empty) == 1 else 'them'}",
             stacklevel=3,
         )
-    others = torch.ones(len(targets), dtype=torch.bool)
-    others[labeled] = False
-    return Split(labeled, others.nonzero()[:, 0])
+    return Split(labeled, others(len(targets), labeled))
+
+
+def others(num_images: int, labeled: Tensor) -> Tensor:
+    """Return the indexes of the images that are not among `labeled`."""
+    unlabeled = torch.ones(num_images, dtype=torch.bool, device=labeled.device)
+    unlabeled[labeled] = False
+    return unlabeled.nonzero()[:, 0]
 
 
 def cut_into_chunks(split: Split, num_chunks: int, seed: int = 0) -> list[Tensor]:

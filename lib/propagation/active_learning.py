@@ -11,15 +11,13 @@ from torch.nn.functional import normalize
 
 from datasets.images import UNKNOWN
 from lib.graph.neighbors import nearest_neighbors
-from lib.labels.split import labeled_split
-from lib.propagation.labelings import others
+from lib.labels.split import labeled_split, others
 from lib.runtime.distributed import progress_bar
 from lib.runtime.seeding import generator
 
 METHODS = ("maxherding", "typiclust", "random", "stratified")
-COVERED = (
-    10_000  # images that herding covers, and chooses from: drawn, where there are more; 400 MB
-)
+# images that herding covers, and chooses from: drawn, where there are more; 400 MB
+COVERED = 10_000
 MOST_HERDED = 20_000  # images that it may choose, as it compares all pairs
 ROWS = 1024  # rows of the kernel worked on at a time
 CLUSTERED = 20_000  # images that k-means sees: drawn, where there are more
@@ -47,7 +45,7 @@ def choose(
     Raises:
         ValueError: if there are not that many images without a label.
     """
-    labeled = torch.empty(0, dtype=torch.int64) if labeled is None else labeled.cpu()
+    labeled = _known(labeled)
     if method == "maxherding":
         return max_herding(features, budget, labeled=labeled, weights=weights, seed=seed)
     if method == "typiclust":
@@ -93,7 +91,7 @@ def max_herding(
         raise ValueError(
             f"maxherding chooses {MOST_HERDED:,} images at most, not {budget:,}: take random"
         )
-    labeled = torch.empty(0, dtype=torch.int64) if labeled is None else labeled.cpu()
+    labeled = _known(labeled)
     free = _others(len(features), labeled, budget)
     rows = _drawn(free, max(COVERED, budget), seed).sort().values
     points = features[rows.to(features.device)]
@@ -145,7 +143,7 @@ def typiclust(
 
     Arguments, result and errors are those of `max_herding`.
     """
-    labeled = torch.empty(0, dtype=torch.int64) if labeled is None else labeled.cpu()
+    labeled = _known(labeled)
     free = _others(len(features), labeled, budget)
     rows = torch.cat([labeled, _drawn(free, max(CLUSTERED, budget), seed)])
     points = features[rows.to(features.device)]
@@ -212,6 +210,10 @@ def _most_typical(points: Tensor) -> int:
     found = nearest_neighbors(points, k, include_self=False)
     distances = (2 - 2 * found.similarities).clamp_min(0).sqrt()
     return int(distances.mean(dim=1).argmin())
+
+
+def _known(labeled: Tensor | None) -> Tensor:
+    return torch.empty(0, dtype=torch.int64) if labeled is None else labeled.cpu()
 
 
 def _others(num_images: int, labeled: Tensor, budget: int) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lib.graph.filters import FILTERS
+from lib.labels.split import others
 from lib.propagation.diffusion import propagate_poisson, propagate_spreading
 from lib.propagation.embedding_graph import EmbeddingGraph
 from lib.propagation.knn import propagate_knn
-from lib.propagation.labelings import Labeling, check_labels, others
+from lib.propagation.labelings import Labeling, check_labels
 from lib.propagation.normalized_cut import propagate_filter, propagate_normalized_cut
 from lib.propagation.scores import class_shares, match_prior, of_all_classes
 

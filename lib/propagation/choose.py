@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from lib.labels.split import Split
+from lib.labels.split import Split, others
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
 from lib.propagation.embedding_graph import EmbeddingGraph
-from lib.propagation.labelings import Labeling, others
+from lib.propagation.labelings import Labeling
 from lib.propagation.normalized_cut import NUM_EIGENVECTORS
 from lib.propagation.scores import log_shares
 from lib.runtime.seeding import generator

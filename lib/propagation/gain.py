@@ -15,10 +15,9 @@ from torch.nn.functional import one_hot
 
 from lib.labels.confidence import from_scores
 from lib.labels.pseudo_labels import most_confident
-from lib.labels.split import Split
+from lib.labels.split import Split, others
 from lib.propagation.choose import make_folds
 from lib.propagation.embedding_graph import EmbeddingGraph
-from lib.propagation.labelings import others
 from lib.propagation.methods import propagate
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)

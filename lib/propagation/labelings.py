@@ -33,10 +33,3 @@ def check_every_class(labels: Tensor, num_classes: int, algorithm: str) -> None:
             f"{algorithm} needs two classes, and a labeled image of each; none of class "
             f"{empty.tolist()}. Give a label of it, or take knn"
         )
-
-
-def others(num_images: int, labeled: Tensor) -> Tensor:
-    """Return the indexes of the images that are not among `labeled`."""
-    unlabeled = torch.ones(num_images, dtype=torch.bool, device=labeled.device)
-    unlabeled[labeled] = False
-    return unlabeled.nonzero()[:, 0]

@@ -50,13 +50,15 @@ class LARS(torch.optim.SGD):
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = 0.0
-            for weight in group["params"]:
-                if weight.grad is None or weight.ndim < 2:
-                    continue
-                size = weight.norm()
-                trusted = TRUST * size / (weight.grad.norm() + decay * size)
-                scale = torch.where(trusted > 0, trusted / group["lr"], 1).clamp(max=1)
-                weight.grad.add_(weight, alpha=decay).mul_(scale)
+            weights = [w for w in group["params"] if w.grad is not None and w.ndim > 1]
+            gradients = [w.grad for w in weights]
+            if not weights:
+                continue
+            sizes, lengths = (torch.stack(torch._foreach_norm(x)) for x in (weights, gradients))
+            trusted = TRUST * sizes / (lengths + decay * sizes)
+            scales = torch.where(trusted > 0, trusted / group["lr"], 1).clamp(max=1)
+            torch._foreach_add_(gradients, weights, alpha=decay)
+            torch._foreach_mul_(gradients, list(scales))
         loss = super().step(closure)
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay

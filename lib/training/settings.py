@@ -8,6 +8,7 @@ their command lines from these classes (`lib.cli.declared`).
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from datasets.transforms import CROPS, RESIZED_CROP
 from lib.labels.split import parse_num_labeled
 from lib.objectives.consistency import WEIGHTS
 from lib.objectives.memory_bank import LOSSES
@@ -178,8 +179,8 @@ class CifarPretraining(PretrainingSettings):
     GROUP: ClassVar[str] = "augmentation"
 
     transform_crop: str = invariant(
-        "RandomResizedCrop",
-        choices=("RandomResizedCrop", "PadCrop"),
+        RESIZED_CROP,
+        choices=CROPS,
         help="how images are cropped; PadCrop: reflect-pad by an eighth of the side, then crop",
     )
     transform_scale: float = invariant(

@@ -11,8 +11,8 @@ cut, in percent, mean and standard deviation over draws of the labeled images, b
 that nothing was learned for: the same network before training, and color histograms (8 bins a channel).
 
 --settings gives the options of an objective in place of its own defaults:
-`--settings "two-view: -b 256 --lr 0.06" "instance: --lr 0.1"`. Runs and features stay in --output; a
-finished run is not repeated.
+`--settings "two-view: -b 256 --lr 0.06" "instance: --lr 0.1"`. Runs stay in --output; a finished one
+is not repeated.
 """
 
 import argparse
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
-from datasets import UNKNOWN, DataSet, build_datasets
+from datasets import DataSet, build_datasets
 from datasets.transforms import Augmentation
 from lib.cli import declared, start
 from lib.features.extraction import extract
@@ -39,12 +39,14 @@ from lib.files.description import METRIC
 from lib.labels.split import labeled_split
 from lib.loading.batches import in_order
 from lib.propagation import EmbeddingGraph, propagate
+from lib.report.curves import accuracy_coverage
 from lib.runtime import devices
 from lib.runtime.devices import Device
-from lib.training.settings import OBJECTIVES, PretrainingSettings
+from lib.training.settings import OBJECTIVES
 from models import build_model
 from models.layers import l2_normalize
 
+SCRIPT = "unsupervised/cifar.py"
 BINS = 8  # of a color histogram, for each channel
 SHOWN = 10  # columns of the table by passes
 
@@ -83,44 +85,39 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def own_settings(args: argparse.Namespace, objective: str) -> list[str]:
-    """Return the options of a run: those of --settings for this objective."""
-    for text in args.settings:
+def read_settings(texts: list[str]) -> dict[str, list[str]]:
+    """Read --settings: the options of each objective that has some."""
+    found = {}
+    for text in texts:
         name, separator, words = text.partition(":")
         if not separator or name.strip() not in OBJECTIVES:
             raise ValueError(f"--settings {text!r}: write an objective, a colon and its options")
-        if name.strip() == objective:
-            return shlex.split(words)
-    return []
+        found[name.strip()] = shlex.split(words)
+    return found
 
 
-def train(args: argparse.Namespace, objective: str, num_images: int) -> Path:
+def train(args: argparse.Namespace, objective: str, own: list[str], num_images: int) -> Path:
     """Train a metric by the script of phase 1, unless it is there; return its checkpoint."""
     folder = Path(args.output) / objective
-    words = own_settings(args, objective)
-    presets = PretrainingSettings.PRESETS["objective"].get(objective, {})
-    views = (
-        int(words[words.index("--views") + 1]) if "--views" in words else presets.get("views", 1)
-    )
+    words = ["--objective", objective, "--dataset", args.dataset, "--data-dir", args.data_dir]
+    words += ["--arch", args.arch, "--image-size", str(args.image_size), "--gpus", args.gpus]
+    words += ["--rng-seed", str(args.rng_seed), "-j", str(args.num_workers), "--resume", "auto"]
+    words += ["--model-dir", str(folder), "--log-dir", str(folder / "log"), *own]
+    views = start.load_script(SCRIPT).build_parser().parse_args(words).views
     epochs = max(1, round(args.passes / (num_images * views)))
-    command = [sys.executable, str(ROOT / "unsupervised" / "cifar.py"), "--objective", objective]
-    command += ["--dataset", args.dataset, "--data-dir", args.data_dir, "--arch", args.arch]
-    command += ["--image-size", str(args.image_size), "--epochs", str(epochs), "--gpus", args.gpus]
-    command += ["--rng-seed", str(args.rng_seed), "-j", str(args.num_workers), "--resume", "auto"]
-    command += ["--model-dir", str(folder), "--log-dir", str(folder / "log"), *words]
+    command = [sys.executable, str(ROOT / SCRIPT), *words, "--epochs", str(epochs)]
     print(f"$ python {shlex.join(command[1:])}", flush=True)
     subprocess.run(command, check=True, stdout=sys.stderr)
     return folder / "ckpt.cifar.pth.tar"
 
 
-def by_passes(folder: Path, passes: int) -> tuple[dict[int, float], float]:
+def by_passes(folder: Path, num_images: int) -> tuple[dict[int, float], float]:
     """Return the kNN accuracy after each epoch, by image passes so far, and the minutes of training."""
     lines = [json.loads(x) for x in (folder / "log" / "log.jsonl").read_text().splitlines()]
     epochs = [x for x in lines if x["event"] == "epoch"]
-    each = passes / len(epochs)
-    found = {round(each * (x["epoch"] + 1)): x.get("knn_top1", float("nan")) for x in epochs}
-    seconds = sum(passes / len(epochs) / x["images_per_s"] for x in epochs)
-    return found, seconds / 60
+    passes = num_images * lines[0]["meta"]["options"]["views"]  # of an epoch
+    found = {passes * (x["epoch"] + 1): x.get("knn_top1", float("nan")) for x in epochs}
+    return found, sum(num_images / x["images_per_s"] for x in epochs) / 60
 
 
 def histograms(data: DataSet, device: Device) -> Tensor:
@@ -145,9 +142,8 @@ def precisions(
         for seed in range(args.splits):
             split = labeled_split(targets, count, num_classes, seed)
             done = propagate(graph, "nc", split, targets[split.labeled], num_classes)
-            known = split.unlabeled[targets[split.unlabeled] != UNKNOWN]
-            right = done.scores.argmax(dim=1)[known] == targets[known]
-            found[count].append(100 * float(right.double().mean()))
+            curve = accuracy_coverage(done.pseudo_labels(split), targets)
+            found[count].append(curve.overall if curve else float("nan"))
     return found
 
 
@@ -167,12 +163,12 @@ def main(args: argparse.Namespace) -> dict:
         args.dataset, args.data_dir, image_size=args.image_size, num_workers=args.num_workers
     )
     given = train_set.targets, train_set.num_classes, args
+    settings = read_settings(args.settings)
     results: dict[str, dict] = {"options": vars(args), "knn": {}, "minutes": {}, "precision": {}}
     for objective in args.objectives:
-        file = train(args, objective, len(train_set))
-        results["knn"][objective], results["minutes"][objective] = by_passes(
-            file.parent, args.passes
-        )
+        file = train(args, objective, settings.get(objective, []), len(train_set))
+        curve, minutes = by_passes(file.parent, len(train_set))
+        results["knn"][objective], results["minutes"][objective] = curve, minutes
         model, _ = load_network(published.load(file), file, unsaid=METRIC)
         rows = extract(device.prepare(model), train_set, device, num_workers=args.num_workers)
         results["precision"][objective] = precisions(rows, *given)

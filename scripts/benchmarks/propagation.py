@@ -42,10 +42,9 @@ from lib.files import provenance
 from lib.graph.affinity import affinity_matrix, chosen_preset
 from lib.graph.neighbors import METHODS as SEARCHES
 from lib.graph.neighbors import PRECISIONS, nearest_neighbors
-from lib.labels.split import Split, labeled_split
+from lib.labels.split import Split, labeled_split, others
 from lib.propagation import EmbeddingGraph, Labeling, propagate
 from lib.propagation.algorithms import ALGORITHMS, run_algorithm
-from lib.propagation.labelings import others
 from lib.propagation.normalized_cut import NUM_EIGENVECTORS
 from lib.report import plots
 from lib.runtime import devices, profiling

@@ -223,6 +223,21 @@ def test_an_objective_brings_its_own_defaults_which_the_user_overrides(objective
     }
     checks.check_pretraining(argparse.Namespace(**args), parser)
     assert "has no effect" not in capsys.readouterr().err
+    assert vars(parser.parse_args([])) == vars(pretraining.build_parser().parse_args([]))
+
+
+def test_a_crop_that_patches_do_not_take_is_told(capsys):
+    words = [
+        "--objective",
+        "patches-tcr",
+        "--transform-crop",
+        "PadCrop",
+        "--transform-scale",
+        "0.3",
+    ]
+    pretraining.check_options(pretraining.build_parser().parse_args(words))
+    warned = capsys.readouterr().err
+    assert warned == "warning: --transform-crop has no effect with --objective patches-tcr\n"
 
 
 def test_help_names_the_defaults_of_each_objective():

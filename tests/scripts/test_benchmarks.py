@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_ok, assert_refused, blobs, run_script
 from PIL import Image
-from runs import contents, make_folder
+from runs import contents, log_lines, make_folder
 
 from lib.cli.start import load_script
 from lib.features.extraction import FeatureSet
@@ -168,6 +168,9 @@ def test_the_benchmark_of_objectives_prints_both_tables_and_repeats_no_run(tmp_p
     assert list(record["precision"]) == [*rows, "untrained network", "color histogram"]
     assert statistics.mean(record["precision"]["color histogram"]["8"]) > 90  # they differ by color
     assert printed.count("| two-view |") == 2
+    epochs = [x for x in log_lines(tmp_path / "out" / "two-view" / "log") if x["event"] == "epoch"]
+    seconds = sum(52 / x["images_per_s"] for x in epochs)  # an epoch reads each image once
+    assert record["minutes"]["two-view"] == pytest.approx(seconds / 60)
     files = contents(tmp_path / "out")
     assert_ok(run_script("scripts/benchmarks/objectives.py", *words))
     checkpoints = [name for name in files if name.endswith(".pth.tar")]

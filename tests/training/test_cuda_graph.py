@@ -14,7 +14,13 @@ from torch import nn
 
 from datasets.images import CIFAR10_STATS, ImageSet
 from datasets.rand_augment import RandAugment
-from datasets.transforms import Augmentation, finetune_ops, patch_ops, two_view_ops
+from datasets.transforms import (
+    Augmentation,
+    finetune_ops,
+    instance_ops,
+    patch_ops,
+    two_view_ops,
+)
 from lib.loading.batches import Batches, Streams
 from lib.objectives.classification import Classification
 from lib.objectives.coding_rate import ManyPatches
@@ -63,12 +69,14 @@ class Run:
             self.objective = ManyPatches(64, DEVICE, views=3)
         elif task in ("softmax", "nce"):
             loss = build_loss({"softmax": 0, "nce": 5}[task], 0.2, z_momentum=0.9)
-            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views=2)
+            views = 2 if task == "nce" else 1
+            self.objective = InstanceDiscrimination(MemoryBank(NUM_IMAGES, 12), loss, views)
         self.objective.to(DEVICE.torch_device)
         learned = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = sgd(learned, 0.1, 5e-4, kind="lars" if task == "patches-tcr" else "sgd")
-        ops = finetune_ops() if task in TASKS[-2:] else two_view_ops()
-        ops = patch_ops() if task == "patches-tcr" else ops
+        chains = {"two-view": two_view_ops, "patches-tcr": patch_ops}
+        chains |= dict.fromkeys(("classifier", "consistency"), finetune_ops)
+        ops = chains.get(task, instance_ops)()
         views = [Augmentation(ops, CIFAR10_STATS)] * self.objective.views
         self.batches = Batches(data, views, DEVICE, batch_size=BATCH_SIZE)
         self.repeats, self.streams = task in ("classifier", "consistency"), Streams(self.batches)
