@@ -44,6 +44,8 @@ from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 LEAST_TEMPERATURE, MOST_TEMPERATURE, HALVINGS = 1e-2, 1e4, 40
+SHRINKAGE = 0.1  # of the covariance of linear discriminant analysis
+LEAST_SIZE = 1e-6  # of a class, in images
 OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
 
@@ -180,16 +182,22 @@ def evaluate(
     *,
     preprocessing: Augmentation | None = None,
     num_workers: int = 0,
-) -> dict[str, float]:
-    """Measure `top1` and `top5` in percent and the mean cross-entropy `loss` on the labeled images of `data`.
+) -> dict[str, Any]:
+    """Measure accuracies and the mean cross-entropy on the labeled images of `data`.
 
     Each process works on its shard, with BatchNorm's running statistics of rank 0. `preprocessing` of None
     normalizes the images by the data set's mean and std.
 
+    Returns:
+        `top1` and `top5` in percent, `loss`, and `recall`: for each class the percentage of its images that
+        are recognized, NaN for a class without images.
+
     Raises:
         ValueError: if no image has a label.
     """
+    num_classes = data.num_classes
     sums = torch.zeros(4, dtype=torch.float64, device=device.torch_device)
+    by_class = torch.zeros(2, num_classes, dtype=torch.float64, device=device.torch_device)
     targets = data.targets.to(device.torch_device)
     augmentation = preprocessing or Augmentation((), data.stats)
     with evaluation_mode(model):
@@ -201,10 +209,21 @@ def evaluate(
             outputs, own = outputs[known], own[known]
             loss = F.cross_entropy(outputs.double(), own, reduction="sum")
             sums += torch.stack([*topk_correct(outputs, own), loss, known.sum()])
+            classes = F.one_hot(own, num_classes)
+            right = outputs.argmax(dim=1) == own
+            by_class += torch.stack([classes[right].sum(dim=0), classes.sum(dim=0)])
     top1, top5, loss, count = all_reduce_sum(sums).tolist()
     if not count:
         raise ValueError("there is no labeled image to measure the accuracy on")
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    hits, sizes = all_reduce_sum(by_class)
+    found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+    return found | {"recall": (100 * hits / sizes).tolist()}
+
+
+def worst_class(recall: Sequence[float], classes: Sequence[str]) -> str:
+    """Name the class of which the smallest percentage is recognized."""
+    lowest, name = min((r, name) for r, name in zip(recall, classes, strict=True) if r == r)
+    return f"lowest recall {lowest:.1f}% ({name})"
 
 
 @dataclass(frozen=True)
@@ -216,7 +235,7 @@ class Tester:
     preprocessing: Augmentation
     num_workers: int = 0
 
-    def measure_file(self, path: str, model: nn.Module) -> dict[str, float]:
+    def measure_file(self, path: str, model: nn.Module) -> dict[str, Any]:
         """Measure and print the accuracy of a checkpoint; ValueError if it does not fit the test images."""
         if not path:
             raise ValueError("--eval measures a checkpoint, and this run has none yet")
@@ -231,7 +250,10 @@ class Tester:
         require_classes(path, state, self.test.classes)
         load_network(model, state, path)
         scores = self._measured(self.test, model)
-        print_main(f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%")
+        lowest = worst_class(scores["recall"], self.test.classes)
+        print_main(
+            f"test accuracy top-1 {scores['top1']:.2f}% top-5 {scores['top5']:.2f}%, {lowest}"
+        )
         return scores
 
     def measure_run(self, state: TrainState, write: Writer) -> bool:
@@ -245,7 +267,8 @@ class Tester:
         is_best = state.measure(scores["top1"])
         write("test", state.step, **scores, best=state.best)
         accuracies = f"test accuracy {state.accuracy:.2f}% (best {state.best:.2f}%)"
-        print_main(f"step {state.step:6d}  {accuracies}")
+        lowest = worst_class(scores["recall"], self.test.classes)
+        print_main(f"step {state.step:6d}  {accuracies}  {lowest}")
         return is_best
 
     def was_killed(self, state: TrainState, eval_freq: int, max_iters: int) -> bool:
@@ -253,7 +276,7 @@ class Tester:
         due = state.step > 0 and (state.step % eval_freq == 0 or state.step == max_iters)
         return due and self.test is not None and math.isnan(state.accuracy)
 
-    def _measured(self, test: DataSet, model: nn.Module) -> dict[str, float]:
+    def _measured(self, test: DataSet, model: nn.Module) -> dict[str, Any]:
         workers = own_workers(self.num_workers)
         shown = self.preprocessing
         return evaluate(model, test, self.device, preprocessing=shown, num_workers=workers)
@@ -306,12 +329,13 @@ def start_from_class_means(
     preprocessing: Augmentation,
     num_workers: int,
 ) -> None:
-    """Set the last layer to the classifier of least distance to a class mean of the activations before it.
+    """Set the last layer to the linear discriminant analysis of the activations before it.
 
-    For activations f with means m_c and variance s^2 within a class, over all dimensions, the logits are
-    -|f - m_c|^2 / (2 s^2 T): those of Gaussians of one variance, with a temperature T that makes them as
-    sure, on average, as the labels that they are made from. An image counts for its classes by their
-    probabilities; a labeled or pseudo-labeled one without any counts for its label.
+    For activations f with means m_c and one covariance S within all classes, the logits are those of
+    Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T, with a temperature T that makes them as sure, on average,
+    as the labels that they are made from. An image counts for its classes by their probabilities; a labeled
+    or pseudo-labeled one without any counts for its label. S is shrunk toward a multiple of the unit matrix,
+    since there may be fewer images than activations.
     """
     rows = []
     with evaluation_mode(model):
@@ -327,19 +351,23 @@ def start_from_class_means(
         indexes = torch.cat([indexes, chosen.unlabeled])
     shares, features = shares.to(features.device), features[indexes.to(features.device)]
     sizes = shares.sum(dim=0)
-    means = (shares.T @ features) / sizes.clamp_min(1e-6)[:, None]
-    distances = torch.cdist(features, means).square()
-    variance = (shares * distances).sum() / (sizes.sum() * features.shape[1])
-    logits = -distances / (2 * variance)
-    wanted = (shares.amax(dim=1) / shares.sum(dim=1).clamp_min(1e-6)).mean()
+    means = (shares.T @ features) / sizes.clamp_min(LEAST_SIZE)[:, None]
+    within = features.T @ (features * shares.sum(dim=1)[:, None]) - means.T @ (
+        means * sizes[:, None]
+    )
+    within /= sizes.sum()
+    unit = within.diagonal().mean() * torch.eye(len(within), device=within.device)
+    weight = torch.linalg.solve(within.lerp(unit, SHRINKAGE), means.T).T
+    bias = -(weight * means).sum(dim=1) / 2
+    logits = features @ weight.T + bias
+    wanted = (shares.amax(dim=1) / shares.sum(dim=1).clamp_min(LEAST_SIZE)).mean()
     low, high = LEAST_TEMPERATURE, MOST_TEMPERATURE
     for _ in range(HALVINGS):  # the larger the temperature, the less sure
         middle = math.sqrt(low * high)
         sure = (logits / middle).softmax(dim=1).amax(dim=1).mean()
         low, high = (middle, high) if sure > wanted else (low, middle)
-    scale = 1 / (variance * high)
-    head.weight.copy_(means * scale)
-    head.bias.copy_(-means.square().sum(dim=1) * scale / 2)
+    head.weight.copy_(weight / high)
+    head.bias.copy_(bias / high)
 
 
 def is_own_run(state: Mapping[str, Any]) -> bool:

@@ -103,7 +103,7 @@ def test_an_average_follows_the_weights_as_its_closed_form_says():
             model[0].weight.fill_(step)
         model[1].running_mean.fill_(step)
         average.update(model, step)
-        decay = min(DECAY, (1 + step) / (10 + step))
+        decay = min(DECAY, step / (9 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(average.model[0].weight) == pytest.approx(expected, rel=1e-5)
     assert float(average.model[1].running_mean) == 29
