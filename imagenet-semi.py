@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         network,
         objective,
         optimizer,
-        batches.repeat(chosen.indexes, chosen.unlabeled, first, end),
+        finetuning.planned(batches, chosen, settings, first, end),
         schedule,
         device,
         first_step=state.step,

@@ -58,7 +58,7 @@ from lib.files.atomic import write_whole
 from lib.labels import pseudo_labels
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import labeled_split, name_of
-from lib.propagation import EmbeddingGraph, calibrate, propagate
+from lib.propagation import EmbeddingGraph, calibrate, estimate_gain, propagate
 from lib.propagation.algorithms import ALGORITHMS
 from lib.propagation.chunks import cut_graph, save_part
 from lib.propagation.embedding_graph import GraphCache
@@ -178,17 +178,21 @@ def label(
         graph = replace(graph, cache=replace(graph.cache, folder=own))
     parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
     options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
-    calibration = None
+    calibration = gain = None
     for place, chunk in enumerate(cut_graph(graph, split, args.chunks, seed)):
         known = (chunk.graph, args.method, chunk.split, labels, num_classes)
         # the chunks are drawn alike: one speaks for all
         if args.calibration == "on" and place == 0:
             calibration = calibrate(*known, at=args.temperature, **options)
+        if args.estimate_gain and place == 0:
+            ranked = {"confidence": args.confidence, "calibration": calibration}
+            gain = estimate_gain(*known, seed=seed, **ranked, **options)
         part = propagate(*known, **options).pseudo_labels(
             chunk.split,
             meta,
             temperature=args.temperature,
             calibration=calibration,
+            gain=gain,
             confidence=args.confidence,
             probabilities=not args.no_probabilities,
         )

@@ -19,6 +19,13 @@ from models import IMAGENET_ARCHITECTURES
 
 # without effect where a checkpoint is measured
 ONLY_TRAINING = ("loader", "compile", "cuda_graph", "profile")
+OF_PSEUDO_LABELS = (  # which of them are trained on, and how much they count
+    "pseudo_ratio",
+    "class_balanced",
+    "confidence_weighted",
+    "calibrated_weights",
+    "labeled_share",
+)
 WITHOUT_FILES = ("patches", "dummy")  # data sets that need no folder
 SMALLEST_SIDE = 33  # ImageNet's networks shrink 32 times, and BatchNorm needs more than one place
 
@@ -73,13 +80,13 @@ def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) 
             "--consistency augments whole batches on the device: leave out --loader workers"
         )
     if args.consistency:
-        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced", "criterion")
-        warn_unused(args, parser, "with --consistency", *unused)
+        warn_unused(args, parser, "with --consistency", *OF_PSEUDO_LABELS, "criterion")
     else:
         warn_unused(args, parser, "without --consistency", "unlabeled_ratio")
     if not (args.pseudo_file or args.pseudo_dir):
-        unused = ("pseudo_ratio", "confidence_weighted", "class_balanced")
-        warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *unused)
+        warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *OF_PSEUDO_LABELS)
+    if args.confidence_weighted and args.calibrated_weights:
+        raise ValueError("--confidence-weighted and --calibrated-weights are two weights: name one")
     if not args.pseudo_dir:
         warn_unused(args, parser, "without --pseudo-dir", "pseudo_per_chunk")
     check_lists(args.num_labeled)

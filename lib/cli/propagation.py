@@ -67,6 +67,11 @@ class _Algorithm:
         "images, so that they are right as often as they say; off leaves them as published. Labels and "
         "confidence are the same in both. auto and ensemble are calibrated anyway, their confidence too",
     )
+    estimate_gain: bool = option(
+        False,
+        help="estimate by cross-validation on the labeled images what the pseudo-labels gain a classifier, "
+        "for --pseudo-ratio auto in phase 3. Labels are spread again for each fold, up to ten times",
+    )
 
 
 @dataclass(frozen=True)

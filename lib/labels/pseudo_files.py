@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.files import checkpoint
 from lib.files.schema import FLOATS, INTEGERS, expect, list_of, number, record, text
+from lib.labels import gain
 from lib.labels.pseudo_labels import KEYS, SHOWN, PseudoLabels, listed, sorted_labeled
 
 SUFFIX = ".pth.tar"
@@ -25,7 +26,12 @@ _TENSOR = expect(
 SCHEMA = {
     **{key: _TENSOR for name, key in KEYS.items() if name != "meta"},
     "meta": record(
-        {"data_digest": text, "classes": list_of(text), "calibration": number(1e-6, 1e6)}
+        {
+            "data_digest": text,
+            "classes": list_of(text),
+            "calibration": number(1e-6, 1e6),
+            gain.KEY: gain.SCHEMA,
+        }
     ),
 }
 CHUNK = re.compile(r"(0|[1-9][0-9]*)_(0|[1-9][0-9]*)\.pth\.tar")  # number of chunks, of this one

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,11 +221,32 @@ class Batches:
             _Plan(order[place], start + place) for place in range(first, len(order))
         )
 
-    def repeat(self, indexes: Tensor, first: int, stop: int) -> Iterator[Batch]:
-        """Yield full batches number first ... stop - 1 of the endlessly repeated images `indexes`."""
-        stream = Stream(len(indexes), self.batch_size, self.seed, self.stream)
-        positions = ((step, stream.batch(step)) for step in range(first, stop))
+    def repeat(
+        self, indexes: Tensor, first: int, stop: int, *, labeled: int = 0, share: float = 0.0
+    ) -> Iterator[Batch]:
+        """Yield full batches number first ... stop - 1 of the endlessly repeated images `indexes`.
+
+        With a `share`, that part of every batch is drawn from the first `labeled` images, at least one, and
+        the rest from those after them.
+        """
+        draw = self._stream(len(indexes), labeled, share)
+        positions = ((step, draw(step)) for step in range(first, stop))
         return self._batches(_Plan(indexes[places], step, places) for step, places in positions)
+
+    def _stream(self, count: int, labeled: int, share: float) -> Callable[[int], Tensor]:
+        """Return a function from the number of a batch to the positions of its images."""
+        size, given = self.batch_size, (self.seed, self.stream)
+        num_labeled = min(max(1, round(share * size)), size - 1)
+        if not share or not 0 < labeled < count or not num_labeled:
+            return Stream(count, size, *given).batch
+        true = Stream(labeled, num_labeled, *given)
+        others = Stream(count - labeled, size - num_labeled, *given)
+
+        def draw(step: int) -> Tensor:
+            places = torch.cat([true.batch(step), labeled + others.batch(step)])
+            return places[permutation(size, self.seed, step, self.stream)]  # alike in all processes
+
+        return draw
 
     def _batches(self, plans: Iterator[_Plan]) -> Iterator[Batch]:
         plans, *copies = itertools.tee(plans, 1 + len(self._views))
@@ -290,10 +311,16 @@ class Streams:
         return self.labeled.device
 
     def repeat(
-        self, indexes: Tensor, others: Tensor | None, first: int, stop: int
+        self,
+        indexes: Tensor,
+        first: int,
+        stop: int,
+        *,
+        others: Tensor | None = None,
+        **options: Any,
     ) -> Iterator[Batch]:
-        """Yield batches as `Batches.repeat` does, each with a batch of the images `others`."""
-        batches = self.labeled.repeat(indexes, first, stop)
+        """Yield batches as `Batches.repeat` does, each with one of the images `others`, if there are any."""
+        batches = self.labeled.repeat(indexes, first, stop, **options)
         if self.unlabeled is None or others is None:
             yield from batches
             return

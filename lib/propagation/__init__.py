@@ -6,7 +6,8 @@
 algorithm asks. A labeling holds the indexes of labeled images and their classes; there is one N x C matrix
 of scores for each, higher means more likely. No algorithm sees a true label of an unlabeled image.
 `propagate` runs any of them by its name and gives a `Propagation`, which makes pseudo-labels. `calibrate`
-finds the temperature at which their probabilities are right as often as they say.
+finds the temperature at which their probabilities are right as often as they say, and `estimate_gain` what
+they are worth to a classifier.
 
     knn            lib/propagation/knn.py             nearest labeled images
     nc             lib/propagation/normalized_cut.py  normalized cut on eigenvectors, as published
@@ -22,7 +23,16 @@ A new algorithm is one such function and one line of the table in lib/propagatio
 
 from lib.propagation.choose import calibrate
 from lib.propagation.embedding_graph import EmbeddingGraph
+from lib.propagation.gain import estimate_gain
 from lib.propagation.labelings import Labeling
 from lib.propagation.methods import METHODS, Propagation, propagate
 
-__all__ = ["METHODS", "EmbeddingGraph", "Labeling", "Propagation", "calibrate", "propagate"]
+__all__ = [
+    "METHODS",
+    "EmbeddingGraph",
+    "Labeling",
+    "Propagation",
+    "calibrate",
+    "estimate_gain",
+    "propagate",
+]

@@ -6,7 +6,6 @@ that are. The share 0 is the labels alone: where the metric is poor, no other on
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lib.labels.confidence import from_scores
+from lib.labels.gain import Gain
 from lib.labels.pseudo_labels import most_confident
 from lib.labels.split import Split, others
 from lib.propagation.choose import make_folds
@@ -25,26 +25,6 @@ LABELED_SHARE = 0.5  # of the weight of all images, if there are pseudo-labels
 RIDGE = 0.01  # penalty on the squared weights, relative to the weight of all images
 
 
-@dataclass(frozen=True)
-class Gain:
-    """Accuracy on held-out labels in percent, by the share of the pseudo-labels that is trained on."""
-
-    accuracy: dict[float, float]
-    num_held_out: int  # images, each counted once
-
-    @property
-    def ratio(self) -> float:
-        """The share with the highest accuracy, the smallest one of equals."""
-        return max(self.accuracy, key=lambda ratio: (self.accuracy[ratio], -ratio))
-
-    def __str__(self) -> str:
-        alone, best = self.accuracy[0.0], self.accuracy[self.ratio]
-        text = f"{self.num_held_out} labels, held out: {alone:.1f}% right by the other labels alone"
-        if self.ratio == 0:
-            return f"{text}, and no share of the pseudo-labels gains anything"
-        return f"{text}, {best:.1f}% with {100 * self.ratio:.0f}% of the pseudo-labels"
-
-
 def estimate_gain(
     graph: EmbeddingGraph,
     method: str,
@@ -53,13 +33,16 @@ def estimate_gain(
     num_classes: int,
     *,
     ratios: Sequence[float] = RATIOS,
+    confidence: str | None = None,
+    calibration: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Gain | None:
     """Measure each share of the pseudo-labels that `propagate` makes with the same arguments.
 
-    Shares are taken of each pseudo-class, and pseudo-labels count by their confidence. None where no class
-    has two labels, so that none can be held out.
+    Shares are taken of each pseudo-class, ranked by `confidence`, and pseudo-labels count by their
+    probabilities at the temperature `calibration`. None where no class has two labels, so that none can be
+    held out.
     """
     held = make_folds(labels, seed)
     if not held:
@@ -70,13 +53,16 @@ def estimate_gain(
         labeled = split.labeled[keep]
         fold = Split(labeled, others(len(graph), split.labeled))
         answer = propagate(graph, method, fold, labels[keep], num_classes, **options)
-        pseudo = from_scores(answer.scores, fold, confidence=answer.confidence, probabilities=False)
+        ranked = {"confidence": confidence or answer.confidence, "calibration": calibration or 1.0}
+        pseudo = from_scores(answer.scores, fold, probabilities=False, **ranked)
+        assert pseudo.largest is not None
+        sure = pseudo.largest[:, 1]
         test, truth = split.labeled[out], labels[out]
         for ratio in right:
             (best,) = most_confident([pseudo], ratio, class_balanced=True)
             rows = torch.cat([labeled, pseudo.indexes[best]])
             classes = torch.cat([labels[keep], pseudo.labels[best]])
-            weights = torch.cat([_share(torch.ones(len(keep))), _share(pseudo.confidence[best])])
+            weights = torch.cat([_share(torch.ones(len(keep))), _share(sure[best])])
             weights[: len(keep)] *= LABELED_SHARE / (1 - LABELED_SHARE)
             found = _ridge(graph.features, rows, classes, weights, test, num_classes)
             right[ratio] += float((found == truth).sum())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lib.graph.filters import find_filter
 from lib.labels.confidence import from_scores
+from lib.labels.gain import KEY, Gain
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import Split
 from lib.propagation.algorithms import ALGORITHMS, OF_FILTERS, run_algorithm
@@ -35,17 +36,21 @@ class Propagation:
         *,
         confidence: str | None = None,
         calibration: float | None = None,
+        gain: Gain | None = None,
         **options: Any,
     ) -> PseudoLabels:
         """Turn the scores into pseudo-labels of the unlabeled images, as `from_scores` does with `options`.
 
         `meta` says what made the features; the choices of the method are added to it as `propagation` and
-        `confidence`, and, unless it is None, the temperature `calibration` that `calibrate` found.
+        `confidence`, and, unless they are None, the temperature `calibration` that `calibrate` found and the
+        `gain` that `estimate_gain` did.
         """
         confidence = confidence or self.confidence
         meta = {**(meta or {}), "propagation": dict(self.meta), "confidence": confidence}
         if calibration is not None:
             meta["calibration"] = calibration
+        if gain is not None:
+            meta[KEY] = gain.entry()
         options["calibration"] = calibration or 1.0
         return from_scores(self.scores, split, meta, confidence=confidence, **options)
 

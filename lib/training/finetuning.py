@@ -5,7 +5,7 @@ Rank 0 alone prints and writes.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from lib.files.description import Description
 from lib.files.published import class_names, is_metric
 from lib.graph.knn import topk_correct
 from lib.labels import pseudo_files, pseudo_labels
+from lib.labels.gain import AUTO, Gain
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import expected_count, is_list, labeled_split
-from lib.loading.batches import Batches, Streams, in_order
+from lib.loading.batches import Batch, Batches, Streams, in_order
 from lib.objectives.classification import Classification
 from lib.objectives.consistency import Consistency
 from lib.objectives.objective import Objective, at_least_float32
@@ -113,20 +114,47 @@ def choose_training_set(
         raise ValueError(f"{source}: a labeled image has no label in this data set")
     indexes, labels, weights = [labeled], [true], [torch.ones(len(true))]
     if settings.consistency:
-        if whole.probabilities is None:
-            raise ValueError(
-                f"{source}: it holds no probabilities (pseudo_probs), which --consistency trains toward; "
-                "make it without --no-probabilities"
-            )
-        given = indexes[0], labels[0], weights[0], len(true)
-        return TrainingSet(*given, whole.indexes, whole.probabilities.float())
-    choice = {"ratio": settings.pseudo_ratio, "class_balanced": settings.class_balanced}
+        posteriors = need_probabilities(whole, "--consistency", source).float()
+        return TrainingSet(labeled, true, weights[0], len(true), whole.indexes, posteriors)
+    ratio = settings.pseudo_ratio
+    if groups and ratio == AUTO:
+        ratio = best_ratio(whole, source)
+    choice = {"ratio": ratio, "class_balanced": settings.class_balanced}
     for group, best in zip(groups, pseudo_labels.most_confident(groups, **choice), strict=True):
-        confidence = group.confidence[best].float()
         indexes.append(group.indexes[best])
         labels.append(group.labels[best])
-        weights.append(confidence if settings.confidence_weighted else torch.ones(len(best)))
+        weights.append(loss_weights(group, settings, source)[best])
     return TrainingSet(torch.cat(indexes), torch.cat(labels), torch.cat(weights), len(true))
+
+
+def best_ratio(pseudo: PseudoLabels, source: str) -> float:
+    """Return the share of the pseudo-labels that phase 2 estimated best, and say what they gain."""
+    gain = Gain.read(pseudo.meta)
+    if gain is None:
+        raise ValueError(
+            f"{source}: --pseudo-ratio auto needs an estimate of what the pseudo-labels gain, which phase 2 "
+            "makes with --estimate-gain where a class has two labels; without one name a share, such as 0.2"
+        )
+    print_main(f"pseudo-labels: {gain}")
+    return gain.ratio
+
+
+def loss_weights(pseudo: PseudoLabels, settings: Settings, source: str) -> Tensor:
+    """Return how much the loss of each pseudo-labeled image counts."""
+    if settings.confidence_weighted:
+        return pseudo.confidence.float()
+    if settings.calibrated_weights:
+        return need_probabilities(pseudo, "--calibrated-weights", source).amax(dim=1).float()
+    return torch.ones(len(pseudo.indexes))
+
+
+def need_probabilities(pseudo: PseudoLabels, option: str, source: str) -> Tensor:
+    if pseudo.probabilities is None:
+        raise ValueError(
+            f"{source}: it holds no probabilities (pseudo_probs), which {option} needs; make it without "
+            "--no-probabilities"
+        )
+    return pseudo.probabilities
 
 
 def described_as_before(described: Description, settings: Settings, resume: str) -> Description:
@@ -320,6 +348,14 @@ def build_streams(
     return Streams(labeled, Batches(train, views, device, batch_size=size, stream=1, **given))
 
 
+def planned(
+    streams: Streams, chosen: TrainingSet, settings: Settings, first: int, stop: int
+) -> Iterator[Batch]:
+    """Yield batches number first ... stop - 1 of the chosen images."""
+    share = {"labeled": chosen.num_labeled, "share": settings.labeled_share}
+    return streams.repeat(chosen.indexes, first, stop, others=chosen.unlabeled, **share)
+
+
 @torch.no_grad()
 def start_from_class_means(
     model: nn.Module,
@@ -332,8 +368,8 @@ def start_from_class_means(
     """Set the last layer to the linear discriminant analysis of the activations before it.
 
     For activations f with means m_c and one covariance S within all classes, the logits are those of
-    Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T, with a temperature T that makes them as sure, on average,
-    as the labels that they are made from. An image counts for its classes by their probabilities; a labeled
+    Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T. The temperature T makes them as sure, on average, as the
+    labels that they are made from. An image counts for its classes by their probabilities; a labeled
     or pseudo-labeled one without any counts for its label. S is shrunk toward a multiple of the unit matrix,
     since there may be fewer images than activations.
     """

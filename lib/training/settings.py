@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from datasets.transforms import CROPS, RESIZED_CROP
+from lib.labels.gain import parse_ratio
 from lib.labels.split import parse_num_labeled
 from lib.objectives.consistency import WEIGHTS
 from lib.objectives.memory_bank import LOSSES
@@ -327,11 +328,13 @@ class Labels:
         metavar="DIR",
         help="pseudo-labels of phase 2 in chunks: DIR/10_0.pth.tar ... DIR/10_9.pth.tar",
     )
-    pseudo_ratio: float = invariant(
+    pseudo_ratio: float | str = invariant(
         1,
+        parse=parse_ratio,
         limit=FRACTION,
         metavar="SHARE",
-        help="share of the pseudo-labels to use, the most confident ones",
+        help="share of the pseudo-labels to use, the most confident ones; auto: the one, maybe 0, that "
+        "cross-validation found best on the labeled images (--estimate-gain in phase 2)",
     )
     pseudo_per_chunk: bool = invariant(
         False,
@@ -343,6 +346,17 @@ class Labels:
     )
     confidence_weighted: bool = invariant(
         False, help="weight the loss of a pseudo-labeled image by its confidence, as in the paper"
+    )
+    calibrated_weights: bool = invariant(
+        False,
+        help="weight it by the calibrated probability that its label is right, instead of the confidence",
+    )
+    labeled_share: float = invariant(
+        0.0,
+        limit=FRACTION,
+        metavar="SHARE",
+        help="share of true labels in every batch, however many pseudo-labels there are; 0: as they are "
+        "drawn, as published",
     )
 
 
