@@ -44,9 +44,9 @@ from lib.training.state import Checkpoints, TrainState, load_network
 from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
-LEAST_TEMPERATURE, MOST_TEMPERATURE, HALVINGS = 1e-2, 1e4, 40
+MOST_TEMPERATURE, HALVINGS = 1e4, 40
 SHRINKAGE = 0.1  # of the covariance of linear discriminant analysis
-LEAST_SIZE = 1e-6  # of a class, in images
+LEAST = 1e-6  # of what is divided by
 OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
 
@@ -368,10 +368,10 @@ def start_from_class_means(
     """Set the last layer to the linear discriminant analysis of the activations before it.
 
     For activations f with means m_c and one covariance S within all classes, the logits are those of
-    Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T. The temperature T makes them as sure, on average, as the
-    labels that they are made from. An image counts for its classes by their probabilities; a labeled
-    or pseudo-labeled one without any counts for its label. S is shrunk toward a multiple of the unit matrix,
-    since there may be fewer images than activations.
+    Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T. The temperature T, at least 1, makes them no surer, on
+    average, than the labels that they are made from. An image counts for its classes by their probabilities;
+    a labeled or pseudo-labeled one without any counts for its label. S is shrunk toward the variance of all
+    images, alike in every direction, since there may be fewer labels than activations.
     """
     rows = []
     with evaluation_mode(model):
@@ -379,31 +379,29 @@ def start_from_class_means(
             with device.autocast():
                 rows.append(at_least_float32(model.pooled(batch.images)))
     features = all_gather_rows(torch.cat(rows), len(train))
+    center, spread = features.mean(dim=0), features.var(dim=0).mean().clamp_min(LEAST)
     head = getattr(model, model.head_name)
     shares = F.one_hot(chosen.labels, head.out_features).float() * chosen.weights[:, None]
     indexes = chosen.indexes
     if chosen.unlabeled is not None and chosen.posteriors is not None:
         shares = torch.cat([shares, chosen.posteriors])
         indexes = torch.cat([indexes, chosen.unlabeled])
-    shares, features = shares.to(features.device), features[indexes.to(features.device)]
-    sizes = shares.sum(dim=0)
-    means = (shares.T @ features) / sizes.clamp_min(LEAST_SIZE)[:, None]
-    within = features.T @ (features * shares.sum(dim=1)[:, None]) - means.T @ (
-        means * sizes[:, None]
-    )
-    within /= sizes.sum()
-    unit = within.diagonal().mean() * torch.eye(len(within), device=within.device)
-    weight = torch.linalg.solve(within.lerp(unit, SHRINKAGE), means.T).T
+    shares, features = shares.to(center.device), features[indexes.to(center.device)] - center
+    sizes, counts = shares.sum(dim=0), shares.sum(dim=1)
+    means = (shares.T @ features) / sizes.clamp_min(LEAST)[:, None]
+    within = features.T @ (features * counts[:, None]) - means.T @ (means * sizes[:, None])
+    unit = spread * torch.eye(len(within), device=within.device)
+    weight = torch.linalg.solve((within / sizes.sum()).lerp(unit, SHRINKAGE), means.T).T
     bias = -(weight * means).sum(dim=1) / 2
     logits = features @ weight.T + bias
-    wanted = (shares.amax(dim=1) / shares.sum(dim=1).clamp_min(LEAST_SIZE)).mean()
-    low, high = LEAST_TEMPERATURE, MOST_TEMPERATURE
+    wanted = (shares.amax(dim=1) / counts.clamp_min(LEAST)).mean()
+    low, high = 1.0, MOST_TEMPERATURE
     for _ in range(HALVINGS):  # the larger the temperature, the less sure
         middle = math.sqrt(low * high)
         sure = (logits / middle).softmax(dim=1).amax(dim=1).mean()
         low, high = (middle, high) if sure > wanted else (low, middle)
     head.weight.copy_(weight / high)
-    head.bias.copy_(bias / high)
+    head.bias.copy_((bias - weight @ center) / high)
 
 
 def is_own_run(state: Mapping[str, Any]) -> bool:

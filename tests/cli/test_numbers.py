@@ -78,7 +78,7 @@ def test_a_number_that_is_not_finite_or_is_negative_or_absurd_is_refused(parser,
 ZERO = {
     *("--images", "--momentum", "--nce-k", "--nce-m", "--num-workers", "--workers", "--power"),
     *("--print-freq", "--profile", "--pseudo-ratio", "--rng-seed", "--save-freq", "--start-epoch"),
-    *("--steps", "--stop-after", "--wd", "--batch-size"),
+    *("--steps", "--stop-after", "--wd", "--batch-size", "--labeled-share", "--warmup"),
 }
 
 

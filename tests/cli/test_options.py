@@ -85,6 +85,13 @@ FINETUNING_OURS = {
     "--precision": "auto",
     "--class-balanced": False,
     "--confidence-weighted": False,
+    "--calibrated-weights": False,
+    "--labeled-share": 0.0,
+    "--consistency": "",
+    "--unlabeled-ratio": 4,
+    "--ema": False,
+    "--head-init": "random",
+    "--warmup": 0,
     "--pretrained": "",
     "--pseudo-dir": "",
     "--pseudo-per-chunk": False,
@@ -165,6 +172,8 @@ def test_there_is_no_option_that_the_tables_do_not_name(script, published, ours)
         (pretraining, "--nce-loss", ("nce", "infonce")),
         (pretraining, "--objective", ("instance", "two-view", "patches-tcr")),
         (pretraining, "--optimizer", ("sgd", "lars")),
+        (finetuning, "--consistency", ("softmatch", "freematch")),
+        (finetuning, "--head-init", ("random", "class-means")),
     ],
 )
 def test_published_choices_are_accepted(script, option, published):

@@ -97,7 +97,7 @@ def test_what_is_tested_and_measured_is_the_average(finetune, world, tmp_path):
 def test_an_average_follows_the_weights_as_its_closed_form_says():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     average = MovingAverage(model)
-    expected = float(model[0].weight)
+    expected = model[0].weight.item()
     for step in range(30):
         with torch.no_grad():
             model[0].weight.fill_(step)
@@ -124,14 +124,13 @@ def test_weights_do_not_decay_where_it_is_asked_for_and_the_rate_warms_up():
         assert rising(step) == pytest.approx(min(1, (step + 1) / 10) * plain(step))
 
 
-def test_the_last_layer_starts_as_the_classifier_by_class_means(world):
+@pytest.mark.parametrize("flat", [0.0, 0.9])
+def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labels(world, flat):
     train, _ = build_datasets("folder", world / "pictures", image_size=16)
     pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     true = train.targets[pseudo.labeled]
-    ones = torch.ones(len(true))
-    chosen = shared.TrainingSet(
-        pseudo.labeled, true, ones, len(true), pseudo.indexes, pseudo.probabilities
-    )
+    ones, posteriors = torch.ones(len(true)), (1 - flat) * pseudo.probabilities + flat / 4
+    chosen = shared.TrainingSet(pseudo.labeled, true, ones, len(true), pseudo.indexes, posteriors)
     torch.manual_seed(0)
     model = build_model("wrn-10-1", 4)
     plain = Augmentation((), train.stats)
@@ -142,15 +141,43 @@ def test_the_last_layer_starts_as_the_classifier_by_class_means(world):
         features, logits = model.pooled(images), model(images)
     shares = torch.zeros(len(train), 4)
     shares[pseudo.labeled, true] = 1
-    shares[pseudo.indexes] = pseudo.probabilities
+    shares[pseudo.indexes] = posteriors
+    features, shares = features.double(), shares.double()
     means = torch.stack(
         [(shares[:, c, None] * features).sum(0) / shares[:, c].sum() for c in range(4)]
     )
-    nearest = torch.cdist(features, means).argmin(dim=1)
-    assert torch.equal(logits.argmax(dim=1), nearest)
+    within = torch.zeros(64, 64, dtype=torch.float64)
+    for row, of_row in zip(features, shares, strict=True):
+        for label in range(4):
+            away = row - means[label]
+            within += of_row[label] * away[:, None] * away[None]
+    within = 0.9 * within / shares.sum() + 0.1 * features.var(dim=0).mean() * torch.eye(64)
+    inverse = within.inverse()
+    expected = torch.stack([-((features - m) @ inverse * (features - m)).sum(1) / 2 for m in means])
+    expected -= expected.mean(dim=0)
+    found = (logits.double() - logits.double().mean(dim=1, keepdim=True)).T
+    temperature = (expected * found).sum() / found.square().sum()
+    assert temperature > 1.1 if flat else temperature == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(temperature * found, expected, rtol=1e-3, atol=1e-3)
     used = torch.cat([pseudo.labeled, pseudo.indexes])
-    sure = logits[used].softmax(dim=1).amax(dim=1).mean()
-    assert float(sure) == pytest.approx(float(shares[used].amax(dim=1).mean()), abs=1e-3)
+    sure = float(logits[used].softmax(dim=1).amax(dim=1).mean())
+    wanted = float(shares[used].amax(dim=1).mean())
+    assert sure == pytest.approx(wanted, abs=1e-3) if flat else sure < wanted
+
+
+def test_a_discriminant_analysis_of_one_label_a_class_is_finite(world):
+    train, _ = build_datasets("folder", world / "pictures", image_size=16)
+    labeled = torch.tensor([int((train.targets == c).nonzero()[0]) for c in range(4)])
+    chosen = shared.TrainingSet(labeled, torch.arange(4), torch.ones(4), 4)
+    torch.manual_seed(0)
+    model = build_model("wrn-10-1", 4)
+    shared.start_from_class_means(model, train, chosen, CPU, Augmentation((), train.stats), 0)
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat(
+            [model(b.images) for b in shared.in_order(train, Augmentation((), train.stats), CPU)]
+        )
+    assert torch.equal(logits[labeled].argmax(dim=1), torch.arange(4))
 
 
 def test_the_same_in_the_script_for_imagenet(finetune, world, tmp_path):
