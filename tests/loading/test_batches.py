@@ -170,16 +170,18 @@ def test_an_epoch_can_be_entered_at_any_batch(data, first, loader):
     assert_same(batches_of(data, instance_ops(), loader=loader).epoch(2, first), whole[first:])
 
 
+@pytest.mark.parametrize("share", [{}, {"labeled": 2, "share": 0.4}], ids=["plain", "shared"])
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, loader, monkeypatch):
+def test_the_rows_of_all_processes_make_up_the_batch_of_one(data, size, share, loader, monkeypatch):
     indexes = torch.tensor([1, 4, 6, 12, 7])
     batches = batches_of(data, instance_ops(), loader=loader)
-    whole, streamed = list(batches.epoch(1)), list(batches.repeat(indexes, 1, 4))
+    stream = partial(batches.repeat, indexes, 1, 4, **share)
+    whole, streamed = list(batches.epoch(1)), list(stream())
     epochs, streams = [], []
     for rank in range(size):
         as_rank(monkeypatch, rank, size)
         epochs.append(list(batches.epoch(1)))
-        streams.append(list(batches.repeat(indexes, 1, 4)))
+        streams.append(list(stream()))
     for batch, parts in zip(whole, zip(*epochs, strict=True), strict=True):
         assert torch.equal(torch.cat([part.indexes for part in parts]), batch.indexes)
         assert torch.allclose(torch.cat([part.images for part in parts]), batch.images, atol=1e-5)
@@ -384,3 +386,27 @@ def test_streams_with_one_seed_have_an_order_and_random_numbers_of_their_own():
     assert not torch.equal(*crops)
     again = next(Batches(data, crop, CPU, batch_size=5, stream=1).repeat(indexes, 3, 4)).images
     assert torch.equal(crops[1], again)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.01, 1), (0.25, 2), (0.5, 4), (1.0, 7)])
+def test_a_share_of_every_batch_are_labeled_images_each_as_often_as_the_others(share, expected):
+    indexes, labeled = torch.arange(22, 2, -1), 3
+    batches = Batches(noisy(), Augmentation((), STATS), CPU, batch_size=8)
+    found = [b.positions for b in batches.repeat(indexes, 0, 51, labeled=labeled, share=share)]
+    assert {int((p < labeled).sum()) for p in found} == {expected}
+    seen = torch.bincount(torch.cat(found), minlength=len(indexes))
+    for part in (seen[:labeled], seen[labeled:]):
+        assert part.max() - part.min() <= 1
+    places = torch.stack(found) < labeled
+    assert places.any(dim=0).all()  # and not always in the rows of one process
+    first = [b.positions for b in batches.repeat(indexes, 40, 51, labeled=labeled, share=share)]
+    assert all(map(torch.equal, first, found[40:]))
+
+
+@pytest.mark.parametrize("labeled", [0, 20])
+def test_where_all_or_none_are_labeled_a_share_changes_nothing(labeled):
+    indexes = torch.arange(20)
+    batches = Batches(noisy(), Augmentation((), STATS), CPU, batch_size=8)
+    shared = batches.repeat(indexes, 0, 5, labeled=labeled, share=0.5)
+    for one, other in zip(shared, batches.repeat(indexes, 0, 5), strict=True):
+        assert torch.equal(one.positions, other.positions)

@@ -1,0 +1,114 @@
+"""The estimate of what pseudo-labels gain, against a naive version and where the answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from lib.labels.split import Split
+from lib.propagation import EmbeddingGraph, estimate_gain, propagate
+from lib.propagation.choose import make_folds
+from lib.propagation.gain import RATIOS, RIDGE
+
+
+def task(features, targets, num_labeled):
+    """A graph of points in the order of the labels, and the split whose first points are labeled."""
+    labeled = torch.arange(num_labeled)
+    split = Split(labeled, torch.arange(num_labeled, len(targets)))
+    return EmbeddingGraph(features, num_neighbors=5), split, targets[labeled]
+
+
+def blobs(spread, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    targets = torch.arange(60) % 3
+    centers = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]])
+    return centers[targets] + spread * torch.randn(60, 4, generator=rng), targets
+
+
+def naive(graph, split, labels, ratios, calibration):
+    """Held-out accuracy by loops, and least squares with a row for the penalty on each weight."""
+    right, count = dict.fromkeys(ratios, 0), 0
+    for out in make_folds(labels, 0):
+        kept = [i for i in range(len(labels)) if i not in out.tolist()]
+        fold = Split(split.labeled[kept], split.unlabeled)
+        scores = propagate(graph, "poisson", fold, labels[kept], 3).scores
+        margins, probabilities = {}, (scores / calibration).softmax(dim=1)
+        for i in split.unlabeled.tolist():
+            two = scores[i].softmax(dim=0).topk(2).values
+            margins[i] = float(two[0] - two[1])
+        for ratio in ratios:
+            examples = [(i, int(labels[p]), 1 / len(kept)) for p, i in zip(kept, fold.labeled)]
+            chosen = []
+            for c in range(3):
+                members = [i for i in split.unlabeled.tolist() if scores[i].argmax() == c]
+                members.sort(key=margins.get, reverse=True)
+                chosen += [(i, c) for i in members[: math.ceil(ratio * len(members) - 1e-9)]]
+            total = sum(float(probabilities[i, c]) for i, c in chosen)
+            examples += [(i, c, float(probabilities[i, c]) / total) for i, c in chosen]
+            whole = sum(w for *_, w in examples)
+            rows = [math.sqrt(w) * graph.features[i].double() for i, _, w in examples]
+            wanted = [math.sqrt(w) * torch.eye(3).double()[c] for _, c, w in examples]
+            width = graph.features.shape[1]
+            rows += list(math.sqrt(RIDGE * whole) * torch.eye(width).double())
+            wanted += [torch.zeros(3).double()] * width
+            found = torch.linalg.lstsq(torch.stack(rows), torch.stack(wanted)).solution
+            answers = (graph.features[split.labeled[out]].double() @ found).argmax(dim=1)
+            right[ratio] += int((answers == labels[out]).sum())
+        count += len(out)
+    return {ratio: 100 * hits / count for ratio, hits in right.items()}
+
+
+def test_the_estimate_equals_a_naive_loop():
+    graph, split, labels = task(*blobs(0.7), 15)
+    given = {"calibration": 0.5, "confidence": "margin"}
+    found = estimate_gain(graph, "poisson", split, labels, 3, **given)
+    expected = naive(graph, split, labels, RATIOS, 0.5)
+    assert found.accuracy == pytest.approx(expected)
+    assert len(set(expected.values())) > 2  # not the same for every share
+    assert found.num_held_out == 15
+
+
+def arcs():
+    """Two half circles, each a class, with two labels at one end of each: only the graph tells them apart."""
+    angle = torch.linspace(0, math.pi, 60)
+    outer = torch.stack([angle.cos(), angle.sin()], dim=1)
+    inner = torch.stack([1 - angle.cos(), 0.4 - angle.sin()], dim=1)
+    points = torch.stack([outer, inner], dim=1).flatten(0, 1)
+    wide = torch.cat([(4 * torch.cdist(points, points[::6])).neg().exp()], dim=1)
+    return wide, torch.arange(120) % 2
+
+
+def test_pseudo_labels_gain_where_they_follow_the_shape_of_the_classes():
+    features, targets = arcs()
+    order = torch.cat([torch.tensor([0, 1, 20, 21, 60, 61, 118, 119])])
+    rest = torch.tensor([i for i in range(120) if i not in order.tolist()])
+    order = torch.cat([order, rest])
+    graph, split, labels = task(features[order], targets[order], 8)
+    gain = estimate_gain(graph, "poisson", split, labels, 2)
+    assert gain.ratio > 0
+    assert gain.accuracy[gain.ratio] > gain.accuracy[0.0] + 5
+
+
+def test_labels_alone_are_best_where_the_graph_says_nothing():
+    features, targets = blobs(0.05)
+    rng = torch.Generator().manual_seed(3)
+    other = torch.randn(60, 4, generator=rng)  # a graph of points that have nothing to do with the classes
+
+    class Misled(EmbeddingGraph):
+        pass
+
+    graph, split, labels = task(features, targets, 12)
+    misled = Misled(other, num_neighbors=5)
+    misled.affinity  # noqa: B018 - made from the other points, and kept
+    object.__setattr__(misled, "features", features)
+    gain = estimate_gain(misled, "poisson", split, labels, 3)
+    assert gain.ratio == 0
+    assert gain.accuracy[0.0] == 100 > gain.accuracy[1.0]
+    assert "no share of the pseudo-labels gains anything" in str(gain)
+    sound = estimate_gain(graph, "poisson", split, labels, 3)
+    assert sound.accuracy[1.0] == 100
+
+
+def test_nothing_is_estimated_where_no_label_can_be_held_out():
+    graph, split, labels = task(*blobs(0.5), 3)
+    assert estimate_gain(graph, "poisson", split, labels, 3) is None
