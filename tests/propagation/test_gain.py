@@ -1,6 +1,7 @@
 """The estimate of what pseudo-labels gain, against a naive version and where the answer is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +36,10 @@ def naive(graph, split, labels, ratios, calibration):
         margins, probabilities = {}, (scores / calibration).softmax(dim=1)
         for i in split.unlabeled.tolist():
             two = scores[i].softmax(dim=0).topk(2).values
-            margins[i] = float(two[0] - two[1])
+            margins[i] = float(1 - two[1] / two[0])
         for ratio in ratios:
-            examples = [(i, int(labels[p]), 1 / len(kept)) for p, i in zip(kept, fold.labeled)]
+            true = zip(kept, fold.labeled.tolist(), strict=True)
+            examples = [(i, int(labels[p]), 1 / len(kept)) for p, i in true]
             chosen = []
             for c in range(3):
                 members = [i for i in split.unlabeled.tolist() if scores[i].argmax() == c]
@@ -59,7 +61,7 @@ def naive(graph, split, labels, ratios, calibration):
 
 
 def test_the_estimate_equals_a_naive_loop():
-    graph, split, labels = task(*blobs(0.7), 15)
+    graph, split, labels = task(*blobs(1.0), 15)
     given = {"calibration": 0.5, "confidence": "margin"}
     found = estimate_gain(graph, "poisson", split, labels, 3, **given)
     expected = naive(graph, split, labels, RATIOS, 0.5)
@@ -69,18 +71,17 @@ def test_the_estimate_equals_a_naive_loop():
 
 
 def arcs():
-    """Two half circles, each a class, with two labels at one end of each: only the graph tells them apart."""
+    """Two half circles, each a class, labeled here and there: only the graph tells them apart."""
     angle = torch.linspace(0, math.pi, 60)
     outer = torch.stack([angle.cos(), angle.sin()], dim=1)
     inner = torch.stack([1 - angle.cos(), 0.4 - angle.sin()], dim=1)
     points = torch.stack([outer, inner], dim=1).flatten(0, 1)
-    wide = torch.cat([(4 * torch.cdist(points, points[::6])).neg().exp()], dim=1)
-    return wide, torch.arange(120) % 2
+    return (-4 * torch.cdist(points, points[::6])).exp(), torch.arange(120) % 2
 
 
 def test_pseudo_labels_gain_where_they_follow_the_shape_of_the_classes():
     features, targets = arcs()
-    order = torch.cat([torch.tensor([0, 1, 20, 21, 60, 61, 118, 119])])
+    order = torch.tensor([0, 1, 20, 21, 60, 61, 118, 119])
     rest = torch.tensor([i for i in range(120) if i not in order.tolist()])
     order = torch.cat([order, rest])
     graph, split, labels = task(features[order], targets[order], 8)
@@ -90,23 +91,16 @@ def test_pseudo_labels_gain_where_they_follow_the_shape_of_the_classes():
 
 
 def test_labels_alone_are_best_where_the_graph_says_nothing():
-    features, targets = blobs(0.05)
-    rng = torch.Generator().manual_seed(3)
-    other = torch.randn(60, 4, generator=rng)  # a graph of points that have nothing to do with the classes
-
-    class Misled(EmbeddingGraph):
-        pass
-
-    graph, split, labels = task(features, targets, 12)
-    misled = Misled(other, num_neighbors=5)
-    misled.affinity  # noqa: B018 - made from the other points, and kept
-    object.__setattr__(misled, "features", features)
+    features, targets = blobs(0.2)
+    # a graph of points that have nothing to do with the classes
+    other = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
+    graph, split, labels = task(features, targets, 24)
+    misled = replace(graph, given=EmbeddingGraph(other, num_neighbors=5).affinity)
     gain = estimate_gain(misled, "poisson", split, labels, 3)
     assert gain.ratio == 0
-    assert gain.accuracy[0.0] == 100 > gain.accuracy[1.0]
-    assert "no share of the pseudo-labels gains anything" in str(gain)
+    assert gain.accuracy.pop(0.0) == 100 > max(gain.accuracy.values())
     sound = estimate_gain(graph, "poisson", split, labels, 3)
-    assert sound.accuracy[1.0] == 100
+    assert set(sound.accuracy.values()) == {100}
 
 
 def test_nothing_is_estimated_where_no_label_can_be_held_out():

@@ -22,8 +22,10 @@ from lib.cli.start import load_script
 from lib.features.extraction import FeatureSet
 from lib.files import checkpoint
 from lib.labels import pseudo_files, pseudo_labels
+from lib.labels.gain import Gain
 from lib.labels.split import Split, cut_into_chunks, labeled_split
 from lib.propagation.chunks import save_part
+from lib.propagation.gain import RATIOS
 from lib.report import page
 from lib.report.curves import accuracy_coverage
 from models import build_model
@@ -104,6 +106,21 @@ def test_calibration_brings_probabilities_nearer_to_the_truth_and_changes_no_lab
         assert f"{found[n]['ece_published']:.2f}%  {found[n]['ece']:>5.2f}%" in line
         assert found[n]["ece_published"] == plain[n]["ece"] == plain[n]["ece_published"]
         assert found[n]["ece"] < 0.7 * plain[n]["ece"]
+
+
+def test_the_gain_is_printed_kept_and_written_with_the_labels(features, tmp_path, capsys):
+    words = ("--features", features, "--method", "knn", "--num-labeled", 10, 50, "--estimate-gain")
+    found = call(*words, "--save-path", tmp_path)
+    gain = Gain.read(pseudo_files.load(tmp_path / "50.pth.tar").meta)
+    assert found["50"]["gain"] == gain.entry()
+    assert gain.num_held_out == 50
+    assert gain.accuracy.keys() == set(RATIOS)
+    assert gain.accuracy[0.0] > 50  # far from the 10% of a guess
+    printed = capsys.readouterr().out
+    assert str(gain) in printed
+    assert found["10"]["gain"] is None
+    assert Gain.read(pseudo_files.load(tmp_path / "10.pth.tar").meta) is None
+    assert propagate.NO_GAIN in printed
 
 
 def test_chunks_have_the_temperature_of_the_first(features, tmp_path):

@@ -81,6 +81,18 @@ def test_a_consistent_run_logs_what_it_learns_from_and_resumes_to_the_same_bits(
     assert not torch.equal(state["net"]["fc.weight"], state["net_in_training"]["fc.weight"])
 
 
+def test_a_run_with_a_share_of_true_labels_resumes_to_the_same_bits(finetune):
+    words = ("--labeled-share", 0.5, "--calibrated-weights", "--ema", "--head-init", "class-means")
+    whole = finetune(*words, "--eval-freq", 3, name="whole")
+    finetune(*words, "--eval-freq", 3, "--stop-after", 4, name="cut")
+    cut = finetune(*words, "--eval-freq", 3, "--resume", "auto", name="cut")
+    assert_same(without_meta(last(cut)), without_meta(last(whole)))
+    drawn = finetune(*words[2:], "--eval-freq", 3, name="drawn")
+    assert not torch.equal(last(drawn)["net"]["fc.weight"], last(whole)["net"]["fc.weight"])
+    with pytest.raises(ValueError, match="two weights: name one"):
+        finetune(*words, "--confidence-weighted")
+
+
 def test_what_is_tested_and_measured_is_the_average(finetune, world, tmp_path):
     folder = finetune("--ema", "--eval-freq", 6)
     state = last(folder)

@@ -102,7 +102,7 @@ class Run:
             if self.repeats:
                 first = epoch * per_epoch * iter_size
                 rows = torch.arange(NUM_IMAGES)
-                items = self.streams.repeat(rows, rows, first, first + per_epoch * iter_size)
+                items = self.streams.repeat(rows, first, first + per_epoch * iter_size, others=rows)
             steps = train_steps(
                 *(self.model, self.objective, self.optimizer, items, schedule, DEVICE),
                 first_step=epoch * per_epoch,

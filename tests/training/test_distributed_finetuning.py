@@ -82,7 +82,7 @@ def trained(model: Network, iter_size: int, *, consistent: bool) -> list[tuple[f
         distributed.wrap_ddp(model),
         objective.to(model.dtype),
         sgd(model.parameters(), 0.05, 5e-4),
-        batches.repeat(every, every if consistent else None, 0, STEPS * iter_size),
+        batches.repeat(every, 0, STEPS * iter_size, others=every if consistent else None),
         lambda step: 0.05 / (1 + step),
         CPU,
         iter_size=iter_size,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from datasets import build_datasets
 from lib.cli import declared
 from lib.files import checkpoint
 from lib.labels import pseudo_files
+from lib.labels.gain import Gain
 from lib.loading.batches import Batch
 from lib.objectives.classification import Classification
 from lib.training import finetuning as shared
@@ -159,6 +161,41 @@ def test_confidence_weighted_gives_pseudo_labels_their_confidence_and_true_label
     weights = examples_of(world, *file, "--confidence-weighted").weights
     assert weights[:LABELS].eq(1).all()
     assert torch.equal(weights[LABELS:], pseudo.confidence)
+
+
+def test_calibrated_weights_are_the_probabilities_of_the_labels(world, tmp_path):
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
+    sharper = pseudo.probabilities.square()  # at half the temperature
+    pseudo = replace(pseudo, probabilities=sharper / sharper.sum(dim=1, keepdim=True))
+    pseudo_files.save(pseudo, tmp_path / "8.pth.tar")
+    words = ("--pseudo-file", tmp_path / "8.pth.tar", "--calibrated-weights")
+    weights = examples_of(world, *words).weights
+    assert weights[:LABELS].eq(1).all()
+    own = pseudo.probabilities[torch.arange(len(pseudo.labels)), pseudo.labels]
+    assert torch.equal(weights[LABELS:], own)
+    assert not torch.equal(own, pseudo.confidence)
+    some = examples_of(world, *words, "--pseudo-ratio", 0.5).weights
+    assert torch.equal(some, weights[: len(some)])
+    pseudo_files.save(replace(pseudo, probabilities=None), tmp_path / "bare.pth.tar")
+    with pytest.raises(ValueError, match=r"no probabilities .* which --calibrated-weights needs"):
+        examples_of(world, "--calibrated-weights", "--pseudo-file", tmp_path / "bare.pth.tar")
+
+
+@pytest.mark.parametrize(("best", "count"), [(0.5, 22), (0.0, 0)])
+def test_the_ratio_auto_is_the_one_that_phase_2_estimated_best(
+    world, tmp_path, capsys, best, count
+):
+    pseudo = pseudo_files.load(world / "pseudo.pth.tar")
+    words = ("--pseudo-ratio", "auto", "--pseudo-file", tmp_path / "8.pth.tar")
+    gain = Gain({0.0: 50.0, 0.2: 40.0, 0.5: 45.0, 1.0: 30.0} | {best: 62.5}, 8)
+    meta = {**pseudo.meta, "gain": gain.entry()}
+    pseudo_files.save(replace(pseudo, meta=meta), tmp_path / "8.pth.tar")
+    examples = examples_of(world, *words)
+    assert examples.indexes[LABELS:].tolist() == pseudo.indexes[:count].tolist()
+    assert f"pseudo-labels: {gain}" in capsys.readouterr().out
+    pseudo_files.save(pseudo, tmp_path / "8.pth.tar")
+    with pytest.raises(ValueError, match=r"needs an estimate .* --estimate-gain"):
+        examples_of(world, *words)
 
 
 def test_a_weight_multiplies_its_own_example_in_the_loss():
