@@ -35,8 +35,8 @@ def naive(graph, split, labels, ratios, calibration):
         scores = propagate(graph, "poisson", fold, labels[kept], 3).scores
         margins, probabilities = {}, (scores / calibration).softmax(dim=1)
         for i in split.unlabeled.tolist():
-            two = scores[i].softmax(dim=0).topk(2).values
-            margins[i] = float(1 - two[1] / two[0])
+            first, second = scores[i].topk(2).values
+            margins[i] = -math.expm1(float(second - first))  # 1 - p2 / p1
         for ratio in ratios:
             true = zip(kept, fold.labeled.tolist(), strict=True)
             examples = [(i, int(labels[p]), 1 / len(kept)) for p, i in true]
