@@ -74,12 +74,12 @@ run unsupervised/cifar.py "${data[@]}" --arch "$arch" --epochs "$epochs" -b 64 -
 
 # 2. The labels spread through it; report.html shows what every class got
 run scripts/propagate.py "${data[@]}" --checkpoint "$metric" --num-neighbors 10 --num-labeled all \
-    --save-path "$output/pseudo" --report
+    --estimate-gain --save-path "$output/pseudo" --report
 
-# 3. A classifier from the labels and the more confident pseudo-labels of every class
+# 3. A classifier from the labels and as many of the more confident pseudo-labels of every class as help it
 run cifar-semi.py "${data[@]}" --arch "$arch" --num-labeled all --resume "$metric" \
-    --pseudo-file "$output/pseudo/all.pth.tar" --pseudo-ratio 0.7 --class-balanced \
-    --confidence-weighted -b 64 --lr 0.1 --lr-scheduler one-cycle --max-iters "$iters" \
+    --pseudo-file "$output/pseudo/all.pth.tar" --pseudo-ratio auto --class-balanced \
+    --calibrated-weights --labeled-share 0.5 -b 64 --lr 0.1 --lr-scheduler one-cycle --max-iters "$iters" \
     --model-root "$output" --log-root "$output/log" --exp-name classifier
 
 # 4. What it says of new pictures

@@ -56,7 +56,7 @@ from lib.features.extraction import FeatureSet
 from lib.files import provenance
 from lib.files.atomic import write_whole
 from lib.labels import pseudo_labels
-from lib.labels.gain import Gain
+from lib.labels.gain import KEY, Gain
 from lib.labels.pseudo_labels import PseudoLabels
 from lib.labels.split import labeled_split, name_of
 from lib.propagation import EmbeddingGraph, calibrate, estimate_gain, propagate
@@ -70,9 +70,6 @@ from lib.report.curves import ERROR_HEADS, HEADS, Curve, accuracy_coverage, erro
 from lib.runtime import devices, distributed, terminal
 
 MIB = 2**20
-NO_GAIN = (
-    "no estimate of what the pseudo-labels gain: no class has two labels, so none can be held out"
-)
 NOT_CALIBRATED = "probabilities as published: no class has two labels, so none can be held out"
 
 
@@ -280,9 +277,8 @@ def label_all(args: argparse.Namespace, graph: EmbeddingGraph, found: FeatureSet
             results[name] |= errors | {"calibration": pseudo.meta.get("calibration")}
         print(row(args, n, pseudo, curve, seconds, file), flush=True)
         if args.estimate_gain:
-            gain = Gain.read(pseudo.meta)
-            results[name]["gain"] = gain and gain.entry()
-            print(f"         {gain or NO_GAIN}", flush=True)
+            results[name]["gain"] = pseudo.meta[KEY]
+            print(f"         {Gain.read(pseudo.meta)}", flush=True)
     return done, curves, results
 
 

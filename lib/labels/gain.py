@@ -11,21 +11,24 @@ KEY = "gain"  # of the estimate in the `meta` of pseudo-labels
 _REQUIRED = {
     "ratios": list_of(number(0, 1)),
     "accuracies": list_of(number(0, 100)),
-    "held_out": whole(1),
+    "held_out": whole(),
 }
 SCHEMA: Check = entries(_REQUIRED, required=True)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Accuracy on held-out labels in percent, by the share of the pseudo-labels that is trained on."""
+    """Accuracy on held-out labels in percent, by the share of the pseudo-labels that is trained on.
+
+    There is none where no class has two labels, so that none could be held out.
+    """
 
     accuracy: Mapping[float, float]  # the share 0 is the other labels alone
     num_held_out: int  # images, each counted once
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> "Gain | None":
-        """Take the estimate from the `meta` of pseudo-labels; None if there is none.
+        """Take the estimate from the `meta` of pseudo-labels; None if phase 2 was not asked for one.
 
         Raises:
             ValueError: if it was damaged.
@@ -34,7 +37,7 @@ class Gain:
             return None
         found = meta[KEY]
         ratios, accuracies = found["ratios"], found["accuracies"]
-        if len(ratios) != len(accuracies) or 0 not in ratios:
+        if len(ratios) != len(accuracies) or (ratios and 0 not in ratios):
             raise ValueError(
                 f"the estimated gain has {len(accuracies)} accuracies for the shares {ratios}"
             )
@@ -48,10 +51,14 @@ class Gain:
 
     @property
     def ratio(self) -> float:
-        """The share with the highest accuracy, the smallest one of equals."""
+        """The share with the highest accuracy, the smallest one of equals; 1 where nothing is known."""
+        if not self.accuracy:
+            return 1.0
         return max(self.accuracy, key=lambda ratio: (self.accuracy[ratio], -ratio))
 
     def __str__(self) -> str:
+        if not self.accuracy:
+            return "no class has two labels, so none could be held out, and what they gain is not known"
         alone, best = self.accuracy[0.0], self.accuracy[self.ratio]
         text = f"of {self.num_held_out} labels, held out in turn, a linear classifier recognizes {alone:.1f}%"
         if self.ratio == 0:

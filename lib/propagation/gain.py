@@ -37,16 +37,13 @@ def estimate_gain(
     calibration: float | None = None,
     seed: int = 0,
     **options: Any,
-) -> Gain | None:
+) -> Gain:
     """Measure each share of the pseudo-labels that `propagate` makes with the same arguments.
 
     Shares are taken of each pseudo-class, ranked by `confidence`, and pseudo-labels count by their
-    probabilities at the temperature `calibration`. None where no class has two labels, so that none can be
-    held out.
+    probabilities at the temperature `calibration`.
     """
     held = make_folds(labels, seed)
-    if not held:
-        return None
     right = dict.fromkeys((0.0, *ratios), 0.0)
     for out in held:
         keep = others(len(labels), out)
@@ -67,6 +64,8 @@ def estimate_gain(
             found = _ridge(graph.features, rows, classes, weights, test, num_classes)
             right[ratio] += float((found == truth).sum())
     count = sum(map(len, held))
+    if not count:
+        return Gain({}, 0)
     accuracy = {ratio: 100 * hits / count for ratio, hits in right.items()}
     return Gain(accuracy, len(torch.cat(held).unique()))
 

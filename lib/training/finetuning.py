@@ -133,9 +133,9 @@ def best_ratio(pseudo: PseudoLabels, source: str) -> float:
     if gain is None:
         raise ValueError(
             f"{source}: --pseudo-ratio auto needs an estimate of what the pseudo-labels gain, which phase 2 "
-            "makes with --estimate-gain where a class has two labels; without one name a share, such as 0.2"
+            "makes with --estimate-gain; without one name a share, such as 0.2"
         )
-    print_main(f"pseudo-labels: {gain}")
+    print_main(f"pseudo-labels: {gain}; {gain.ratio:.0%} of them are taken")
     return gain.ratio
 
 

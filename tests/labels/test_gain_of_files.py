@@ -34,6 +34,14 @@ def test_where_no_share_is_better_than_the_labels_alone_it_says_so():
     assert "no share of the pseudo-labels gains anything" in str(alone)
 
 
+def test_without_labels_to_hold_out_all_pseudo_labels_are_taken(tmp_path):
+    pseudo_files.save(pseudo(Gain({}, 0).entry()), tmp_path / "3.pth.tar")
+    found = Gain.read(pseudo_files.load(tmp_path / "3.pth.tar").meta)
+    assert found == Gain({}, 0)
+    assert found.ratio == 1
+    assert str(found).startswith("no class has two labels")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lib.labels.gain import Gain
 from lib.labels.split import Split
 from lib.propagation import EmbeddingGraph, estimate_gain, propagate
 from lib.propagation.choose import make_folds
@@ -105,4 +106,4 @@ def test_labels_alone_are_best_where_the_graph_says_nothing():
 
 def test_nothing_is_estimated_where_no_label_can_be_held_out():
     graph, split, labels = task(*blobs(0.5), 3)
-    assert estimate_gain(graph, "poisson", split, labels, 3) is None
+    assert estimate_gain(graph, "poisson", split, labels, 3) == Gain({}, 0)
