@@ -5,7 +5,7 @@ held out and on the most confident share of the pseudo-labels that these labels 
 that are. The share 0 is the labels alone: where the metric is poor, no other one is better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 
 from lib.labels.confidence import from_scores
 from lib.labels.gain import Gain
-from lib.labels.pseudo_labels import most_confident
+from lib.labels.pseudo_labels import PseudoLabels, most_confident
 from lib.labels.split import Split, others
 from lib.propagation.choose import make_folds
 from lib.propagation.embedding_graph import EmbeddingGraph
@@ -47,27 +47,44 @@ def estimate_gain(
     right = dict.fromkeys((0.0, *ratios), 0.0)
     for out in held:
         keep = others(len(labels), out)
-        labeled = split.labeled[keep]
-        fold = Split(labeled, others(len(graph), split.labeled))
+        fold = Split(split.labeled[keep], others(len(graph), split.labeled))
         answer = propagate(graph, method, fold, labels[keep], num_classes, **options)
         ranked = {"confidence": confidence or answer.confidence, "calibration": calibration or 1.0}
         pseudo = from_scores(answer.scores, fold, probabilities=False, **ranked)
-        assert pseudo.largest is not None
-        sure = pseudo.largest[:, 1]
-        test, truth = split.labeled[out], labels[out]
-        for ratio in right:
-            (best,) = most_confident([pseudo], ratio, class_balanced=True)
-            rows = torch.cat([labeled, pseudo.indexes[best]])
-            classes = torch.cat([labels[keep], pseudo.labels[best]])
-            weights = torch.cat([_share(torch.ones(len(keep))), _share(sure[best])])
-            weights[: len(keep)] *= LABELED_SHARE / (1 - LABELED_SHARE)
-            found = _ridge(graph.features, rows, classes, weights, test, num_classes)
-            right[ratio] += float((found == truth).sum())
+        test = split.labeled[out]
+        answers = classify(graph.features, pseudo, labels[keep], test, num_classes, right)
+        for ratio, found in answers.items():
+            right[ratio] += float((found == labels[out]).sum())
     count = sum(map(len, held))
     if not count:
         return Gain({}, 0)
     accuracy = {ratio: 100 * hits / count for ratio, hits in right.items()}
     return Gain(accuracy, len(torch.cat(held).unique()))
+
+
+def classify(
+    features: Tensor,
+    pseudo: PseudoLabels,
+    labels: Tensor,
+    test: Tensor,
+    num_classes: int,
+    ratios: Iterable[float],
+) -> dict[float, Tensor]:
+    """Train the linear classifier on each share of the pseudo-labels, and predict the images `test`.
+
+    `labels` are those of the labeled images of `pseudo`, whose `largest` are known.
+    """
+    assert pseudo.largest is not None
+    found, ones = {}, torch.ones(len(labels))
+    for ratio in ratios:
+        (best,) = most_confident([pseudo], ratio, class_balanced=True)
+        rows = torch.cat([pseudo.labeled, pseudo.indexes[best]])
+        classes = torch.cat([labels, pseudo.labels[best]])
+        sure = pseudo.largest[best, 1]
+        true = _share(ones) * (LABELED_SHARE / (1 - LABELED_SHARE))
+        weights = torch.cat([true, _share(sure)])
+        found[ratio] = _ridge(features, rows, classes, weights, test, num_classes)
+    return found
 
 
 def _share(weights: Tensor) -> Tensor:

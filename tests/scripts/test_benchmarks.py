@@ -183,3 +183,26 @@ def test_settings_of_an_objective_that_there_is_not_are_refused(tmp_path):
     words = ("--output", tmp_path, "--settings", "byol: -b 16")
     refused = run_script("scripts/benchmarks/objectives.py", *words)
     assert_refused(refused, "--settings 'byol: -b 16'", "a colon and its options")
+
+
+def test_the_benchmark_of_gains_measures_every_share_and_the_one_that_is_chosen(tmp_path):
+    benchmark = load_script("scripts/benchmarks/gain.py")
+    rows, targets = blobs(4, 40, spread=0.5)
+    file, output = tmp_path / "rows.pth.tar", tmp_path / "numbers.json"
+    checkpoint.save(FeatureSet(rows, targets, 4).state(), file)
+    words = [
+        "--features",
+        str(file),
+        "--num-labeled",
+        "8",
+        "--splits",
+        "2",
+        "--output",
+        str(output),
+    ]
+    found = benchmark.main(benchmark.build_parser().parse_args(words))
+    assert json.loads(output.read_text())["results"] == {"8": found[8]}
+    for draw in found[8]:
+        assert len(draw) == len(benchmark.HEADS)
+        assert min(draw) > 50  # far from the 25% of a guess
+        assert draw[-1] in draw[1:-1]
