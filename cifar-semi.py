@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         network,
         objective,
         optimizer,
-        finetuning.planned(batches, chosen, settings, first, end),
+        finetuning.run_batches(batches, chosen, settings, first, end),
         schedule,
         device,
         first_step=state.step,

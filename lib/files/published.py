@@ -37,9 +37,7 @@ from models.resnet import STEM
 
 ACCURACIES = "accuracies"  # key of a checkpoint's accuracies in percent
 BANK = "lemniscate"  # key of the memory bank of phase 1, which no classifier has
-IN_TRAINING = (
-    "net_in_training"  # key of the weights in training, where the network is their average
-)
+IN_TRAINING = "net_in_training"  # key of the weights in training; the network is their average
 HEADS = ("fc.weight", "linear.weight", "head.weight")
 SMALL_SIZE, IMAGENET_SIZE = 32, 224  # image sizes for a checkpoint that does not record its own
 IMAGENET_TEMPERATURE = 0.07  # of the published metrics for ImageNet

@@ -348,7 +348,7 @@ def build_streams(
     return Streams(labeled, Batches(train, views, device, batch_size=size, stream=1, **given))
 
 
-def planned(
+def run_batches(
     streams: Streams, chosen: TrainingSet, settings: Settings, first: int, stop: int
 ) -> Iterator[Batch]:
     """Yield batches number first ... stop - 1 of the chosen images."""

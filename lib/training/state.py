@@ -113,9 +113,7 @@ class TrainState:
     # options that a resumed run must not change, with their defaults
     invariants: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # further entries of the checkpoint
-    average: MovingAverage | None = (
-        None  # of the weights, which is then tested and saved as the network
-    )
+    average: MovingAverage | None = None  # of the weights: what is tested and saved as the network
     step: int = 0  # optimizer steps done
     epoch: int = 0  # epochs done and measured
     accuracy: float = float("nan")  # percentage at the last test
