@@ -5,12 +5,12 @@ held out and on the most confident share of the pseudo-labels that these labels 
 that are. The share 0 is the labels alone: where the metric is poor, no other one is better.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy
 
 from lib.labels.confidence import from_scores
 from lib.labels.gain import Gain
@@ -22,7 +22,10 @@ from lib.propagation.methods import propagate
 
 RATIOS = (0.0, 0.1, 0.2, 0.5, 1.0)
 LABELED_SHARE = 0.5  # of the weight of all images, if there are pseudo-labels
-RIDGE = 0.01  # penalty on the squared weights, relative to the weight of all images
+PENALTY = 1e-3  # on the squared coefficients
+STEPS = 100  # of L-BFGS, at most
+MOST = 10_000  # pseudo-labels that are learned, evenly from the ranking
+LEAST = 1e-6  # of what is divided by
 
 
 def estimate_gain(
@@ -76,28 +79,45 @@ def classify(
     """
     assert pseudo.largest is not None
     found, ones = {}, torch.ones(len(labels))
+    center, scale = features.mean(dim=0), features.var(dim=0).mean().sqrt().clamp_min(LEAST)
     for ratio in ratios:
         (best,) = most_confident([pseudo], ratio, class_balanced=True)
+        if len(best) > MOST:
+            best = best[torch.linspace(0, len(best) - 1, MOST).long()]
         rows = torch.cat([pseudo.labeled, pseudo.indexes[best]])
         classes = torch.cat([labels, pseudo.labels[best]])
-        sure = pseudo.largest[best, 1]
         true = _share(ones) * (LABELED_SHARE / (1 - LABELED_SHARE))
-        weights = torch.cat([true, _share(sure)])
-        found[ratio] = _ridge(features, rows, classes, weights, test, num_classes)
+        weights = torch.cat([true, _share(pseudo.largest[best, 1])])
+        train, tested = ((features[x.to(center.device)] - center) / scale for x in (rows, test))
+        weights, classes = (_share(weights).to(train), classes.to(center.device))
+        found[ratio] = logistic_regression(train, classes, weights, num_classes)(tested).cpu()
     return found
 
 
+def logistic_regression(
+    points: Tensor, classes: Tensor, weights: Tensor, num_classes: int
+) -> Callable[[Tensor], Tensor]:
+    """Fit multinomial logistic regression, and return a function from points to their classes.
+
+    It minimizes the cross-entropy, weighted by numbers whose sum is 1, plus `PENALTY` times the squared
+    coefficients without those of the constant.
+    """
+    coefficients = points.new_zeros(points.shape[1] + 1, num_classes, requires_grad=True)
+    solver = torch.optim.LBFGS([coefficients], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def scores(x: Tensor) -> Tensor:
+        return x @ coefficients[1:] + coefficients[0]
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        losses = cross_entropy(scores(points), classes, reduction="none")
+        found = weights @ losses + PENALTY * coefficients[1:].square().sum()
+        found.backward()
+        return found
+
+    solver.step(loss)
+    return lambda x: scores(x.detach()).argmax(dim=1)
+
+
 def _share(weights: Tensor) -> Tensor:
-    return weights / weights.sum().clamp_min(1e-6)
-
-
-def _ridge(
-    features: Tensor, rows: Tensor, classes: Tensor, weights: Tensor, test: Tensor, num_classes: int
-) -> Tensor:
-    """Predict the classes of `test` by weighted ridge regression on the classes of `rows`."""
-    device = features.device
-    x, y = features[rows.to(device)], one_hot(classes, num_classes).to(device, features.dtype)
-    weighted = x * weights.to(device, features.dtype)[:, None]
-    penalty = RIDGE * float(weights.sum()) * torch.eye(x.shape[1], device=device)
-    solution = torch.linalg.solve(x.T @ weighted + penalty, weighted.T @ y)
-    return (features[test.to(device)] @ solution).argmax(dim=1).cpu()
+    return weights / weights.sum().clamp_min(LEAST)
