@@ -51,10 +51,10 @@ class Gain:
 
     @property
     def ratio(self) -> float:
-        """The share with the highest accuracy, the smallest one of equals; 1 where nothing is known."""
+        """The share with the highest accuracy, the largest one of equals; 1 where nothing is known."""
         if not self.accuracy:
             return 1.0
-        return max(self.accuracy, key=lambda ratio: (self.accuracy[ratio], -ratio))
+        return max(self.accuracy, key=lambda ratio: (self.accuracy[ratio], ratio))
 
     def __str__(self) -> str:
         if not self.accuracy:

@@ -8,9 +8,11 @@ that are. The share 0 is the labels alone: where the metric is poor, no other on
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from lib.labels.confidence import from_scores
 from lib.labels.gain import Gain
@@ -88,35 +90,41 @@ def classify(
         classes = torch.cat([labels, pseudo.labels[best]])
         true = _share(ones) * (LABELED_SHARE / (1 - LABELED_SHARE))
         weights = torch.cat([true, _share(pseudo.largest[best, 1])])
-        train, tested = ((features[x.to(center.device)] - center) / scale for x in (rows, test))
-        weights, classes = (_share(weights).to(train), classes.to(center.device))
-        found[ratio] = logistic_regression(train, classes, weights, num_classes)(tested).cpu()
+        train, tested = (
+            ((features[x.to(center.device)] - center) / scale).cpu().double().numpy()
+            for x in (rows, test)
+        )
+        given = classes.numpy(), _share(weights).double().numpy()
+        found[ratio] = torch.from_numpy(logistic_regression(train, *given, num_classes)(tested))
     return found
 
 
 def logistic_regression(
-    points: Tensor, classes: Tensor, weights: Tensor, num_classes: int
-) -> Callable[[Tensor], Tensor]:
+    points: np.ndarray, classes: np.ndarray, weights: np.ndarray, num_classes: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """Fit multinomial logistic regression, and return a function from points to their classes.
 
     It minimizes the cross-entropy, weighted by numbers whose sum is 1, plus `PENALTY` times the squared
     coefficients without those of the constant.
     """
-    coefficients = points.new_zeros(points.shape[1] + 1, num_classes, requires_grad=True)
-    solver = torch.optim.LBFGS([coefficients], max_iter=STEPS, line_search_fn="strong_wolfe")
+    columns, places = np.column_stack([np.ones(len(points)), points]), np.arange(len(points))
 
-    def scores(x: Tensor) -> Tensor:
-        return x @ coefficients[1:] + coefficients[0]
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        coefficients = flat.reshape(-1, num_classes)
+        log_p = log_softmax(columns @ coefficients, axis=1)
+        penalized = coefficients.copy()
+        penalized[0] = 0
+        value = PENALTY * np.square(penalized).sum() - weights @ log_p[places, classes]
+        errors = np.exp(log_p)
+        errors[places, classes] -= 1
+        slope = columns.T @ (errors * weights[:, None]) + 2 * PENALTY * penalized
+        return value, slope.ravel()
 
-    def loss() -> Tensor:
-        solver.zero_grad()
-        losses = cross_entropy(scores(points), classes, reduction="none")
-        found = weights @ losses + PENALTY * coefficients[1:].square().sum()
-        found.backward()
-        return found
-
-    solver.step(loss)
-    return lambda x: scores(x.detach()).argmax(dim=1)
+    start = np.zeros(columns.shape[1] * num_classes)
+    options = {"maxiter": STEPS}
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
+    constant, coefficients = np.split(best.reshape(-1, num_classes), [1])
+    return lambda x: (x @ coefficients + constant).argmax(axis=1)
 
 
 def _share(weights: Tensor) -> Tensor:
