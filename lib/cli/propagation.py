@@ -180,7 +180,7 @@ class _Files:
         False,
         help="leave pseudo_probs out of the files, as the published ImageNet ones do: 4 bytes for each "
         "image and class, 5 GB for a million images and 1000 classes. Phase 3 reads them with --consistency "
-        "alone",
+        "and with --calibrated-weights",
     )
     work_dir: str = option(
         "",

@@ -389,8 +389,8 @@ class Consistency:
     head_init: str = invariant(
         "random",
         choices=("random", "class-means"),
-        help="start of the last layer. class-means: a classifier by the distance to the classes' means of "
-        "what the network before it gives, for the labeled and pseudo-labeled images",
+        help="start of the last layer. class-means: linear discriminant analysis of what the network before "
+        "it gives, a classifier by the means of the classes over labeled and pseudo-labeled images",
     )
 
 

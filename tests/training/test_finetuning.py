@@ -37,7 +37,8 @@ from runs import (
     world,
 )
 
-from datasets import build_datasets
+from datasets import UNKNOWN, build_datasets
+from datasets.images import ImageSet
 from lib.cli import declared
 from lib.files import checkpoint
 from lib.labels import pseudo_files
@@ -196,6 +197,26 @@ def test_the_ratio_auto_is_the_one_that_phase_2_estimated_best(
     pseudo_files.save(pseudo, tmp_path / "8.pth.tar")
     with pytest.raises(ValueError, match=r"needs an estimate .* --estimate-gain"):
         examples_of(world, *words)
+
+
+def test_recall_is_the_share_of_each_class_that_is_recognized():
+    """Images of one gray, which a linear layer tells apart by their brightness."""
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 3, UNKNOWN])
+    seen = [0, 0, 0, 1, 1, 3, 0, 3]  # the class that each image looks like
+    pixels = torch.tensor(seen, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    stats = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+    data = ImageSet("gray", pixels, targets, ("a", "b", "c", "d"), stats)
+
+    class Nearest(torch.nn.Module):
+        def forward(self, images):
+            return -(images.mean(dim=(1, 2, 3))[:, None] - torch.arange(4)).abs()
+
+    found = shared.evaluate(Nearest(), data, CPU)
+    assert found["recall"][:2] == [75, 50]
+    assert math.isnan(found["recall"][2])
+    assert found["recall"][3] == 0
+    assert found["top1"] == pytest.approx(100 * 4 / 7)
+    assert shared.worst_class(found["recall"], data.classes) == "lowest recall 0.0% (d)"
 
 
 def test_a_weight_multiplies_its_own_example_in_the_loss():
