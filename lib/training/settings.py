@@ -383,8 +383,7 @@ class Consistency:
     )
     ema: bool = invariant(
         False,
-        help="test and save the moving average of the weights (decay 0.999), which is better than the last "
-        "step's",
+        help="test and save the moving average of the weights (decay 0.999) in place of the last ones",
     )
     head_init: str = invariant(
         "random",

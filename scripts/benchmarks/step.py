@@ -103,7 +103,7 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def fake_gpu() -> Iterator[None]:
     """Make fake tensors in a block, those of a GPU as if there were one: with bf16 and pinned memory."""
-    transforms._constant.cache_clear()  # fake tensors and real ones must not meet
+    transforms.constant.cache_clear()  # fake tensors and real ones must not meet
     with (
         patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
         patch("torch.cuda.is_bf16_supported", lambda: True),
@@ -111,7 +111,7 @@ def fake_gpu() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         yield
-    transforms._constant.cache_clear()
+    transforms.constant.cache_clear()
 
 
 def build(task: str, batch_size: int, device: Device) -> Parts:

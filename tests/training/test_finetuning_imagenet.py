@@ -68,6 +68,13 @@ OURS = {
     "--pseudo-per-chunk": False,
     "--class-balanced": False,
     "--confidence-weighted": False,
+    "--calibrated-weights": False,
+    "--labeled-share": 0.0,
+    "--consistency": "",
+    "--unlabeled-ratio": 4,
+    "--ema": False,
+    "--head-init": "random",
+    "--warmup": 0,
     "--input-gray": False,
     "--iter-size": 1,
     "--stop-after": 0,
@@ -237,7 +244,7 @@ def test_the_augmentation_is_that_of_imagenet_classifiers(finetune, monkeypatch)
         if ops:  # evaluation has none
             raise SeenError(*ops)
 
-    monkeypatch.setattr(imagenet, "Augmentation", seen)
+    monkeypatch.setattr(shared, "Augmentation", seen)
     with pytest.raises(SeenError) as caught:
         finetune()
     crop, flip = caught.value.args
