@@ -58,15 +58,13 @@ from lib.training.step import train_steps
 RESUME_INVARIANTS = resume_invariants(Settings)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     return declared.parser(__doc__, Settings)
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
     # 1. Data; bad pseudo-label files are refused here
-    parser = build_parser()
-    parser.set_defaults(**parser.chosen_defaults(args))
-    checks.check_finetuning(args, parser)
+    checks.check_finetuning(args, build_parser())
     settings = declared.values(args, Settings)
     device = devices.select(args.gpus, args.precision, deterministic=args.deterministic)
     folder, log_folder = (Path(root) / args.exp_name for root in (args.model_root, args.log_root))

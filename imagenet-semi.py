@@ -55,16 +55,14 @@ RESUME_INVARIANTS = resume_invariants(ImageNetFinetuning)
 SMALLEST_CROP = 0.08  # fraction of the area, usual for ImageNet classifiers
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__, ImageNetFinetuning)
     declared.add_dummy(parser)
     return parser
 
 
 def check_options(args: argparse.Namespace) -> None:
-    parser = build_parser()
-    parser.set_defaults(**parser.chosen_defaults(args))
-    checks.check_finetuning(args, parser)
+    checks.check_finetuning(args, build_parser())
     checks.check_imagenet(args, "cifar-semi.py", external_too=True)
 
 

@@ -104,7 +104,7 @@ class _Choosing(Embedding, _Choice, Compute):
     save_path: str = option("./checkpoint/chosen", metavar="DIR", help="folder of the results")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     return declared.parser(__doc__, _Choosing)
 
 

@@ -27,7 +27,7 @@ from lib.training.prediction import Predictions
 from lib.training.shared_settings import Compute
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(

@@ -73,7 +73,7 @@ MIB = 2**20
 NOT_CALIBRATED = "probabilities as published: no class has two labels, so none can be held out"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__)
     add_options(parser)
     return parser
@@ -179,6 +179,7 @@ def label(
         graph = replace(graph, cache=replace(graph.cache, folder=own))
     parts, labels, num_classes = [], found.targets[split.labeled], found.num_classes
     options = method_parameters(args) | {"class_prior": class_prior(args, num_classes)}
+    ranked = {"confidence": args.confidence, "temperature": args.temperature}
     calibration = gain = None
     for place, chunk in enumerate(cut_graph(graph, split, args.chunks, seed)):
         known = (chunk.graph, args.method, chunk.split, labels, num_classes)
@@ -186,16 +187,14 @@ def label(
         if args.calibration == "on" and place == 0:
             calibration = calibrate(*known, at=args.temperature, **options)
         if args.estimate_gain and place == 0:
-            ranked = {"confidence": args.confidence, "calibration": calibration}
-            gain = estimate_gain(*known, seed=seed, **ranked, **options)
+            gain = estimate_gain(*known, seed=seed, calibration=calibration, **ranked, **options)
         part = propagate(*known, **options).pseudo_labels(
             chunk.split,
             meta,
-            temperature=args.temperature,
             calibration=calibration,
             gain=gain,
-            confidence=args.confidence,
             probabilities=not args.no_probabilities,
+            **ranked,
         )
         part = chunk.restored(part)
         file = save_part(part, args.save_path, n, place, args.chunks)

@@ -160,6 +160,16 @@ CPU = Device(torch.device("cpu"), bf16=False)
 
 
 LABELS = 8
+# options that both scripts of phase 3 have with one default, beside the published ones
+PHASE_3 = {
+    "--calibrated-weights": False,
+    "--labeled-share": 0.0,
+    "--consistency": "",
+    "--unlabeled-ratio": 4,
+    "--ema": False,
+    "--head-init": "random",
+    "--warmup": 0,
+}
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,6 @@ def build_parser() -> declared.Parser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    parser.set_defaults(**parser.chosen_defaults(args))  # what the user did not choose
     checks.check_pretraining(args, parser)
     if args.test_only and not args.resume:
         raise ValueError("--test-only measures a checkpoint: name it with --resume FILE")

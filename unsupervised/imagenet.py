@@ -68,7 +68,6 @@ def build_parser() -> declared.Parser:
 
 def check_options(args: argparse.Namespace) -> None:
     parser = build_parser()
-    parser.set_defaults(**parser.chosen_defaults(args))  # what the user did not choose
     checks.check_pretraining(args, parser)
     checks.check_imagenet(args, "unsupervised/cifar.py")
     if args.auto_resume and args.resume not in ("", "auto"):

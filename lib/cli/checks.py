@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib.cli.declared import flag
+from lib.cli.declared import Parser, flag
 from lib.features.backbones import is_external
 from lib.labels.split import is_list, name_of
 from lib.runtime import distributed
@@ -19,7 +19,8 @@ from models import IMAGENET_ARCHITECTURES
 
 # without effect where a checkpoint is measured
 ONLY_TRAINING = ("loader", "compile", "cuda_graph", "profile")
-OF_PSEUDO_LABELS = (  # which of them are trained on, and how much they count
+# which pseudo-labels are trained on, and how much they count
+OF_PSEUDO_LABELS = (
     "pseudo_ratio",
     "class_balanced",
     "confidence_weighted",
@@ -46,7 +47,7 @@ def check_common(args: argparse.Namespace) -> None:
         )
 
 
-def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_pretraining(args: argparse.Namespace, parser: Parser) -> None:
     """Check the options of phase 1, and warn of options that have no effect."""
     check_common(args)
     if args.objective != INSTANCE:
@@ -59,7 +60,7 @@ def check_pretraining(args: argparse.Namespace, parser: argparse.ArgumentParser)
         warn_unused(args, parser, f"with --nce-loss {args.nce_loss}", "nce_z")
 
 
-def check_finetuning(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_finetuning(args: argparse.Namespace, parser: Parser) -> None:
     """Check the options of phase 3, and warn of options that have no effect."""
     check_common(args)
     if args.eval and not (args.resume or args.pretrained):
@@ -131,9 +132,7 @@ def check_imagenet(args: argparse.Namespace, small: str, *, external_too: bool =
         )
 
 
-def keep_dummy_apart(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, *names: str
-) -> None:
+def keep_dummy_apart(args: argparse.Namespace, parser: Parser, *names: str) -> None:
     """Give a run on random images folders of its own, in place, unless the user names some."""
     for name in names if args.dataset == "dummy" else ():
         if getattr(args, name) == parser.get_default(name):
@@ -146,12 +145,11 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
-def warn_unused(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, reason: str, *names: str
-) -> None:
+def warn_unused(args: argparse.Namespace, parser: Parser, reason: str, *names: str) -> None:
     """Warn of each option in `names` that the user set although it has no effect, for the `reason`."""
+    chosen = parser.chosen_defaults(args)
     for name in names:
-        if getattr(args, name) != parser.get_default(name):
+        if getattr(args, name) != chosen.get(name, parser.get_default(name)):
             warn(f"{flag(name)} has no effect {reason}")
 
 

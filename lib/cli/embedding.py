@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from datasets import DataSet, build_datasets
 from lib.cli import checks
+from lib.cli.declared import Parser
 from lib.features import extraction
 from lib.features.backbones import is_external
 from lib.features.extraction import FeatureSet
@@ -38,7 +39,7 @@ class Embedding(Data, Network):
     features: str = option("", metavar="FILE", help="feature file, in place of --checkpoint")
 
 
-def check_source(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_source(args: argparse.Namespace, parser: Parser) -> None:
     """Refuse none or two sources of features, and warn of options that have no effect on the one."""
     external = is_external(args.architecture)
     if bool(args.features) == bool(args.checkpoint or external):

@@ -8,12 +8,14 @@ from lib.files.schema import Check, entries, list_of, number, whole
 
 AUTO = "auto"  # value of --pseudo-ratio for the share that is estimated best
 KEY = "gain"  # of the estimate in the `meta` of pseudo-labels
-_REQUIRED = {
-    "ratios": list_of(number(0, 1)),
-    "accuracies": list_of(number(0, 100)),
-    "held_out": whole(),
-}
-SCHEMA: Check = entries(_REQUIRED, required=True)
+CHECK: Check = entries(
+    {
+        "ratios": list_of(number(0, 1)),
+        "accuracies": list_of(number(0, 100)),
+        "held_out": whole(),
+    },
+    required=True,
+)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ SCHEMA = {
             "data_digest": text,
             "classes": list_of(text),
             "calibration": number(1e-6, 1e6),
-            gain.KEY: gain.SCHEMA,
+            gain.KEY: gain.CHECK,
         }
     ),
 }

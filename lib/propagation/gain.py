@@ -14,7 +14,6 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from torch import Tensor
 
-from lib.labels.confidence import from_scores
 from lib.labels.gain import Gain
 from lib.labels.pseudo_labels import PseudoLabels, most_confident
 from lib.labels.split import Split, others
@@ -39,23 +38,24 @@ def estimate_gain(
     *,
     ratios: Sequence[float] = RATIOS,
     confidence: str | None = None,
+    temperature: float = 1.0,
     calibration: float | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Gain:
     """Measure each share of the pseudo-labels that `propagate` makes with the same arguments.
 
-    Shares are taken of each pseudo-class, ranked by `confidence`, and pseudo-labels count by their
-    probabilities at the temperature `calibration`.
+    Shares are taken of each pseudo-class, and pseudo-labels count by their probabilities, both with
+    `confidence`, `temperature` and `calibration` as in `Propagation.pseudo_labels`.
     """
+    ranked = {"confidence": confidence, "temperature": temperature, "calibration": calibration}
     held = make_folds(labels, seed)
     right = dict.fromkeys((0.0, *ratios), 0.0)
     for out in held:
         keep = others(len(labels), out)
         fold = Split(split.labeled[keep], others(len(graph), split.labeled))
         answer = propagate(graph, method, fold, labels[keep], num_classes, **options)
-        ranked = {"confidence": confidence or answer.confidence, "calibration": calibration or 1.0}
-        pseudo = from_scores(answer.scores, fold, probabilities=False, **ranked)
+        pseudo = answer.pseudo_labels(fold, probabilities=False, **ranked)
         test = split.labeled[out]
         answers = classify(graph.features, pseudo, labels[keep], test, num_classes, right)
         for ratio, found in answers.items():

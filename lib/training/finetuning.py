@@ -149,6 +149,7 @@ def loss_weights(pseudo: PseudoLabels, settings: Settings, source: str) -> Tenso
 
 
 def need_probabilities(pseudo: PseudoLabels, option: str, source: str) -> Tensor:
+    """Return the probabilities, or raise ValueError naming the `option` that reads them."""
     if pseudo.probabilities is None:
         raise ValueError(
             f"{source}: it holds no probabilities (pseudo_probs), which {option} needs; make it without "

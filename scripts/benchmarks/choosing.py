@@ -55,7 +55,7 @@ class Measurement(Embedding):
     output: str = option("", metavar="FILE", help="JSON file for the numbers")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__, Measurement)
     parser.add_argument(
         "--num-labeled", type=declared.positive_int, nargs="+", default=COUNTS, help="label counts"

@@ -25,7 +25,6 @@ from datasets import UNKNOWN
 from lib.cli import declared, embedding, start
 from lib.cli.embedding import Embedding
 from lib.files import provenance
-from lib.labels.confidence import from_scores
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph, calibrate, estimate_gain, propagate
 from lib.propagation.gain import RATIOS, classify
@@ -45,7 +44,7 @@ class Measurement(Embedding):
     output: str = option("", metavar="FILE", help="JSON file for the numbers")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> declared.Parser:
     parser = declared.parser(__doc__, Measurement)
     counts = {"type": declared.positive_int, "nargs": "+", "default": [50, 250, 1000]}
     parser.add_argument("--num-labeled", **counts, help="label counts")
@@ -62,8 +61,7 @@ def measure(
     calibration = calibrate(*known)
     gain = estimate_gain(*known, calibration=calibration, seed=seed)
     answer = propagate(*known)
-    ranked = {"confidence": answer.confidence, "calibration": calibration or 1.0}
-    pseudo = from_scores(answer.scores, split, probabilities=False, **ranked)
+    pseudo = answer.pseudo_labels(split, calibration=calibration, probabilities=False)
     found = classify(graph.features, pseudo, labels, split.unlabeled, num_classes, RATIOS)
     right = {ratio: 100 * float((x == truth).double().mean()) for ratio, x in found.items()}
     precision = 100 * float((pseudo.labels == targets[pseudo.indexes]).double().mean())

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 import torch
-from runs import actions, load_script, pretraining
+from runs import PHASE_3, actions, load_script, pretraining
 
 from lib.cli import checks, declared, start
 
@@ -85,13 +85,7 @@ FINETUNING_OURS = {
     "--precision": "auto",
     "--class-balanced": False,
     "--confidence-weighted": False,
-    "--calibrated-weights": False,
-    "--labeled-share": 0.0,
-    "--consistency": "",
-    "--unlabeled-ratio": 4,
-    "--ema": False,
-    "--head-init": "random",
-    "--warmup": 0,
+    **PHASE_3,
     "--pretrained": "",
     "--pseudo-dir": "",
     "--pseudo-per-chunk": False,

@@ -77,9 +77,10 @@ def naive(graph, split, labels, ratios, calibration):
     return {ratio: 100 * hits / count for ratio, hits in right.items()}
 
 
-def test_the_estimate_equals_a_naive_loop():
+@pytest.mark.parametrize(("temperature", "calibration"), [(1.0, 0.5), (2.0, 0.25)])
+def test_the_estimate_equals_a_naive_loop(temperature, calibration):
     graph, split, labels = task(*blobs(1.0), 15)
-    given = {"calibration": 0.5, "confidence": "margin"}
+    given = {"temperature": temperature, "calibration": calibration, "confidence": "margin"}
     found = estimate_gain(graph, "poisson", split, labels, 3, ratios=(0.2, 1.0), **given)
     expected = naive(graph, split, labels, (0.0, 0.2, 1.0), 0.5)
     assert found.accuracy == pytest.approx(expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_ok, assert_refused, run_script
 from runs import (
+    PHASE_3,
     actions,
     assert_same,
     call,
@@ -68,13 +69,7 @@ OURS = {
     "--pseudo-per-chunk": False,
     "--class-balanced": False,
     "--confidence-weighted": False,
-    "--calibrated-weights": False,
-    "--labeled-share": 0.0,
-    "--consistency": "",
-    "--unlabeled-ratio": 4,
-    "--ema": False,
-    "--head-init": "random",
-    "--warmup": 0,
+    **PHASE_3,
     "--input-gray": False,
     "--iter-size": 1,
     "--stop-after": 0,
