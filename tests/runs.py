@@ -166,6 +166,7 @@ PHASE_3 = {
     "--labeled-share": 0.0,
     "--consistency": "",
     "--unlabeled-ratio": 4,
+    "--strong-augmentation": "rand-augment",
     "--ema": False,
     "--head-init": "random",
     "--warmup": 0,

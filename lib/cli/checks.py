@@ -83,7 +83,8 @@ def check_finetuning(args: argparse.Namespace, parser: Parser) -> None:
     if args.consistency:
         warn_unused(args, parser, "with --consistency", *OF_PSEUDO_LABELS, "criterion")
     else:
-        warn_unused(args, parser, "without --consistency", "unlabeled_ratio")
+        unused = "unlabeled_ratio", "strong_augmentation"
+        warn_unused(args, parser, "without --consistency", *unused)
     if not (args.pseudo_file or args.pseudo_dir):
         warn_unused(args, parser, "without --pseudo-file or --pseudo-dir", *OF_PSEUDO_LABELS)
     if args.confidence_weighted and args.calibrated_weights:

@@ -39,13 +39,14 @@ from lib.runtime.distributed import (
     print_main,
 )
 from lib.training.log import Writer
+from lib.training.settings import RAND_AUGMENT
 from lib.training.settings import FinetuningSettings as Settings
 from lib.training.state import Checkpoints, TrainState, load_network
 from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 MOST_TEMPERATURE, HALVINGS = 1e4, 40
-SHRINKAGE = 0.1  # of the covariance of linear discriminant analysis
+SHRINKAGE = 0.01  # of the covariance of linear discriminant analysis
 LEAST = 1e-6  # of what is divided by
 OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
@@ -336,7 +337,7 @@ def build_streams(
 ) -> Streams:
     """Build the batches of a run: labeled images and, for consistency training, unlabeled ones.
 
-    `ops` augment weakly; the strong view goes through RandAugment, too.
+    `ops` augment weakly; the strong view goes through `settings.strong_augmentation`, too.
     """
     shown = {"stats": described.stats, "luma": described.luma}
     given = {"seed": settings.rng_seed, "num_workers": num_workers, "loader": settings.loader}
@@ -344,7 +345,8 @@ def build_streams(
     labeled = Batches(train, weak, device, batch_size=size, **given)
     if not settings.consistency:
         return Streams(labeled)
-    views = [weak, Augmentation([*ops, RandAugment()], **shown)]
+    added = [RandAugment()] if settings.strong_augmentation == RAND_AUGMENT else []
+    views = [weak, Augmentation([*ops, *added], **shown)]
     size *= settings.unlabeled_ratio
     return Streams(labeled, Batches(train, views, device, batch_size=size, stream=1, **given))
 
@@ -370,9 +372,9 @@ def start_from_class_means(
 
     For activations f with means m_c and one covariance S within all classes, the logits are those of
     Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T. The temperature T, at least 1, makes them no surer, on
-    average, than the labels that they are made from. An image counts for its classes by their probabilities;
-    a labeled or pseudo-labeled one without any counts for its label. S is shrunk toward the variance of all
-    images, alike in every direction, since there may be fewer labels than activations.
+    average, than the labels that they are made from. An image counts for its likeliest class by that
+    probability: counted for every class by theirs, it draws the means together. S is shrunk toward the
+    variance of all images, alike in every direction, since there may be fewer labels than activations.
     """
     rows = []
     with evaluation_mode(model):
@@ -382,11 +384,12 @@ def start_from_class_means(
     features = all_gather_rows(torch.cat(rows), len(train))
     center, spread = features.mean(dim=0), features.var(dim=0).mean().clamp_min(LEAST)
     head = getattr(model, model.head_name)
-    shares = F.one_hot(chosen.labels, head.out_features).float() * chosen.weights[:, None]
-    indexes = chosen.indexes
+    indexes, labels, weights = chosen.indexes, chosen.labels, chosen.weights
     if chosen.unlabeled is not None and chosen.posteriors is not None:
-        shares = torch.cat([shares, chosen.posteriors])
+        confidence, likeliest = chosen.posteriors.max(dim=1)
         indexes = torch.cat([indexes, chosen.unlabeled])
+        labels, weights = torch.cat([labels, likeliest]), torch.cat([weights, confidence])
+    shares = F.one_hot(labels, head.out_features).float() * weights[:, None]
     shares, features = shares.to(center.device), features[indexes.to(center.device)] - center
     sizes, counts = shares.sum(dim=0), shares.sum(dim=1)
     means = (shares.T @ features) / sizes.clamp_min(LEAST)[:, None]
@@ -395,7 +398,7 @@ def start_from_class_means(
     weight = torch.linalg.solve((within / sizes.sum()).lerp(unit, SHRINKAGE), means.T).T
     bias = -(weight * means).sum(dim=1) / 2
     logits = features @ weight.T + bias
-    wanted = (shares.amax(dim=1) / counts.clamp_min(LEAST)).mean()
+    wanted = weights.mean().to(center.device)
     low, high = 1.0, MOST_TEMPERATURE
     for _ in range(HALVINGS):  # the larger the temperature, the less sure
         middle = math.sqrt(low * high)

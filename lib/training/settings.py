@@ -28,6 +28,7 @@ from lib.training.optimizer import OPTIMIZERS
 from lib.training.shared_settings import Data, Network, Optimization, Stopping, TrainingCompute
 from models import IMAGENET_ARCHITECTURES
 
+RAND_AUGMENT = "rand-augment"
 INSTANCE, TWO_VIEW, PATCHES_TCR = OBJECTIVES = ("instance", "two-view", "patches-tcr")
 # ------------------------------------------------------------------ phase 1
 
@@ -380,6 +381,12 @@ class Consistency:
         limit=replace(POSITIVE, most=1024),
         metavar="N",
         help="with --consistency, unlabeled images in a batch for each labeled one",
+    )
+    strong_augmentation: str = invariant(
+        RAND_AUGMENT,
+        choices=(RAND_AUGMENT, "none"),
+        help="what is added to crop and flip in the strong view of --consistency. none: nothing, for images "
+        "such as textures, whose class the brightness, the sharpness or the angle tells",
     )
     ema: bool = invariant(
         False,

@@ -168,6 +168,7 @@ def test_there_is_no_option_that_the_tables_do_not_name(script, published, ours)
         (pretraining, "--optimizer", ("sgd", "lars")),
         (finetuning, "--consistency", ("softmatch", "freematch")),
         (finetuning, "--head-init", ("random", "class-means")),
+        (finetuning, "--strong-augmentation", ("rand-augment", "none")),
     ],
 )
 def test_published_choices_are_accepted(script, option, published):

@@ -1,10 +1,12 @@
 """Consistency training, moving average and class means through the command line of phase 3."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from runs import (
     CPU,
     LABELS,
@@ -21,6 +23,7 @@ from torch import nn
 
 from datasets import build_datasets
 from datasets.transforms import Augmentation
+from lib.cli import declared
 from lib.cli.start import load_script
 from lib.files import checkpoint
 from lib.labels import pseudo_files
@@ -142,6 +145,8 @@ def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labe
     pseudo = pseudo_files.load(world / "pseudo.pth.tar")
     true = train.targets[pseudo.labeled]
     ones, posteriors = torch.ones(len(true)), (1 - flat) * pseudo.probabilities + flat / 4
+    if not flat:  # as sure as can be
+        posteriors = F.one_hot(posteriors.argmax(dim=1), 4).float()
     chosen = shared.TrainingSet(pseudo.labeled, true, ones, len(true), pseudo.indexes, posteriors)
     torch.manual_seed(0)
     model = build_model("wrn-10-1", 4)
@@ -153,7 +158,7 @@ def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labe
         features, logits = model.pooled(images), model(images)
     shares = torch.zeros(len(train), 4)
     shares[pseudo.labeled, true] = 1
-    shares[pseudo.indexes] = posteriors
+    shares[pseudo.indexes, posteriors.argmax(dim=1)] = posteriors.amax(dim=1)
     features, shares = features.double(), shares.double()
     means = torch.stack(
         [(shares[:, c, None] * features).sum(0) / shares[:, c].sum() for c in range(4)]
@@ -163,7 +168,7 @@ def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labe
         for label in range(4):
             away = row - means[label]
             within += of_row[label] * away[:, None] * away[None]
-    within = 0.9 * within / shares.sum() + 0.1 * features.var(dim=0).mean() * torch.eye(64)
+    within = 0.99 * within / shares.sum() + 0.01 * features.var(dim=0).mean() * torch.eye(64)
     inverse = within.inverse()
     expected = torch.stack([-((features - m) @ inverse * (features - m)).sum(1) / 2 for m in means])
     expected -= expected.mean(dim=0)
@@ -175,6 +180,20 @@ def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labe
     sure = float(logits[used].softmax(dim=1).amax(dim=1).mean())
     wanted = float(shares[used].amax(dim=1).mean())
     assert sure == pytest.approx(wanted, abs=1e-3) if flat else sure < wanted
+
+
+@pytest.mark.parametrize("added", ["rand-augment", "none"])
+def test_the_strong_view_is_augmented_as_its_option_says(world, added):
+    train, _ = build_datasets("folder", world / "pictures", image_size=16)
+    words = ("--consistency", "--strong-augmentation", added)
+    args = finetuning.build_parser().parse_args(words)
+    settings = declared.values(args, shared.Settings)
+    described = SimpleNamespace(stats=train.stats, luma=())
+    streams = shared.build_streams(train, [], described, CPU, settings, 0)
+    indexes = torch.arange(8)
+    (batch,) = streams.repeat(indexes, 0, 1, others=indexes)
+    weak, strong = batch.unlabeled.views
+    assert torch.equal(weak, strong) == (added == "none")
 
 
 def test_a_discriminant_analysis_of_one_label_a_class_is_finite(world):
