@@ -46,7 +46,6 @@ from models import build_model
 
 LAST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 MOST_TEMPERATURE, HALVINGS = 1e4, 40
-SHRINKAGE = 0.01  # of the covariance of linear discriminant analysis
 LEAST = 1e-6  # of what is divided by
 OWN_KEYS = ("step", "best_acc", "net", "optimizer", "examples", "meta")
 
@@ -374,7 +373,8 @@ def start_from_class_means(
     Gaussians, (m_c' S^-1 f - m_c' S^-1 m_c / 2) / T. The temperature T, at least 1, makes them no surer, on
     average, than the labels that they are made from. An image counts for its likeliest class by that
     probability: counted for every class by theirs, it draws the means together. S is shrunk toward the
-    variance of all images, alike in every direction, since there may be fewer labels than activations.
+    variance of all images, alike in every direction: by D / (D + N) for D activations and N images, which
+    is nearly all of it where there are few labels.
     """
     rows = []
     with evaluation_mode(model):
@@ -395,7 +395,8 @@ def start_from_class_means(
     means = (shares.T @ features) / sizes.clamp_min(LEAST)[:, None]
     within = features.T @ (features * counts[:, None]) - means.T @ (means * sizes[:, None])
     unit = spread * torch.eye(len(within), device=within.device)
-    weight = torch.linalg.solve((within / sizes.sum()).lerp(unit, SHRINKAGE), means.T).T
+    shrinkage = float(len(within) / (len(within) + sizes.sum()))
+    weight = torch.linalg.solve((within / sizes.sum()).lerp(unit, shrinkage), means.T).T
     bias = -(weight * means).sum(dim=1) / 2
     logits = features @ weight.T + bias
     wanted = weights.mean().to(center.device)

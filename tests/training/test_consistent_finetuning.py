@@ -168,7 +168,9 @@ def test_the_last_layer_starts_as_a_discriminant_analysis_no_surer_than_the_labe
         for label in range(4):
             away = row - means[label]
             within += of_row[label] * away[:, None] * away[None]
-    within = 0.99 * within / shares.sum() + 0.01 * features.var(dim=0).mean() * torch.eye(64)
+    shrinkage = 64 / (64 + float(shares.sum()))
+    unit = features.var(dim=0).mean() * torch.eye(64)
+    within = (1 - shrinkage) * within / shares.sum() + shrinkage * unit
     inverse = within.inverse()
     expected = torch.stack([-((features - m) @ inverse * (features - m)).sum(1) / 2 for m in means])
     expected -= expected.mean(dim=0)
