@@ -3,23 +3,31 @@
     python scripts/quickstart.py
 
 1. `unsupervised/cifar.py` learns a metric of 3,000 small gray patches of ten photographs, without labels.
-2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` propagate 10, 20, 50 and 100 labels to all of them. The
+2. `notebooks/knn.ipynb` and `notebooks/nc.ipynb` propagate 10, 50 and 100 labels to all of them. The
    normalized cut runs once more with the labeled images clamped, each to its own label.
-3. `cifar-semi.py` trains on the labels and all of the clamped cut's pseudo-labels, each weighted by its
-   confidence. With the same batches, steps and schedule, two baselines train on the labeled images only:
-   one from scratch, one from the network of phase 1.
+3. `cifar-semi.py` trains on the labels and all of the clamped cut's pseudo-labels, each weighted by the
+   calibrated probability that it is right. Its last layer starts from the means of the pseudo-classes, and
+   the moving average of its weights is the result. With the same batches, steps and schedule, two baselines
+   train on the labeled images only: one from scratch, and the last layer of the network of phase 1, which is
+   better than all of its layers.
 
-The baseline and the method train only the last layer of the network of phase 1 (`--finetune`): so few steps
-of all layers lose more of the metric than they gain, even with every true label.
+The labeled images are equally many of each class, as in the paper. Nobody can draw so who does not know the
+classes: for the smallest number two rows show images that are drawn from all, and those that
+`scripts/choose.py` asks for.
 
-Runs are repeated over eight draws of the labeled images, because the gain at 50 and 100 labels differs
-between draws by more than its mean. All files are written to --output: `results.json`, `results.png`,
-`accuracy_coverage.png`, the executed notebooks, pseudo-label files and checkpoints. The script takes about
+Every column of the table is measured on the same images: all training images without a label. A second
+table has the accuracy on test images, which come from another part of each photograph.
+
+Runs are repeated over three draws of the labeled images, because the gain differs between draws. The choice
+of `scripts/choose.py` is always the same, and the classifiers of its row differ by their random numbers alone.
+All files are written to --output: `results.json`, `results.png`, `accuracy_coverage.png`, the page of the
+images that were asked for, the executed notebooks, pseudo-label files and checkpoints. The script takes about
 four minutes on two CPU cores.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -30,6 +38,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -40,6 +49,7 @@ import papermill
 import torch
 from tqdm import tqdm
 
+from datasets import UNKNOWN, build_datasets
 from datasets.patches import PHOTOGRAPHS, TRAIN_PER_CLASS
 from lib.cli import declared, start
 from lib.features.extraction import FeatureSet, load_or_extract
@@ -47,14 +57,16 @@ from lib.files import provenance
 from lib.labels import pseudo_files
 from lib.labels.split import labeled_split
 from lib.propagation import EmbeddingGraph, calibrate, methods
-from lib.propagation.chunks import save_part
 from lib.report import plots
 from lib.report.curves import accuracy_coverage
+from lib.runtime import devices
+from lib.training.finetuning import LAST, evaluate
+from lib.training.prediction import load_classifier
 
 ARCHITECTURE = "wrn-10-1"
 METRIC_BATCH_SIZE = 64  # half the published one: 3,000 images give few steps per epoch
 CLASSIFIER_BATCH_SIZE = 32  # twice the steps of 64 in the same time: from scratch 8 points better
-LR_ALL_LAYERS, LR_LAST_LAYER = 0.1, 1.0
+LR_SCRATCH, LR_LAST_LAYER, LR_METRIC = 0.1, 1.0, 0.03
 TEMPERATURE = 0.2  # temperature of instance discrimination; the published 0.1 is for 50,000 images
 NUM_NEIGHBORS = 10  # for 3,000 images; the published 20 are meant for 50,000
 
@@ -77,6 +89,10 @@ SPREAD: dict[str, tuple[str, dict[str, bool]]] = {
 }
 NOTEBOOKS = ("knn", "nc")  # entries of `SPREAD` that notebooks compute for the first split
 TAUGHT = "nc-clamped"  # entry of `SPREAD` that the classifier learns from
+# ending of a row: method of scripts/choose.py that says which images are labeled
+CHOSEN = {"drawn from all": "random", "chosen": "maxherding"}
+
+Rows = Mapping[str, list[int | str]]  # by name, --num-labeled of each draw
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,16 +102,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--epochs", type=declared.positive_int, default=70, help="epochs of phase 1"
     )
     parser.add_argument(
-        "--max-iters", type=declared.positive_int, default=200, help="steps of each run of phase 3"
+        "--max-iters", type=declared.positive_int, default=300, help="steps of each run of phase 3"
     )
     parser.add_argument(
-        "--splits", type=declared.positive_int, default=8, help="draws of the labeled images"
+        "--splits", type=declared.positive_int, default=3, help="draws of the labeled images"
     )
     parser.add_argument(
         "--num-labeled",
         type=declared.positive_int,
         nargs="+",
-        default=[10, 20, 50, 100],
+        default=[10, 50, 100],
         help="numbers of labeled images, multiples of ten",
     )
     return parser
@@ -116,28 +132,50 @@ def run_script(name: str, words: list[object]) -> dict[str, float]:
     return module.main(module.build_parser().parse_args(words))
 
 
-def spread(metric: FeatureSet, num_labeled: list[int], seeds: range, output: Path) -> None:
-    """Write the missing pseudo-label files of the splits `seeds`, by the calls of the notebooks."""
+def choose_rows(checkpoint: str, num_labeled: list[int], splits: int, output: Path) -> Rows:
+    """Name the labeled images of each row and draw; scripts/choose.py makes the lists of some."""
+    least = min(num_labeled)
+    source = ["--checkpoint", checkpoint, "--dataset", "patches", "--budget", least]
+    rows: dict[str, list[int | str]] = {}
+    for ending, method in CHOSEN.items():
+        lists = []
+        for seed in range(1 if method == "maxherding" else splits):
+            folder = output / "chosen" / f"{method}-split{seed}"
+            own = ["--method", method, "--rng-seed", seed, "--save-path", folder]
+            run_script("scripts/choose.py", source + own)
+            lists.append(str(folder / "chosen.csv"))
+        rows[f"{least}, {ending}"] = lists if len(lists) == splits else lists * splits
+    return rows | {str(n): [n] * splits for n in num_labeled}
+
+
+def spread(metric: FeatureSet, rows: Rows, output: Path) -> None:
+    """Write the missing pseudo-label files of all rows and draws, by the calls of the notebooks."""
     space = EmbeddingGraph(metric.features, num_neighbors=NUM_NEIGHBORS)
     meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
-    for name, seed, n in itertools.product(SPREAD, seeds, num_labeled):
-        file = pseudo_file(output, name, n, seed)
-        if file.is_file():
-            continue
+    for name, (row, draws) in itertools.product(SPREAD, rows.items()):
         algorithm, parameters = SPREAD[name]
-        split = labeled_split(metric.targets, n, metric.num_classes, seed)
-        labels, num_classes = metric.targets[split.labeled], metric.num_classes
-        known = (space, algorithm, split, labels, num_classes)
-        answer, temperature = (f(*known, **parameters) for f in (methods.propagate, calibrate))
-        save_part(answer.pseudo_labels(split, meta, calibration=temperature), file.parent, n)
+        for seed, labeled in enumerate(draws):
+            file = pseudo_file(output, name, row, seed)
+            if file.is_file():
+                continue
+            num_classes = metric.num_classes
+            split = labeled_split(metric.targets, labeled, num_classes, seed, images=metric)
+            known = (space, algorithm, split, metric.targets[split.labeled], num_classes)
+            answer, temperature = (f(*known, **parameters) for f in (methods.propagate, calibrate))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pseudo_files.save(answer.pseudo_labels(split, meta, calibration=temperature), file)
 
 
-def pseudo_file(output: Path, name: str, num_labeled: int, seed: int) -> Path:
-    return output / "pseudos" / f"{name}-split{seed}" / f"{num_labeled}.pth.tar"
+def pseudo_file(output: Path, name: str, row: object, seed: int) -> Path:
+    return output / "pseudos" / f"{name}-split{seed}" / f"{file_name(row)}.pth.tar"
 
 
-def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path) -> FeatureSet:
-    """Run phase 2: the notebooks for the first split, the same calls for the others."""
+def file_name(row: object) -> str:
+    return str(row).replace(", ", "-").replace(" ", "-")
+
+
+def propagate(checkpoint: str, rows: Rows, num_labeled: list[int], output: Path) -> FeatureSet:
+    """Run phase 2: the notebooks for the first draw, the same calls for the others."""
     metric = load_or_extract(checkpoint_file=checkpoint, dataset="patches")
     for algorithm in NOTEBOOKS:
         folder = pseudo_file(output, algorithm, 0, 0).parent
@@ -158,79 +196,93 @@ def propagate(checkpoint: str, num_labeled: list[int], splits: int, output: Path
             else False,
             cwd=str(ROOT),
         )
-    spread(metric, num_labeled, range(splits), output)
+    spread(metric, rows, output)
     return metric
 
 
-def finetune(kind: str, num_labeled: int, seed: int, max_iters: int, output: str) -> float:
-    """Run phase 3 once in a process of its own, and return the test accuracy after the last step."""
+def finetune(
+    kind: str, row: str, labeled: int | str, seed: int, max_iters: int, output: str
+) -> tuple[float, float]:
+    """Run phase 3 once in a process of its own, and return accuracies after the last step in percent.
+
+    The first one is on the training images without a label, the second one on the test images.
+    """
     torch.set_num_threads(1)  # one run per core is faster than one run on all cores
-    out = Path(output)
+    out, name = Path(output), f"{kind}-{file_name(row)}-split{seed}"
     words = ["--dataset", "patches", "--arch", ARCHITECTURE]
-    words += ["--num-labeled", num_labeled, "--rng-seed", seed]
+    words += ["--num-labeled", labeled, "--rng-seed", seed]
     words += ["-b", CLASSIFIER_BATCH_SIZE, "--lr-scheduler", "one-cycle"]
     words += ["--max-iters", max_iters, "--eval-freq", max_iters]
     words += ["--model-root", out / "finetune", "--log-root", out / "tensorboard"]
-    words += ["--exp-name", f"{kind}-{num_labeled}-split{seed}"]
+    words += ["--exp-name", name]
+    metric = ["--pretrained", out / "metric" / "ckpt.cifar.pth.tar"]
     if kind == "scratch":
-        words += ["--lr", LR_ALL_LAYERS]
+        words += ["--lr", LR_SCRATCH]
+    elif kind == "metric":
+        words += [*metric, "--finetune", "--lr", LR_LAST_LAYER]
     else:
-        words += ["--resume", out / "metric" / "ckpt.cifar.pth.tar"]
-        words += ["--finetune", "--lr", LR_LAST_LAYER]
-    if kind == "method":
-        words += ["--pseudo-file", pseudo_file(out, TAUGHT, num_labeled, seed)]
-        words += ["--confidence-weighted"]
+        words += [*metric, "--pseudo-file", pseudo_file(out, TAUGHT, row, seed)]
+        words += ["--calibrated-weights", "--head-init", "class-means", "--ema", "--lr", LR_METRIC]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run_script("cifar-semi.py", words)["last"]
+        test = run_script("cifar-semi.py", words)["last"]
+        train, _ = build_datasets("patches", "")
+        split = labeled_split(train.targets, labeled, train.num_classes, seed, images=train)
+    hidden = train.targets.clone()
+    hidden[split.labeled] = UNKNOWN
+    others, device = dataclasses.replace(train, targets=hidden), devices.select("cpu")
+    model = device.prepare(load_classifier(out / "finetune" / name / LAST).model)
+    return evaluate(model, others, device)["top1"], test
 
 
-def finetune_all(num_labeled: list[int], splits: int, max_iters: int, output: Path) -> dict:
-    """Run phase 3 for all settings, and return test accuracies by (kind, number of labels, split)."""
-    todo = [(k, n, s) for n in num_labeled for k in TRAINED for s in range(splits)]
+def finetune_all(rows: Rows, max_iters: int, output: Path) -> dict:
+    """Run phase 3 for all settings, and return its accuracies by (kind, row, draw)."""
+    draws = [(row, labeled, seed) for row in rows for seed, labeled in enumerate(rows[row])]
+    todo = list(itertools.product(TRAINED, draws))
     workers = min(len(todo), os.cpu_count() or 1, 8)
     context = multiprocessing.get_context("spawn")  # a forked torch may hang on its threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs: dict[Future, tuple] = {
-            pool.submit(finetune, *run, max_iters, str(output)): run for run in todo
+            pool.submit(finetune, kind, *draw, max_iters, str(output)): (kind, draw[0], draw[2])
+            for kind, draw in todo
         }
         bar = tqdm(as_completed(jobs), total=len(jobs), desc="cifar-semi.py", unit="run")
         return {jobs[done]: done.result() for done in bar}
 
 
-def measure(metric: FeatureSet, accuracy: dict, num_labeled: list[int], splits: int, output: Path):
-    """Return percentages by column, number of labels and split."""
-    results: dict[str, dict[int, list[float]]] = {name: {} for name in COLUMNS}
-    for n in num_labeled:
-        for name in COLUMNS:
-            if name in TRAINED:
-                results[name][n] = [accuracy[name, n, s] for s in range(splits)]
-                continue
-            files = [pseudo_file(output, name, n, s) for s in range(splits)]
-            curves = [accuracy_coverage(pseudo_files.load(f), metric.targets) for f in files]
-            results[name][n] = [curve.overall for curve in curves]
-    return results
+def measure(metric: FeatureSet, accuracy: dict, rows: Rows, output: Path) -> tuple[dict, dict]:
+    """Return percentages by column, row and draw: of the images without a label, and of the test images."""
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in COLUMNS}
+    on_test: dict[str, dict[str, list[float]]] = {name: {} for name in TRAINED}
+    for name, (row, draws) in itertools.product(COLUMNS, rows.items()):
+        if name in TRAINED:
+            found = [accuracy[name, row, s] for s in range(len(draws))]
+            results[name][row], on_test[name][row] = map(list, zip(*found, strict=True))
+            continue
+        files = [pseudo_file(output, name, row, s) for s in range(len(draws))]
+        curves = [accuracy_coverage(pseudo_files.load(f), metric.targets) for f in files]
+        results[name][row] = [curve.overall for curve in curves]
+    return results, on_test
 
 
-def table(results: dict[str, dict[int, list[float]]]) -> str:
-    """Format means and standard deviations in Markdown, one row per number of labels."""
-    measures = {name: "accuracy" if name in TRAINED else "precision" for name in COLUMNS}
-    heads = ["labels", *(f"{text} ({measures[name]})" for name, text in COLUMNS.items())]
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Format means and standard deviations in Markdown, one line for each row."""
+    heads = ["labels", *(COLUMNS[name] for name in results)]
     lines = ["| " + " | ".join(heads) + " |", "|---:" * len(heads) + "|"]
-    for n in next(iter(results.values())):
-        cells = [str(n)]
-        for name in COLUMNS:
-            values = results[name][n]
+    for row in next(iter(results.values())):
+        cells = [row]
+        for name in results:
+            values = results[name][row]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
+def main(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     # 1. Options; files of an earlier quickstart must not mix with the new ones
     check_options(args)
     start, output = time.perf_counter(), Path(args.output)
-    for name in ("metric", "pseudos", "finetune", "tensorboard"):
+    for name in ("metric", "chosen", "pseudos", "finetune", "tensorboard"):
         shutil.rmtree(output / name, ignore_errors=True)
 
     # 2. The three phases
@@ -242,19 +294,22 @@ def main(args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
     run_script("unsupervised/cifar.py", words)
     print("\nPhase 2 of 3: the labels spread through it", flush=True)
     checkpoint = f"{output}/metric/ckpt.cifar.pth.tar"
-    metric = propagate(checkpoint, args.num_labeled, args.splits, output)
+    rows = choose_rows(checkpoint, args.num_labeled, args.splits, output)
+    metric = propagate(checkpoint, rows, args.num_labeled, output)
     print("\nPhase 3 of 3: classifiers trained on labels and pseudo-labels", flush=True)
-    accuracy = finetune_all(args.num_labeled, args.splits, args.max_iters, output)
+    accuracy = finetune_all(rows, args.max_iters, output)
 
-    # 3. Table and pictures
-    results = measure(metric, accuracy, args.num_labeled, args.splits, output)
-    record = {"results": results, "meta": provenance.record(vars(args), metric.digest)}
+    # 3. Tables and pictures
+    results, on_test = measure(metric, accuracy, rows, output)
+    record = {"results": results, "test": on_test}
+    record["meta"] = provenance.record(vars(args), metric.digest)
     record["seconds"] = round(time.perf_counter() - start, 1)
     (output / "results.json").write_text(json.dumps(record, indent=1))
     plots.accuracy_by_labels(results, COLUMNS).savefig(output / "results.png", dpi=120)
     shutil.copy(output / "pseudos" / "nc-split0" / "accuracy_coverage.png", output)
-    print(f"\nPercent, mean and deviation over {args.splits} draws of the labeled images:\n")
-    print(table(results))
+    drawn = f"percent, mean and deviation over {args.splits} draws of the labeled images"
+    print(f"\nRight among the training images without a label, {drawn}:\n\n{table(results)}")
+    print(f"\nRight among the test images:\n\n{table(on_test)}")
     print(f"\n{record['seconds']:.0f} s; results.json, results.png and all else: {output}/")
     return results
 

@@ -151,27 +151,27 @@ def reliability(curves: dict[int, Curve]) -> Figure:
 
 
 def accuracy_by_labels(
-    results: Mapping[str, Mapping[int, Sequence[float]]], names: Mapping[str, str]
+    results: Mapping[str, Mapping[str, Sequence[float]]], names: Mapping[str, str]
 ) -> Figure:
-    """Plot mean and range of several methods over the number of labels.
+    """Plot mean and range of several methods side by side, for each choice of the labeled images.
 
-    `results` are percentages of each method, by number of labels and repetition; `names` are for the legend.
+    `results` are percentages of each method, by choice and repetition; `names` are for the legend.
     """
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    rows = list(next(iter(results.values())))
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
+    width = 0.7 / len(names)
     for place, (name, label) in enumerate(names.items()):
-        counts = sorted(results[name])
-        values = [torch.tensor(results[name][n], dtype=torch.float64) for n in counts]
-        color = f"C{place}"
-        axes.plot(counts, [float(v.mean()) for v in values], "o-", color=color, label=label)
-        low, high = [float(v.min()) for v in values], [float(v.max()) for v in values]
-        axes.fill_between(counts, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.set_xscale("log")
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="labeled images", ylabel="correct (%)", title="Mean, and range over the splits")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+        values = [torch.tensor(results[name][row], dtype=torch.float64) for row in rows]
+        means = [float(v.mean()) for v in values]
+        lows = [float(v.mean() - v.min()) for v in values]
+        highs = [float(v.max() - v.mean()) for v in values]
+        places = [row + (place - (len(names) - 1) / 2) * width for row in range(len(rows))]
+        axes.errorbar(places, means, (lows, highs), fmt="o", markersize=5, capsize=2, label=label)
+    axes.set_xticks(range(len(rows)), [row.replace(", ", ",\n") for row in rows])
+    axes.set(xlabel="labeled images", ylabel="right (%)", title="Mean, and range over the draws")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
