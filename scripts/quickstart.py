@@ -19,10 +19,11 @@ Every column of the table is measured on the same images: all training images wi
 table has the accuracy on test images, which come from another part of each photograph.
 
 Runs are repeated over three draws of the labeled images, because the gain differs between draws. The choice
-of `scripts/choose.py` is always the same, and the classifiers of its row differ by their random numbers alone.
+of `scripts/choose.py` is always the same: the classifiers of its row differ by their random numbers alone.
+
 All files are written to --output: `results.json`, `results.png`, `accuracy_coverage.png`, the page of the
 images that were asked for, the executed notebooks, pseudo-label files and checkpoints. The script takes about
-four minutes on two CPU cores.
+four minutes on two CPU cores, and seven on slow ones.
 """
 
 import argparse
