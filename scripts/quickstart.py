@@ -145,23 +145,27 @@ def choose_rows(checkpoint: str, num_labeled: list[int], splits: int, output: Pa
             own = ["--method", method, "--rng-seed", seed, "--save-path", folder]
             run_script("scripts/choose.py", source + own)
             lists.append(str(folder / "chosen.csv"))
-        rows[f"{least}, {ending}"] = lists if len(lists) == splits else lists * splits
+        rows[f"{least}, {ending}"] = lists * (splits // len(lists))
     return rows | {str(n): [n] * splits for n in num_labeled}
+
+
+def draws_of(rows: Rows) -> list[tuple[str, int | str, int]]:
+    """List name of the row, --num-labeled and seed of every draw."""
+    return [(row, labeled, seed) for row in rows for seed, labeled in enumerate(rows[row])]
 
 
 def spread(metric: FeatureSet, rows: Rows, output: Path) -> None:
     """Write the missing pseudo-label files of all rows and draws, by the calls of the notebooks."""
     space = EmbeddingGraph(metric.features, num_neighbors=NUM_NEIGHBORS)
     meta = provenance.record({"num_neighbors": NUM_NEIGHBORS}, metric.digest)
-    for name, (row, draws) in itertools.product(SPREAD, rows.items()):
-        algorithm, parameters = SPREAD[name]
-        for seed, labeled in enumerate(draws):
+    for row, labeled, seed in draws_of(rows):
+        split = labeled_split(metric.targets, labeled, metric.num_classes, seed, images=metric)
+        labels = metric.targets[split.labeled]
+        for name, (algorithm, parameters) in SPREAD.items():
             file = pseudo_file(output, name, row, seed)
             if file.is_file():
                 continue
-            num_classes = metric.num_classes
-            split = labeled_split(metric.targets, labeled, num_classes, seed, images=metric)
-            known = (space, algorithm, split, metric.targets[split.labeled], num_classes)
+            known = (space, algorithm, split, labels, metric.num_classes)
             answer, temperature = (f(*known, **parameters) for f in (methods.propagate, calibrate))
             file.parent.mkdir(parents=True, exist_ok=True)
             pseudo_files.save(answer.pseudo_labels(split, meta, calibration=temperature), file)
@@ -237,8 +241,7 @@ def finetune(
 
 def finetune_all(rows: Rows, max_iters: int, output: Path) -> dict:
     """Run phase 3 for all settings, and return its accuracies by (kind, row, draw)."""
-    draws = [(row, labeled, seed) for row in rows for seed, labeled in enumerate(rows[row])]
-    todo = list(itertools.product(TRAINED, draws))
+    todo = list(itertools.product(TRAINED, draws_of(rows)))
     workers = min(len(todo), os.cpu_count() or 1, 8)
     context = multiprocessing.get_context("spawn")  # a forked torch may hang on its threads
     with ProcessPoolExecutor(workers, mp_context=context) as pool:

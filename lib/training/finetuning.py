@@ -389,17 +389,18 @@ def start_from_class_means(
         confidence, likeliest = chosen.posteriors.max(dim=1)
         indexes = torch.cat([indexes, chosen.unlabeled])
         labels, weights = torch.cat([labels, likeliest]), torch.cat([weights, confidence])
-    shares = F.one_hot(labels, head.out_features).float() * weights[:, None]
-    shares, features = shares.to(center.device), features[indexes.to(center.device)] - center
-    sizes, counts = shares.sum(dim=0), shares.sum(dim=1)
+    indexes, labels, weights = (x.to(center.device) for x in (indexes, labels, weights))
+    features = features[indexes] - center
+    shares = F.one_hot(labels, head.out_features) * weights[:, None]
+    sizes = shares.sum(dim=0)
     means = (shares.T @ features) / sizes.clamp_min(LEAST)[:, None]
-    within = features.T @ (features * counts[:, None]) - means.T @ (means * sizes[:, None])
+    within = features.T @ (features * weights[:, None]) - means.T @ (means * sizes[:, None])
     unit = spread * torch.eye(len(within), device=within.device)
     shrinkage = float(len(within) / (len(within) + sizes.sum()))
     weight = torch.linalg.solve((within / sizes.sum()).lerp(unit, shrinkage), means.T).T
     bias = -(weight * means).sum(dim=1) / 2
     logits = features @ weight.T + bias
-    wanted = weights.mean().to(center.device)
+    wanted = weights.mean()
     low, high = 1.0, MOST_TEMPERATURE
     for _ in range(HALVINGS):  # the larger the temperature, the less sure
         middle = math.sqrt(low * high)
